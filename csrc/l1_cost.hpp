@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace dotresize {
+
+// One operand: `batch` matrices of (tokens, neurons), neurons contiguous, or a selection of their
+// columns by `index` (batch, count), which is read in place and never gathered into a copy.
+struct Activations {
+  const void* data;
+  Dtype dtype;
+  int64_t batch_stride;  // in elements
+  int64_t token_stride;  // in elements
+  int64_t count;         // neurons taking part
+  const int64_t* index;  // null: all of them, in order
+};
+
+struct L1Options {
+  bool symmetric;   // y is x: compute the upper half, mirror the rest
+  bool accumulate;  // add to `out`; otherwise overwrite it
+  double scale;     // the sum is divided by this
+  int num_threads;
+};
+
+// out[b, i, j] (+)= sum_t |x[b, t, i] - y[b, t, j]| / scale; out is contiguous (batch, n, m).
+// Every entry is summed by one thread in token order: the result does not depend on the number of
+// threads, and accumulating chunks of a multiple of kTokenBlock tokens equals one call.
+void l1_cost(int64_t batch, int64_t tokens, const Activations& x, const Activations& y, float* out,
+             const L1Options& options);
+
+}  // namespace dotresize

@@ -1,0 +1,80 @@
+// Python entry points over raw addresses: the callers in dotresize/ops own and check the tensors,
+// so that this module needs no torch headers and one wheel serves every torch.
+#include <pybind11/pybind11.h>
+
+#include "kernels.hpp"
+#include "l1_cost.hpp"
+#include "sinkhorn.hpp"
+
+namespace py = pybind11;
+using namespace dotresize;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Activations operand(uintptr_t data, int dtype, int64_t batch_stride, int64_t token_stride,
+                    int64_t count, uintptr_t index) {
+  return {at<const void>(data),    static_cast<Dtype>(dtype), batch_stride, token_stride, count,
+          at<const int64_t>(index)};
+}
+
+SinkhornProblems problems(int64_t batch, int64_t n, int64_t m, uintptr_t cost, uintptr_t reg,
+                          uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g, uintptr_t n_iter,
+                          uintptr_t marginal_error, uintptr_t status) {
+  return {batch,
+          n,
+          m,
+          at<const void>(cost),
+          at<double>(reg),
+          at<double>(a),
+          at<double>(b),
+          at<double>(f),
+          at<double>(g),
+          at<int64_t>(n_iter),
+          at<double>(marginal_error),
+          at<int64_t>(status)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, module) {
+  module.doc() = "CPU kernels of dotresize; called through dotresize.ops only.";
+  module.attr("TOKEN_BLOCK") = kTokenBlock;
+#ifdef _OPENMP
+  module.attr("OPENMP") = true;
+#else
+  module.attr("OPENMP") = false;
+#endif
+  module.def("simd_level", [] { return kernels().name; });
+
+  py::class_<Activations>(module, "Activations")
+      .def(py::init(&operand), py::arg("data"), py::arg("dtype"), py::arg("batch_stride"),
+           py::arg("token_stride"), py::arg("count"), py::arg("index"));
+  module.def(
+      "l1_cost",
+      [](int64_t batch, int64_t tokens, const Activations& x, const Activations& y, uintptr_t out,
+         bool symmetric, bool accumulate, double scale, int num_threads) {
+        l1_cost(batch, tokens, x, y, at<float>(out), {symmetric, accumulate, scale, num_threads});
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("tokens"), py::arg("x"),
+      py::arg("y"), py::arg("out"), py::arg("symmetric"), py::arg("accumulate"), py::arg("scale"),
+      py::arg("num_threads"));
+
+  py::class_<SinkhornProblems>(module, "SinkhornProblems")
+      .def(py::init(&problems), py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("cost"),
+           py::arg("reg"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
+           py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"));
+  module.def(
+      "sinkhorn",
+      [](const SinkhornProblems& p, bool use_float64, int64_t max_iter, double tol,
+         int num_threads) {
+        const SinkhornOptions options = {max_iter, tol, num_threads};
+        use_float64 ? sinkhorn<double>(p, options) : sinkhorn<float>(p, options);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("problems"), py::arg("use_float64"),
+      py::arg("max_iter"), py::arg("tol"), py::arg("num_threads"));
+}

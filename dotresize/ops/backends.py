@@ -1,0 +1,113 @@
+"""Which backends can run here, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+
+NAMES = ("triton", "cpp", "torch")
+
+
+@functools.cache
+def cpp() -> ModuleType:
+    """The compiled extension. torch is imported first so that both share one OpenMP runtime."""
+    from dotresize import _cpp
+
+    _cpp.simd_level()  # an impossible DOTRESIZE_SIMD shows here, not in the middle of a solve
+    return _cpp
+
+
+@functools.cache
+def _why_no_cpp() -> str | None:
+    try:
+        cpp()
+    except ImportError as error:
+        return f"the C++ extension is not built ({error}); reinstall dotresize with a C++ compiler"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _interpreting() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "no CUDA or ROCm device is visible to torch"
+    return None
+
+
+def _why_not(name: str, device: torch.device) -> str | None:
+    """None if the backend runs on tensors of this device, else the reason why it does not."""
+    if name == "torch":
+        return None
+    if name == "cpp":
+        why = _why_no_cpp()
+        return why or (None if device.type == "cpu" else f"it runs on CPU tensors, not {device}")
+    why = _why_no_triton()
+    if why is None and device.type != "cuda" and not (_interpreting() and device.type == "cpu"):
+        why = f"it runs on CUDA or ROCm tensors, not {device}"
+    return why
+
+
+def choose(backend: str, device: torch.device, *, supported: tuple[str, ...] = NAMES) -> str:
+    """The backend to run on tensors of ``device``.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a named backend
+    that cannot run; "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits.
+    """
+    if backend == "auto":
+        preferred = "triton" if device.type == "cuda" else "cpp"
+        usable = preferred in supported and _why_not(preferred, device) is None
+        return preferred if usable else "torch"
+    if backend not in NAMES:
+        raise ValueError(f"backend {backend!r}: must be one of auto, {', '.join(NAMES)}")
+    why = _why_not(backend, device)
+    if why is None and backend not in supported:
+        why = f"it does not support this option; {', '.join(supported)} does"
+    if why is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {why}")
+    return backend
+
+
+def backends() -> dict[str, dict[str, object]]:
+    """What runs here: for each backend ``available``, and either its details or the ``reason``.
+
+    >>> import dotresize
+    >>> dotresize.backends()["torch"]["available"]
+    True
+    """
+    report: dict[str, dict[str, object]] = {}
+    why = _why_no_triton()
+    if why is None:
+        import triton
+
+        interpreted = _interpreting()
+        device = "cpu (interpreter)" if interpreted else torch.cuda.get_device_name()
+        report["triton"] = {"available": True, "device": device, "version": triton.__version__}
+    else:
+        report["triton"] = {"available": False, "reason": why}
+    why = _why_no_cpp()
+    if why is None:
+        report["cpp"] = {
+            "available": True,
+            "device": "cpu",
+            "simd": cpp().simd_level(),
+            "openmp": cpp().OPENMP,
+            "threads": torch.get_num_threads(),
+        }
+    else:
+        report["cpp"] = {"available": False, "reason": why}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    report["torch"] = {"available": True, "device": device, "version": torch.__version__}
+    return report

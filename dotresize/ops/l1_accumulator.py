@@ -1,0 +1,133 @@
+"""The L1 cost over activations that arrive in chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotresize import reference
+from dotresize.ops.backends import choose
+from dotresize.ops.l1_cost import (
+    batched_index,
+    check_activations,
+    check_options,
+    check_targets,
+    launch,
+    operands,
+)
+
+
+class L1CostAccumulator:
+    """``l1_cost`` over activations that arrive in chunks and are never all resident.
+
+    Chunks may have any length: tokens are regrouped into blocks of 256, so the result is the one
+    of a single call over all tokens, to the last bit.
+
+    Args:
+        n: number of source neurons.
+        targets: int64 ``(m,)`` or ``(B, m)``: the targets are these sources.
+        m: number of targets when ``update`` is given their activations.
+        batch: number of problems B; None for 2-D chunks.
+        reduction, precision, backend: as in ``l1_cost``.
+        device: where the cost is kept; chunks must be there.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        targets: Tensor | None = None,
+        m: int | None = None,
+        batch: int | None = None,
+        reduction: str = "mean",
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_options(reduction, precision)
+        if targets is not None and m is not None:
+            raise ValueError("give targets or m, not both")
+        self.reduction = reduction
+        self.backend = backend
+        self.tokens = 0
+        self._n, self._m, self._batch = n, m, batch
+        self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        choose(backend, self._device)
+        self._targets = targets
+        problems = 1 if batch is None else batch
+        if targets is not None:
+            check_targets(targets, problems, n, batch is None)
+            self._targets = targets.to(self._device)
+        columns = m if m is not None else n if targets is None else targets.shape[-1]
+        self._total = torch.zeros(problems, n, columns, device=self._device)
+        # Tokens that do not fill a block yet, as views or copies: (x, y or None).
+        self._pending: list[tuple[Tensor, Tensor | None]] = []
+        self._pending_tokens = 0
+
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add a chunk: x ``(T, n)`` or ``(B, T, n)``, and y likewise if the cost was made with m.
+
+        Raises ValueError for shapes, dtypes or devices that do not fit, and for activations that
+        are not finite; the chunk is then not counted.
+        """
+        dims = 2 if self._batch is None else 3
+        if (y is None) != (self._m is None):
+            raise ValueError(f"y is {'missing' if y is None else 'unexpected'}: m={self._m}")
+        for name, value, width in (("x", x, self._n), ("y", y, self._m)):
+            if value is None:
+                continue
+            expected = (value.shape[-2] if value.dim() >= 2 else 0, width)
+            expected = expected if self._batch is None else (self._batch, *expected)
+            if value.dim() != dims or tuple(value.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
+            if value.device != self._device:
+                raise ValueError(f"{name} is on {value.device}, the cost on {self._device}")
+        if self._pending and x.dtype != self._pending[0][0].dtype:
+            raise ValueError(f"x has dtype {x.dtype}, earlier chunks {self._pending[0][0].dtype}")
+        x3, y3, _ = operands(x, y, None)
+        for value in (x3, y3):
+            if value is not None:
+                check_activations(value, "y" if value is y3 else "x")
+        self.tokens += x3.shape[1]
+        start = 0
+        if self._pending_tokens:
+            start = min(reference.TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
+            self._keep(x3[:, :start], None if y3 is None else y3[:, :start])
+            if self._pending_tokens == reference.TOKEN_BLOCK:
+                self._flush()
+        whole = (x3.shape[1] - start) // reference.TOKEN_BLOCK * reference.TOKEN_BLOCK
+        stop = start + whole
+        if whole:
+            self._add(x3[:, start:stop], None if y3 is None else y3[:, start:stop], self._total)
+        if stop < x3.shape[1]:
+            self._keep(x3[:, stop:], None if y3 is None else y3[:, stop:])
+
+    def result(self) -> Tensor:
+        """The cost over all tokens so far; more chunks may follow. ValueError if there are none."""
+        if self.tokens == 0:
+            raise ValueError("no tokens were added: a mean over none is undefined")
+        total = self._total.clone()
+        if self._pending_tokens:
+            self._add(*self._joined(), total)
+        if self.reduction == "mean":
+            total /= self.tokens
+        if not torch.isfinite(total).all():
+            raise ValueError("the sum of absolute differences overflows float32")
+        return total[0] if self._batch is None else total
+
+    def _keep(self, x: Tensor, y: Tensor | None) -> None:
+        self._pending.append((x.clone(), None if y is None else y.clone()))
+        self._pending_tokens += x.shape[1]
+
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        x = torch.cat([x for x, _ in self._pending], 1)
+        ys = [y for _, y in self._pending if y is not None]
+        return x, torch.cat(ys, 1) if ys else None
+
+    def _flush(self) -> None:
+        self._add(*self._joined(), self._total)
+        self._pending, self._pending_tokens = [], 0
+
+    def _add(self, x: Tensor, y: Tensor | None, total: Tensor) -> None:
+        index = None if self._targets is None else batched_index(self._targets, x.shape[0])
+        launch(x, y, index, total, accumulate=True, scale=1.0, backend=self.backend)

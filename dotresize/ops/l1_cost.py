@@ -1,0 +1,221 @@
+"""Batched pairwise L1 cost between neurons, from token-major activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotresize import reference
+from dotresize.ops.backends import choose, cpp
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_REDUCTIONS = ("mean", "sum")
+_PRECISIONS = ("fp32",)
+
+
+def l1_cost(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Pairwise L1 distance between the activations of neurons.
+
+    .. math:: C_{ij} = \frac{1}{T} \sum_{t=1}^{T} |x_{ti} - y_{tj}|
+
+    Args:
+        x: source activations, ``(T, n)`` or ``(B, T, n)``; float32, float16 or bfloat16.
+        y: target activations, ``(T, m)`` or ``(B, T, m)``, of the same dtype and device.
+        targets: int64 ``(m,)`` or ``(B, m)`` instead of y: ``y = x[..., targets]``, not copied.
+            With neither, y = x and only half of the pairs are computed.
+        reduction: "mean" or "sum" over tokens.
+        precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
+            blocks; relative error about 1e-6 up to 1e5 tokens.
+        out: float32 tensor of the result's shape to write into.
+        backend: "auto", "triton", "cpp" or "torch".
+
+    Returns:
+        float32 ``(n, m)`` or ``(B, n, m)``.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or indices; no tokens; activations that are not
+            finite (names the problem and the neuron).
+        RuntimeError: the named backend cannot run here.
+    """
+    check_options(reduction, precision)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")
+    single = x.dim() == 2
+    x3, y3, index = operands(x, y, targets)
+    if x3.shape[1] == 0:
+        raise ValueError("x has no tokens: a mean over none is undefined")
+    shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
+    result = _check_out(out, shape, single, x.device)
+    scale = float(x3.shape[1]) if reduction == "mean" else 1.0
+    launch(x3, y3, index, result, accumulate=False, scale=scale, backend=backend)
+    _check_finite(result, x3, y3)
+    if out is not None:
+        return out
+    return result[0] if single else result
+
+
+def check_options(reduction: str, precision: str) -> None:
+    """ValueError for a word that is not an option."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r}: must be one of {', '.join(_REDUCTIONS)}")
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision {precision!r}: must be one of {', '.join(_PRECISIONS)}")
+
+
+def operands(
+    x: Tensor, y: Tensor | None, targets: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Checks x, y and targets, and brings x and y to (B, T, neurons) and targets to contiguous (B, m)."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
+    if y is not None and targets is not None:
+        raise ValueError("give y or targets, not both")
+    x3 = x if x.dim() == 3 else x[None]
+    if y is not None:
+        if y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(f"y is {y.dtype} on {y.device}, x is {x.dtype} on {x.device}")
+        if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}: all but the last axis must be as in x, "
+                f"{tuple(x.shape)}"
+            )
+        return x3, y if y.dim() == 3 else y[None], None
+    if targets is None:
+        return x3, None, None
+    check_targets(targets, x3.shape[0], x3.shape[2], x.dim() == 2)
+    if targets.device != x.device:
+        raise ValueError(f"targets are on {targets.device}, x on {x.device}")
+    return x3, None, batched_index(targets, x3.shape[0])
+
+
+def batched_index(targets: Tensor, batch: int) -> Tensor:
+    """targets as contiguous (B, m)."""
+    return (targets if targets.dim() == 2 else targets.expand(batch, -1)).contiguous()
+
+
+def check_targets(targets: Tensor, batch: int, n: int, single: bool) -> None:
+    """ValueError unless targets are int64 (m,) or, for a batch, (batch, m), within 0..n-1."""
+    shapes: tuple[int, ...] = (1,) if single else (1, 2)
+    wrong_batch = targets.dim() == 2 and targets.shape[0] != batch
+    if targets.dtype != torch.int64 or targets.dim() not in shapes or wrong_batch:
+        raise ValueError(
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 (m,)"
+            + ("" if single else f" or ({batch}, m)")
+        )
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= n):
+        bad = targets[(targets < 0) | (targets >= n)][0].item()
+        raise ValueError(f"targets hold {bad}: must be from 0 to {n - 1}")
+
+
+def _check_out(
+    out: Tensor | None, shape: tuple[int, int, int], single: bool, device: torch.device
+) -> Tensor:
+    if out is None:
+        return torch.empty(shape, device=device)
+    wanted = shape[1:] if single else shape
+    if (
+        tuple(out.shape) != wanted
+        or out.dtype != torch.float32
+        or out.device != device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: must be contiguous "
+            f"float32 of shape {wanted} on {device}"
+        )
+    return out[None] if single else out
+
+
+def _count(x: Tensor, y: Tensor | None, index: Tensor | None) -> int:
+    return y.shape[2] if y is not None else x.shape[2] if index is None else index.shape[1]
+
+
+def _check_finite(cost: Tensor, x: Tensor, y: Tensor | None) -> None:
+    """The cost is finite if the activations are; only if not, look for the neuron at fault."""
+    if torch.isfinite(cost).all():
+        return
+    check_activations(x, "x")
+    if y is not None:
+        check_activations(y, "y")
+    raise ValueError("the sum of absolute differences overflows float32")
+
+
+def check_activations(value: Tensor, name: str) -> None:
+    """ValueError naming the first problem and neuron that are not finite. value: (B, T, n)."""
+    finite = torch.isfinite(value)
+    if finite.all():
+        return
+    problem, neuron = (~finite.all(1)).nonzero()[0].tolist()
+    raise ValueError(f"activations {name} of problem {problem}, neuron {neuron} are not finite")
+
+
+def launch(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    *,
+    accumulate: bool,
+    scale: float,
+    backend: str,
+) -> None:
+    """out (+)= sum over tokens / scale, on one backend. Shapes were checked by the callers."""
+    chosen = choose(backend, x.device)
+    if out.numel() == 0:
+        return
+    if chosen == "cpp":
+        _launch_cpp(x, y, index, out, accumulate, scale)
+    elif chosen == "triton":
+        from dotresize.kernels import l1_cost as kernel
+
+        kernel.l1_cost(x, y, index, out, accumulate=accumulate, scale=scale)
+    else:
+        sources = x.float()
+        if y is not None:
+            columns = y.float()
+        elif index is not None:
+            columns = sources.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+        else:
+            columns = sources
+        total = reference.l1_cost(sources, columns, out.clone() if accumulate else None)
+        out.copy_(total / scale)
+
+
+def _launch_cpp(
+    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
+) -> None:
+    extension = cpp()
+
+    def operand(value: Tensor, columns: Tensor | None) -> object:
+        return extension.Activations(
+            data=value.data_ptr(),
+            dtype=_DTYPES.index(value.dtype),
+            batch_stride=value.stride(0),
+            token_stride=value.stride(1),
+            count=value.shape[2] if columns is None else columns.shape[1],
+            index=0 if columns is None else columns.data_ptr(),
+        )
+
+    x = x if x.stride(2) == 1 else x.contiguous()
+    if y is not None:
+        y = y if y.stride(2) == 1 else y.contiguous()
+    extension.l1_cost(
+        batch=x.shape[0],
+        tokens=x.shape[1],
+        x=operand(x, None),
+        y=operand(x if y is None else y, index),
+        out=out.data_ptr(),
+        symmetric=y is None and index is None,
+        accumulate=accumulate,
+        scale=scale,
+        num_threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,142 @@
+"""What a Sinkhorn solve returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
+
+
+@dataclass(frozen=True, eq=False)
+class SinkhornResult:
+    """Solution of one entropic transport problem, of a batch, or of a ragged list of them.
+
+    A single problem has plain numbers and 2-D tensors; a batch has tensors and tuples with one
+    entry per problem; a ragged list has tuples of tensors. ``result[i]`` is problem i by itself.
+
+    Attributes:
+        potentials: ``(f, g)`` in the cost's dtype, dimensionless, in POT's gauge:
+            ``plan = exp(f_i + g_j - cost_ij / reg)``.
+        n_iter: iterations done (updates of g).
+        marginal_error: ``max(|P1 - a|_1, |P'1 - b|_1)`` of the plan returned. Rows are exact at
+            exit up to rounding, so this is the columns' error.
+        converged: marginal_error reached ``tol``.
+        status: "converged", "max_iter", "infeasible" (a row or column of positive mass whose
+            every cost is +inf; the plan is 0) or "invalid" (NaN or -inf in the cost; the plan
+            is NaN).
+        plan: computed when first asked for, from float64 potentials.
+        value_linear: ``<C, P>``.
+        value: ``<C, P> + reg * sum P log P``, as POT's ``solve_batch`` with reg_type "entropy".
+    """
+
+    potentials: tuple
+    n_iter: int | Tensor
+    marginal_error: float | Tensor
+    converged: bool | Tensor
+    status: str | tuple[str, ...]
+    _problems: tuple[_Problem, ...]
+    _layout: str  # "single", "batch" or "ragged"
+
+    @classmethod
+    def collect(cls, problems: list[_Problem], layout: str) -> SinkhornResult:
+        """From solved problems, in the layout of the caller's cost."""
+        if layout == "single":
+            only = problems[0]
+            return cls(
+                only.potentials,
+                only.n_iter,
+                only.marginal_error,
+                only.status == "converged",
+                only.status,
+                (only,),
+                layout,
+            )
+        f = [problem.potentials[0] for problem in problems]
+        g = [problem.potentials[1] for problem in problems]
+        return cls(
+            (tuple(f), tuple(g)) if layout == "ragged" else (torch.stack(f), torch.stack(g)),
+            torch.tensor([problem.n_iter for problem in problems], dtype=torch.int64),
+            torch.tensor([problem.marginal_error for problem in problems], dtype=torch.float64),
+            torch.tensor([problem.status == "converged" for problem in problems]),
+            tuple(problem.status for problem in problems),
+            tuple(problems),
+            layout,
+        )
+
+    def __getitem__(self, index: int) -> SinkhornResult:
+        return SinkhornResult.collect([self._problems[index]], "single")
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __iter__(self) -> Iterator[SinkhornResult]:
+        return (self[i] for i in range(len(self)))
+
+    def _gather(self, values: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if self._layout == "single":
+            return values[0]
+        return tuple(values) if self._layout == "ragged" else torch.stack(values)
+
+    @property
+    def potential_a(self) -> Tensor | tuple[Tensor, ...]:
+        """f; POT's name for it."""
+        return self.potentials[0]
+
+    @property
+    def potential_b(self) -> Tensor | tuple[Tensor, ...]:
+        """g; POT's name for it."""
+        return self.potentials[1]
+
+    @cached_property
+    def plan(self) -> Tensor | tuple[Tensor, ...]:
+        return self._gather([problem.plan() for problem in self._problems])
+
+    @property
+    def value_linear(self) -> float | Tensor:
+        return self._number([problem.values()[0] for problem in self._problems])
+
+    @property
+    def value(self) -> float | Tensor:
+        return self._number([problem.values()[1] for problem in self._problems])
+
+    def _number(self, values: list[float]) -> float | Tensor:
+        return values[0] if self._layout == "single" else torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One solved problem; the cost is the caller's tensor, not a copy."""
+
+    cost: Tensor  # (n, m)
+    reg: float
+    f: Tensor  # (n,) float64
+    g: Tensor  # (m,) float64
+    n_iter: int
+    marginal_error: float
+    status: str
+
+    @property
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        return self.f.to(self.cost.dtype), self.g.to(self.cost.dtype)
+
+    def plan(self) -> Tensor:
+        # In float64, by blocks of rows: f, g and cost / reg may be large numbers that nearly
+        # cancel. A forbidden pair meets f = -inf or g = -inf as -inf, never as NaN.
+        rows = max(1, 2**22 // max(1, self.cost.shape[1]))
+        plan = torch.empty_like(self.cost, memory_format=torch.contiguous_format)
+        for start in range(0, self.cost.shape[0], rows):
+            block = slice(start, start + rows)
+            scaled = self.cost[block].double() / self.reg
+            plan[block] = (self.f[block, None] + self.g - scaled).exp().to(plan.dtype)
+        return plan
+
+    def values(self) -> tuple[float, float]:
+        plan = self.plan().double()
+        linear = torch.where(plan > 0, plan * self.cost.double(), 0.0).sum()
+        linear = linear if self.status != "invalid" else linear * torch.nan
+        return float(linear), float(linear + self.reg * torch.special.xlogy(plan, plan).sum())
