@@ -11,6 +11,10 @@ import torch
 NAMES = ("triton", "cpp", "torch")
 
 
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot run here; the message says why."""
+
+
 @functools.cache
 def cpp() -> ModuleType:
     """The compiled extension. torch is imported first so that both share one OpenMP runtime."""
@@ -60,23 +64,20 @@ def _why_not(name: str, device: torch.device) -> str | None:
     return why
 
 
-def choose(backend: str, device: torch.device, *, supported: tuple[str, ...] = NAMES) -> str:
+def choose(backend: str, device: torch.device) -> str:
     """The backend to run on tensors of ``device``.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for a named backend
-    that cannot run; "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits.
+    "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits. Raises ValueError
+    for an unknown name and BackendError, with the reason, for a named backend that cannot run.
     """
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "cpp"
-        usable = preferred in supported and _why_not(preferred, device) is None
-        return preferred if usable else "torch"
+        return preferred if _why_not(preferred, device) is None else "torch"
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r}: must be one of auto, {', '.join(NAMES)}")
     why = _why_not(backend, device)
-    if why is None and backend not in supported:
-        why = f"it does not support this option; {', '.join(supported)} does"
     if why is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run here: {why}")
+        raise BackendError(f"backend {backend!r} cannot run here: {why}")
     return backend
 
 

@@ -76,10 +76,10 @@ class L1CostAccumulator:
         for name, value, width in (("x", x, self._n), ("y", y, self._m)):
             if value is None:
                 continue
-            expected = (value.shape[-2] if value.dim() >= 2 else 0, width)
-            expected = expected if self._batch is None else (self._batch, *expected)
-            if value.dim() != dims or tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
+            batch_fits = self._batch is None or value.shape[0] == self._batch
+            if value.dim() != dims or not batch_fits or value.shape[-1] != width:
+                wanted = f"(T, {width})" if dims == 2 else f"({self._batch}, T, {width})"
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {wanted}")
             if value.device != self._device:
                 raise ValueError(f"{name} is on {value.device}, the cost on {self._device}")
         if self._pending and x.dtype != self._pending[0][0].dtype:

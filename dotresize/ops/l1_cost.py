@@ -74,7 +74,7 @@ def check_options(reduction: str, precision: str) -> None:
 def operands(
     x: Tensor, y: Tensor | None, targets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Checks x, y and targets, and brings x and y to (B, T, neurons) and targets to contiguous (B, m)."""
+    """Checks the three; returns x and y as (B, T, neurons), targets as contiguous (B, m)."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
     if y is not None and targets is not None:

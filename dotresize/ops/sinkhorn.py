@@ -179,7 +179,7 @@ def _solve_batch(
     backend: str,
 ) -> list[_Problem]:
     chosen = choose(backend, cost.device)
-    batch, n, m = cost.shape
+    n, m = cost.shape[1:]
     if n == 0 or m == 0:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: a problem needs rows and columns")
     masses_a, masses_b = a.sum(1), b.sum(1)

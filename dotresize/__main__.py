@@ -1,0 +1,5 @@
+import sys
+
+from dotresize.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""Apply a width map to a model's weights, by its architecture's axis table.
+
+With an orthonormal Q (D, k) and s = sqrt(k / D), weights in ``nn.Linear`` layout (out, in):
+
+    embedding  E <- s E Q            writer  W <- s Q' W,  bias <- s bias Q
+    reader     W <- W diag(w) Q / s  norm    w <- 1
+
+An RMSNorm divides by the root of the mean over its width. Scaling what is written by s makes the
+mean over k channels what the mean over D was, so the new model's own norms, eps included, equal
+the projected dense model's, up to the factor s that the readers undo.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dotresize.models import Architecture, architecture_of
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether embedding and head are one tensor."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
+    """A new model of residual width ``q.shape[1]``; the given one is untouched.
+
+    Args:
+        model: a transformers causal language model of a supported architecture.
+        q: (D, k) float64 with orthonormal columns.
+        untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
+            kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
+            small only if q is close to a selection of axes.
+
+    Returns:
+        a model of the same class and dtype whose plain checkpoint holds the result.
+    """
+    architecture = architecture_of(model.config)
+    width, narrow = q.shape
+    s = (narrow / width) ** 0.5
+    tied = is_tied(model) and not untie
+    old = model.state_dict()
+    new = dict(old)
+
+    def put(name: str, weight: Tensor) -> None:
+        new[name] = weight.to(old[name].dtype).contiguous()
+
+    def wide(name: str) -> Tensor:
+        return old[name].to(q)
+
+    embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
+    put(embedding, s * wide(embedding) @ q)
+    for prefix, sublayer in _sublayers(model, architecture):
+        norm = f"{prefix}.{sublayer.norm}.weight"
+        for reader in sublayer.readers:
+            name = f"{prefix}.{reader}.weight"
+            put(name, (wide(name) * wide(norm)) @ q / s)
+        writer = f"{prefix}.{sublayer.writer}"
+        put(f"{writer}.weight", s * q.mT @ wide(f"{writer}.weight"))
+        if f"{writer}.bias" in old:
+            put(f"{writer}.bias", s * wide(f"{writer}.bias") @ q)
+        put(norm, torch.ones(narrow))
+    final = f"{architecture.final_norm}.weight"
+    scale = wide(final)
+    if tied:
+        put(final, (q * q * scale[:, None]).sum(0) / s**2)
+        new[head] = new[embedding]
+    else:
+        source = head if head in old else embedding
+        new[head] = ((wide(source) * scale) @ q / s).to(old[source].dtype).contiguous()
+        put(final, torch.ones(narrow))
+    return _build(model, narrow, tied, new)
+
+
+def _sublayers(model: nn.Module, architecture: Architecture) -> Any:
+    for i in range(len(model.get_submodule(architecture.layers))):  # type: ignore[arg-type]
+        for sublayer in architecture.sublayers:
+            yield f"{architecture.layers}.{i}", sublayer
+
+
+def narrow_config(config: Any, width: int, *, tied: bool | None = None) -> Any:
+    """The config of the narrowed model; its class refuses a width its loader would refuse."""
+    new = copy.deepcopy(config)
+    new.head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    new.hidden_size = width
+    if tied is not None:
+        new.tie_word_embeddings = tied
+    return new
+
+
+def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
+    config = narrow_config(model.config, width, tied=tied)
+    device = next(model.parameters()).device
+    narrow = type(model)(config).to(device=device, dtype=model.dtype)
+    narrow.load_state_dict(weights)
+    narrow.generation_config = copy.deepcopy(model.generation_config)
+    return narrow.eval()

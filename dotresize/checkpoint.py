@@ -1,0 +1,134 @@
+"""Reading and writing model directories: safetensors and GGUF only, nothing executable.
+
+An output directory appears whole or not at all: it is written beside its final name and renamed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotresize.models import architecture_of
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(source: str, device: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer from a directory, a .gguf file or a hub id.
+
+    Weights keep their dtype; quantised GGUF weights become float32. Raises ValueError in one line
+    for what is missing, unsupported or damaged.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    where, options = _locate(source)
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+        architecture_of(config)
+        dtype = torch.float32 if "gguf_file" in options else "auto"
+        if dtype == "auto":
+            options["use_safetensors"] = True
+        model, problems = transformers.AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_tokenizer_options(options))
+    except (OSError, ImportError, RuntimeError, KeyError) as error:
+        raise ValueError(f"model {source}: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ not in ("SafetensorError", "HFValidationError"):
+            raise
+        raise ValueError(f"model {source}: {_first_line(error)}") from error
+    damaged = {
+        kind: names for kind, names in problems.items() if names and kind != "unexpected_keys"
+    }
+    if damaged:
+        kind, names = next(iter(damaged.items()))
+        raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+    _forget_quantisation(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    path = Path(source)
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ValueError(f"model {source}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {source}: a directory without config.json is not a model")
+        return str(path), {"trust_remote_code": False}
+    if path.exists():
+        raise ValueError(f"model {source}: must be a directory, a .gguf file or a hub id")
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(f"model {source}: no such directory")
+    return source, {"trust_remote_code": False}
+
+
+def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "use_safetensors"}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _forget_quantisation(model: Any) -> None:
+    """A dequantised model still names its old format, and refuses to be saved for it."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def check_output(out: str | Path) -> Path:
+    """ValueError unless ``out`` can become a new directory: absent or empty, parent writable."""
+    path = Path(out)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"output {path}: the directory exists and is not empty")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {path}: a file of that name exists")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output {path}: {parent} is not a writable directory")
+    return path
+
+
+def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
+    """Make directory ``out`` with what ``fill`` writes into the directory it is given.
+
+    Either all of it appears under the final name or nothing does.
+    """
+    path = check_output(out)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+    try:
+        fill(partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        for file in partial.iterdir():
+            file.chmod(0o666 & ~umask)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        partial.rename(path.absolute())
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Plain checkpoint: config, safetensors shards, generation config, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,112 @@
+"""Command line: ``dotresize compress | eval | info``.
+
+Exit codes: 0 done, 2 bad usage or bad input, 1 anything else; each failure is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from dotresize.ops.backends import BackendError
+
+logger = logging.getLogger("dotresize")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, without the usage text in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"dotresize: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dotresize", description="Make a language model narrower.")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+
+    compress = verbs.add_parser("compress", help="narrow a model into a new directory")
+    compress.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
+    compress.add_argument("out", metavar="OUT", help="directory to make")
+    compress.add_argument(
+        "--width", type=float, default=0.8, help="fraction up to 1, or an exact number (0.8)"
+    )
+    compress.add_argument("--method", default="dot", help="dot, pca or magnitude (dot)")
+    compress.add_argument("--scope", default="global", help="global (one map, plain checkpoint)")
+    compress.add_argument("--reg", type=float, default=3.0, help="times the mean cost (3)")
+    compress.add_argument("--factor", default="polar", help="polar or qr (polar)")
+    compress.add_argument("--no-refit", action="store_true", help="do not correct the readers")
+    compress.add_argument("--ridge", type=float, default=0.01, help="of the refit (0.01)")
+    compress.add_argument("--untie", action="store_true", help="give a tied head its own weights")
+    compress.add_argument(
+        "--calibration",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="text or .jsonl; each file gives an equal share of the windows",
+    )
+    compress.add_argument("--windows", type=int, default=32, help="calibration windows (32)")
+    compress.add_argument(
+        "--compare",
+        action="store_true",
+        help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
+    )
+    compress.add_argument("--seed", type=int, default=0, help="places the windows (0)")
+    compress.add_argument(
+        "--resume", action="store_true", help="do nothing if OUT is complete with these settings"
+    )
+    _add_common(compress)
+    compress.add_argument("--eval", action="extend", nargs="+", metavar="FILE", help="as below")
+
+    evaluate = verbs.add_parser("eval", help="perplexity of each text file")
+    evaluate.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
+    evaluate.add_argument("eval", nargs="+", metavar="FILE", help="text or .jsonl")
+    _add_common(evaluate)
+
+    verbs.add_parser("info", help="backends, devices and versions")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=int, default=512, help="tokens per window (512)")
+    parser.add_argument(
+        "--eval-windows", type=int, help="evaluate this many windows, spread evenly (all)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
+    parser.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    if getattr(args, "quiet", False):
+        os.environ["TQDM_DISABLE"] = "1"
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from dotresize import commands  # transformers is slow to import; mistakes above are not
+
+        return commands.run(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left behind", 1)
+    except (ValueError, BackendError) as error:
+        if os.environ.get("DOTRESIZE_DEBUG"):
+            raise
+        return _fail(" ".join(str(error).split()), 2)
+    except (OSError, MemoryError) as error:
+        return _fail(f"{type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"dotresize: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What each verb of the command line does."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dotresize
+from dotresize import checkpoint, report
+from dotresize.calibration import Statistics, collect, random_windows, tokenize
+from dotresize.compress import METHODS, check_weights, compress, count_parameters
+from dotresize.evaluate import evaluation_windows, perplexity
+from dotresize.models import architecture_of
+from dotresize.ops.backends import choose
+from dotresize.width import choose_width
+
+logger = logging.getLogger("dotresize")
+
+# Options that decide what the output holds; a resumed run must have the same.
+_SETTINGS = (
+    *("model", "width", "method", "scope", "reg", "factor", "no_refit", "ridge", "untie"),
+    *("calibration", "windows", "window", "seed", "eval", "eval_windows"),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch on ``args.verb``; returns the exit code."""
+    return {"compress": _compress, "eval": _eval, "info": _info}[args.verb](args)
+
+
+def _info(_: argparse.Namespace) -> int:
+    import numpy
+    import transformers
+
+    lines = [f"dotresize {dotresize.__version__}"]
+    for name, details in dotresize.backends().items():
+        available = details.pop("available")
+        what = ", ".join(f"{key} {value}" for key, value in details.items())
+        lines.append(f"{name:7} {'' if available else 'not '}available: {what}")
+    lines.append(
+        f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    _check_windows(args)
+    model, tokenizer = checkpoint.load(args.model, device)
+    for name, windows in _evaluation_texts(args, tokenizer).items():
+        sys.stdout.write(f"{name}  {perplexity(model, windows, desc=name):.4f}\n")
+    return 0
+
+
+def _compress(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    _check_options(args, device)
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings["text_sha256"] = _digests([*args.calibration, *(args.eval or [])])
+    if args.resume and _already_done(args.out, settings):
+        logger.info("%s is complete with these settings; nothing to do", args.out)
+        return 0
+    checkpoint.check_output(args.out)
+    model, tokenizer = checkpoint.load(args.model, device)
+    check_weights(model)
+    new_width = _announce_width(model, args.width)
+    streams = [
+        _long_enough(path, tokenize(path, tokenizer), args.window) for path in args.calibration
+    ]
+    tokens = random_windows(streams, args.windows, args.window, args.seed)
+    texts = _evaluation_texts(args, tokenizer)
+    methods = METHODS if args.compare else (args.method,)
+    statistics = collect(
+        model, tokens, cost="dot" in methods, moment="pca" in methods, backend=args.backend
+    )
+    dense = _dense_report(model, texts)
+    rows = [dense]
+    if args.compare:
+        for method in ("magnitude", "pca", "dot"):
+            if args.no_refit and method == args.method:
+                continue
+            narrow, row = _one(args, model, tokens, statistics, method=method, refit=False)
+            rows.append(_evaluate_into(row, narrow, texts, dense))
+            del narrow
+    narrow, main_report = _one(
+        args, model, tokens, statistics, method=args.method, refit=not args.no_refit
+    )
+    rows.append(_evaluate_into(main_report, narrow, texts, dense))
+    assert main_report["width"]["new"] == new_width
+    main_report["settings"] = settings
+    if args.compare:
+        main_report["compared"] = copy.deepcopy(rows[:-1])
+
+    def fill(folder: Path) -> None:
+        checkpoint.save(narrow, tokenizer, folder)
+        report.write(main_report, folder, args.model)
+
+    checkpoint.write_whole(args.out, fill)
+    sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with plain transformers\n")
+    return 0
+
+
+def _one(
+    args: argparse.Namespace,
+    model: Any,
+    tokens: Tensor,
+    statistics: Statistics,
+    *,
+    method: str,
+    refit: bool,
+) -> tuple[Any, dict[str, Any]]:
+    return compress(
+        model,
+        tokens,
+        width=args.width,
+        method=method,
+        scope=args.scope,
+        refit=refit,
+        reg=args.reg,
+        factor=args.factor,
+        ridge=args.ridge,
+        untie=args.untie,
+        backend=args.backend,
+        statistics=statistics,
+    )
+
+
+def _evaluate_into(
+    row: dict[str, Any], model: Any, texts: dict[str, Tensor], dense: dict[str, Any] | None
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    row["perplexity"] = {
+        name: perplexity(model, windows, desc=f"{report.label(row)}, {name}")
+        for name, windows in texts.items()
+    }
+    row["seconds"]["evaluation"] = time.perf_counter() - start if texts else 0.0
+    if dense is not None:
+        row["dense_perplexity"] = dense["perplexity"]
+    return row
+
+
+def _dense_report(model: Any, texts: dict[str, Tensor]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "method": "dense",
+        "width": {"new": model.config.hidden_size},
+        "parameters": {"narrow": count_parameters(model)},
+        "tied": bool(model.config.tie_word_embeddings),
+        "plain_checkpoint": True,
+        "seconds": {},
+    }
+    return _evaluate_into(row, model, texts, None)
+
+
+def _check_options(args: argparse.Namespace, device: torch.device) -> None:
+    """What can be refused before the model is read."""
+    if not args.calibration:
+        raise ValueError("--calibration: give at least one text or .jsonl file")
+    if args.method not in METHODS:
+        raise ValueError(f"--method {args.method}: must be one of {', '.join(METHODS)}")
+    if args.windows < 1:
+        raise ValueError(f"--windows {args.windows}: must be at least 1")
+    _check_windows(args)
+    choose(args.backend, device)
+
+
+def _check_windows(args: argparse.Namespace) -> None:
+    if args.window < 2:
+        raise ValueError(f"--window {args.window}: must be at least 2 tokens")
+    if args.eval_windows is not None and args.eval_windows < 1:
+        raise ValueError(f"--eval-windows {args.eval_windows}: must be at least 1")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _announce_width(model: Any, asked: float) -> int:
+    width = model.config.hidden_size
+    divisor = architecture_of(model.config).divisor(model.config)
+    new = choose_width(asked, width, divisor)
+    note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+    logger.info("width %d -> %d (asked for %g%s)", width, new, asked, note)
+    return new
+
+
+def _long_enough(path: str, stream: Tensor, window: int) -> Tensor:
+    if len(stream) < window:
+        raise ValueError(f"text file {path} has {len(stream)} tokens: one window takes {window}")
+    return stream
+
+
+def _evaluation_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
+    texts = {}
+    for path in args.eval or []:
+        stream = tokenize(path, tokenizer)
+        texts[Path(path).stem] = evaluation_windows(stream, args.window, args.eval_windows)
+    return texts
+
+
+def _digests(paths: list[str]) -> dict[str, str]:
+    digests = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"text file {path} does not exist")
+        digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return digests
+
+
+def _already_done(out: str, settings: dict[str, Any]) -> bool:
+    path = Path(out) / "dotresize.json"
+    if not path.is_file():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"output {out}: made with another {changed[0]} "
+            f"({before.get(changed[0])} then, {settings[changed[0]]} now)"
+        )
+    return True

@@ -1,0 +1,179 @@
+"""From a transport plan to an orthonormal width map.
+
+Row convention: hidden states are ``(tokens, D)``; a map T is ``(D, k)`` and narrows by ``X T``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dotresize.ops.sinkhorn import sinkhorn
+
+# Beyond this condition number, after the constant direction is taken out, a direction of the span
+# is lost in float64 as well.
+MAX_CONDITION = 1e8
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``T = q @ r`` with orthonormal columns in q.
+
+    Attributes:
+        q: (D, k) float64, ``q.T @ q = I``.
+        r: (k, k) float64; symmetric positive for "polar", upper triangular with positive diagonal
+            for "qr".
+        cond: condition number of T.
+        cond_deflated: the same without T's largest singular direction. A transport map averages,
+            so its largest direction is nearly the constant vector and dwarfs the rest; what
+            remains says whether the span is healthy.
+    """
+
+    q: Tensor
+    r: Tensor
+    cond: float
+    cond_deflated: float
+
+
+def transport_map(plan: Tensor) -> Tensor:
+    r"""The map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
+
+    plan: (n, k), non-negative -> (n, k), columns summing to 1: each new neuron is a convex mix of
+    old ones. Raises ValueError naming the first column that receives no mass.
+    """
+    if plan.dim() != 2:
+        raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k)")
+    if not torch.isfinite(plan).all() or (plan < 0).any():
+        raise ValueError("plan holds negative or non-finite entries")
+    mass = plan.sum(0)
+    if (mass == 0).any():
+        raise ValueError(f"column {int((mass == 0).nonzero()[0])} of the plan receives no mass")
+    return plan / mass
+
+
+def factorize(
+    T: Tensor, method: str = "polar", *, name: str = "the map", max_cond: float = MAX_CONDITION
+) -> Factors:
+    """Split a map into an orthonormal basis of its span and the rest: ``T = q @ r``.
+
+    A model narrowed with T depends on span(T) only (r cancels against the pseudo-inverse), so
+    both methods give the same function; "polar" is the orthonormal basis nearest to T, hence the
+    nearest to a plain selection of neurons, which keeps tied embeddings tied (see ``align``).
+
+    Args:
+        T: (D, k) with k <= D. Computed in float64.
+        method: "polar" or "qr" (positive diagonal).
+        name: what T is, for the error message.
+        max_cond: largest accepted condition number of the deflated map.
+
+    Raises:
+        ValueError: wrong shape or method, not finite, or a collapsed span, by name.
+    """
+    if method not in ("polar", "qr"):
+        raise ValueError(f"factorisation {method!r}: must be polar or qr")
+    if T.dim() != 2 or T.shape[1] > T.shape[0] or T.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(T.shape)}: must be (D, k) with 0 < k <= D")
+    work = T.double()
+    if not torch.isfinite(work).all():
+        raise ValueError(f"{name} holds non-finite entries")
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    floor = s[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    cond = float(s[0] / floor)
+    cond_deflated = float(s[min(1, len(s) - 1)] / floor)
+    if cond_deflated > max_cond:
+        lost = int((s < s[min(1, len(s) - 1)] / max_cond).sum())
+        raise ValueError(
+            f"{name}: its span has collapsed, {lost} of {len(s)} directions are lost "
+            f"(condition number {cond_deflated:.1e} beside the constant direction, at most "
+            f"{max_cond:.0e} is accepted); use a smaller reg or a larger width"
+        )
+    if method == "polar":
+        return Factors(u @ vh, vh.mT @ (s[:, None] * vh), cond, cond_deflated)
+    q, r = torch.linalg.qr(work)
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
+    return Factors(q * sign, sign[:, None] * r, cond, cond_deflated)
+
+
+def align(q: Tensor, selection: Tensor) -> Tensor:
+    """The basis of span(q) nearest to the plain selection of k axes (orthogonal Procrustes).
+
+    ``q polar(q[selection]^T)``: the same span, so the same function of an untied model, but as
+    axis-aligned as the span allows. q: (D, k) orthonormal; selection: int64 (k,) -> (D, k).
+    """
+    u, _, vh = torch.linalg.svd(q[selection].mT)
+    return q @ (u @ vh)
+
+
+@dataclass
+class WidthMap:
+    """A narrowing of the residual stream, however it was found.
+
+    Attributes:
+        q: (D, k) float64, orthonormal columns.
+        selection: int64 (k,), the old neuron that each new one stands for, ascending.
+        details: figures for the report.
+        seconds: time per stage.
+    """
+
+    q: Tensor
+    selection: Tensor
+    details: dict[str, object] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def largest(importance: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries, ascending. importance: (D,) -> int64 (k,)."""
+    return importance.topk(k).indices.sort().values
+
+
+def transport(
+    cost: Tensor,
+    importance: Tensor,
+    k: int,
+    *,
+    reg: float = 3.0,
+    factor: str = "polar",
+    backend: str = "auto",
+) -> WidthMap:
+    """The transport map from all neurons onto the k most important ones, factorised.
+
+    Args:
+        cost: (D, D) pairwise L1 cost of the neurons' activations.
+        importance: (D,) mean magnitudes.
+        reg: in units of the mean cost, so that it does not depend on the cost's scale.
+        factor: method of ``factorize``.
+
+    Raises ValueError if the map's span collapses, naming the reg.
+    """
+    selection = largest(importance, k)
+    start = time.perf_counter()
+    # float64: at large reg the columns of T are nearly parallel, and what tells them apart is
+    # what the span is made of.
+    chosen = cost[:, selection].double()
+    scale = float(chosen.mean())
+    result = sinkhorn(chosen, reg * scale, tol=1e-9, backend=backend)
+    middle = time.perf_counter()
+    factors = factorize(
+        transport_map(cast(Tensor, result.plan)),
+        factor,
+        name=f"the transport map at reg {reg:g} x mean cost",
+    )
+    return WidthMap(
+        factors.q,
+        selection,
+        {
+            "reg": reg,
+            "mean_cost": scale,
+            "iterations": result.n_iter,
+            "marginal_error": result.marginal_error,
+            "status": result.status,
+            "factor": factor,
+            "cond": factors.cond,
+            "cond_deflated": factors.cond_deflated,
+        },
+        {"sinkhorn": middle - start, "factorisation": time.perf_counter() - middle},
+    )

@@ -1,0 +1,85 @@
+"""What a run says about itself: the table on the terminal, dotresize.json and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dotresize.compress import STAGES
+
+_LABELS = {"dot": "transport", "pca": "PCA", "magnitude": "magnitude"}
+
+
+def label(report: dict[str, Any]) -> str:
+    """A column's heading: the method, and whether its readers were refitted."""
+    name = _LABELS.get(report["method"], report["method"])
+    return f"{name} + refit" if report.get("refit") else name
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Reports side by side, one column each; the first is usually the dense model's."""
+    texts = list(dict.fromkeys(name for report in reports for name in report["perplexity"]))
+    rows: list[tuple[str, list[str]]] = [
+        ("width", [str(r["width"]["new"]) for r in reports]),
+        ("parameters, total", [_millions(r["parameters"]["narrow"]["total"]) for r in reports]),
+        (
+            "  non-embedding",
+            [_millions(r["parameters"]["narrow"]["non_embedding"]) for r in reports],
+        ),
+        ("tied embeddings", ["yes" if r["tied"] else "no" for r in reports]),
+        ("plain checkpoint", ["yes" if r["plain_checkpoint"] else "no" for r in reports]),
+    ]
+    for name in texts:
+        values = [r["perplexity"].get(name) for r in reports]
+        rows.append((f"perplexity, {name}", ["-" if v is None else f"{v:.2f}" for v in values]))
+    for stage in STAGES:
+        values = [r["seconds"].get(stage, 0.0) for r in reports]
+        rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in values]))
+    heading = ("", [label(r) for r in reports])
+    first = max(len(name) for name, _ in rows)
+    widths = [max(len(cells[i]) for _, cells in [heading, *rows]) for i in range(len(reports))]
+    lines = []
+    for name, cells in [heading, *rows]:
+        padded = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name.ljust(first)}  {padded}".rstrip())
+    lines.insert(1, "-" * len(lines[1]))
+    return "\n".join(lines)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def write(report: dict[str, Any], folder: Path, source: str) -> None:
+    """dotresize.json and README.md into an output directory."""
+    (folder / "dotresize.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(report, source), encoding="utf-8")
+
+
+def _model_card(report: dict[str, Any], source: str) -> str:
+    width, parameters = report["width"], report["parameters"]
+    perplexity = "".join(
+        f"| {name} | {report['dense_perplexity'][name]:.2f} | {value:.2f} |\n"
+        for name, value in report["perplexity"].items()
+    )
+    if perplexity:
+        perplexity = f"\n| perplexity | base | this model |\n|---|---|---|\n{perplexity}"
+    name = source if "/" in source and not Path(source).exists() else Path(source).name
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {name}
+tags: [dotresize, compressed]
+---
+
+# {name}, narrowed
+
+Residual width {width["old"]} -> {width["new"]} by {label(report)}, with
+dotresize {report["versions"]["dotresize"]}.
+Parameters {_millions(parameters["dense"]["total"])} -> {_millions(parameters["narrow"]["total"])}
+(tied tensors counted once); embeddings {"tied" if report["tied"] else "not tied"}.
+A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code.
+{perplexity}
+Every parameter of the run is in `dotresize.json`.
+"""
