@@ -105,7 +105,7 @@ class Statistics:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class _StopForwardError(Exception):
+class StopForward(Exception):
     """Raised in a hook to leave a forward pass whose rest is not needed."""
 
 
@@ -118,12 +118,12 @@ def residual_stream(model: Any, ids: Tensor) -> Tensor:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].flatten(0, -2))
         if module is norms[-1]:
-            raise _StopForwardError
+            raise StopForward
 
     handles = [norm.register_forward_pre_hook(keep) for norm in norms]
     try:
         model(input_ids=ids, use_cache=False)
-    except _StopForwardError:
+    except StopForward:
         pass
     finally:
         for handle in handles:

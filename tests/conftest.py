@@ -1,0 +1,115 @@
+"""Shared pieces of the tests: the list of backends, and tiny models.
+
+Without a GPU, Triton kernels run in its interpreter, which must be chosen before they are
+imported; tests/aot_compile.py covers real compilation in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+BACKENDS = ("torch", "cpp", "triton")
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and ON_GPU else "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_model(kind: str = "llama", *, tied: bool = True, dtype=torch.float32, **changes):
+    """A random model of 3 layers and width 24, its norms and biases not at their initial values."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        kind,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=259,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=256,
+        **changes,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny tied Llama with a byte-level tokenizer, saved as a plain checkpoint."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model().save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory):
+    """Some text of CPython's own, about 20 kB."""
+    from pydoc_data import topics
+
+    path = tmp_path_factory.mktemp("texts") / "topics.txt"
+    path.write_text(topics.topics["assignment"] + topics.topics["formatstrings"], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_python():
+    """Runs code in a new interpreter at the repository root, without the interpreter of Triton."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    def run(code: str, *arguments: str, timeout: int = 300, **environment: str):
+        clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=Path(__file__).parent.parent,
+            env=clean | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
