@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.texts import model_file, write_texts
 
 FOLDER = Path("demo-output")
-WINDOWS = 32
-EVAL_WINDOWS = 6
+WINDOWS = 24
+EVAL_WINDOWS = 4
 
 # Runs in a process of its own, which never imports dotresize.
 GENERATE = """

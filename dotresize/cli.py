@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--reg", type=float, default=3.0, help="times the mean cost (3)")
     compress.add_argument("--factor", default="polar", help="polar or qr (polar)")
     compress.add_argument("--no-refit", action="store_true", help="do not correct the readers")
-    compress.add_argument("--ridge", type=float, default=0.01, help="of the refit (0.01)")
+    compress.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
     compress.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     compress.add_argument(
         "--calibration",

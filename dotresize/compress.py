@@ -33,7 +33,7 @@ def compress(
     refit: bool = True,
     reg: float = 3.0,
     factor: str = "polar",
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     untie: bool = False,
     backend: str = "auto",
     batch_windows: int = 4,

@@ -65,7 +65,7 @@ def sinkhorn(
         f[active], error[active], n_iter[active] = row, now, iteration
         converged = (now <= tol) & (tol > 0)
         status[active[converged]] = CONVERGED
-        update = torch.where(b[active] > 0, log_b[active] - column_lse, -torch.inf)
+        update = _centred(log_b[active] - column_lse, b[active] > 0)
         going = ~converged if iteration < max_iter else torch.zeros_like(converged)
         active = active[going]
         g[active] = update[going]
@@ -83,6 +83,12 @@ def _initial_status(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     status[stuck] = INFEASIBLE
     status[(cost.isnan() | (cost == -torch.inf)).flatten(1).any(1)] = INVALID
     return status
+
+
+def _centred(g: Tensor, used: Tensor) -> Tensor:
+    """g with mean 0 over the used columns: the constant is free, and digits are lost far from 0."""
+    mean = torch.where(used, g, 0.0).sum(1, keepdim=True) / used.sum(1, keepdim=True)
+    return torch.where(used, g - mean, -torch.inf)
 
 
 def _lse(z: Tensor, dim: int) -> Tensor:

@@ -12,9 +12,6 @@ Three launches an iteration: ``sweep`` (programs own whole rows, and one partial
 that has stopped returns at once from all three. The stop is decided on the device; the host looks
 only every CHECK_EVERY iterations.
 
-Rows of up to MAX_RESIDENT columns are kept in registers. Longer ones are walked twice, the second
-time out of the cache, with a second exponential.
-
 Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
 """
 
@@ -25,113 +22,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dotresize.kernels import sinkhorn_sweep
+from dotresize.kernels.sinkhorn_sweep import RUNNING, sinkhorn_sweep_kernel
 from dotresize.reference import INFEASIBLE, INVALID, MAX_ITER
 
-MAX_RESIDENT = 4096
-# Entries a sweep program holds at once: 32 float32 a thread with 4 warps, 16 float64 with 8; no
-# spills in the ahead-of-time builds (tests/test_kernels_compile.py).
-TILE = 4096
-STREAMED_COLUMNS = 1024
-WARPS = {torch.float32: 4, torch.float64: 8}
 # Programs over all problems: a few per multiprocessor of the largest devices.
 PROGRAMS = 512
 COLUMN_BLOCK = 128
 CHECK_EVERY = 16
-# Stands for "not stopped yet" in the status vector; the other codes are reference.py's.
-RUNNING = -1
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = 1e-25
 
 
 @triton.jit
-def sinkhorn_sweep_kernel(
-    p_cost,
-    p_inv_reg,
-    p_a,
-    p_row_min,
-    p_column_min,
-    p_g,
-    p_f,
-    p_partial,
-    p_status,
-    n,
-    m,
-    rows_per_program,
-    RUNNING: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    i_p = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
-    if tl.load(p_status + i_b) == RUNNING:
-        inv_reg = tl.load(p_inv_reg + i_b)
-        first = i_p * rows_per_program
-        last = tl.minimum(first + rows_per_program, n)
-        p_part = p_partial + (i_b * tl.num_programs(0) + i_p) * m
-        o_c = tl.arange(0, BC)
-        if RESIDENT:
-            m_c = o_c < m
-            b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=-float("inf"))  # [BC]
-            b_cmin = tl.load(p_column_min + i_b * m + o_c, mask=m_c, other=0.0)
-            b_sum = tl.zeros((BC,), dtype=b_g.dtype)
-            for row in range(first, last, BR):
-                o_r = row + tl.arange(0, BR)
-                m_r = o_r < last
-                b_rmin = tl.load(p_row_min + i_b * n + o_r, mask=m_r, other=0.0)  # [BR]
-                b_a = tl.load(p_a + i_b * n + o_r, mask=m_r, other=0.0)
-                p_tile = p_cost + (i_b * n + o_r[:, None]) * m + o_c[None, :]
-                b_c = tl.load(p_tile, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BC]
-                b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
-                b_max = tl.max(b_z, 1)
-                b_max = tl.where(b_max == -float("inf"), 0.0, b_max)
-                b_e = tl.exp(b_z - b_max[:, None])
-                b_s = tl.sum(b_e, 1)
-                b_w = tl.where(b_a > 0, b_a / b_s, 0.0)
-                b_f = tl.where(b_a > 0, tl.log(b_a) - tl.log(b_s) - b_max, -float("inf"))
-                tl.store(p_f + i_b * n + o_r, b_f, mask=m_r)
-                b_sum += tl.sum(b_e * b_w[:, None], 0)
-            tl.store(p_part + o_c, b_sum, mask=m_c)
-        else:
-            for start in range(0, m, BC):
-                tl.store(p_part + start + o_c, tl.zeros((BC,), tl.float32), mask=start + o_c < m)
-            for row in range(first, last, BR):
-                o_r = row + tl.arange(0, BR)
-                m_r = o_r < last
-                b_rmin = tl.load(p_row_min + i_b * n + o_r, mask=m_r, other=0.0)  # [BR]
-                b_a = tl.load(p_a + i_b * n + o_r, mask=m_r, other=0.0)
-                p_row = p_cost + (i_b * n + o_r[:, None]) * m
-                b_max = tl.full((BR,), -float("inf"), dtype=b_a.dtype)
-                b_s = tl.zeros((BR,), dtype=b_a.dtype)
-                for start in range(0, m, BC):
-                    m_c = start + o_c < m
-                    b_g = tl.load(p_g + i_b * m + start + o_c, mask=m_c, other=-float("inf"))
-                    b_cmin = tl.load(p_column_min + i_b * m + start + o_c, mask=m_c, other=0.0)
-                    m_tile = m_r[:, None] & m_c[None, :]
-                    b_c = tl.load(p_row + start + o_c[None, :], mask=m_tile, other=0.0)
-                    b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
-                    b_new = tl.maximum(b_max, tl.max(b_z, 1))
-                    b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-                    b_s = b_s * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_z - b_safe[:, None]), 1)
-                    b_max = b_new
-                b_max = tl.where(b_max == -float("inf"), 0.0, b_max)
-                b_f = tl.where(b_a > 0, tl.log(b_a) - tl.log(b_s) - b_max, -float("inf"))
-                tl.store(p_f + i_b * n + o_r, b_f, mask=m_r)
-                for start in range(0, m, BC):
-                    m_c = start + o_c < m
-                    b_g = tl.load(p_g + i_b * m + start + o_c, mask=m_c, other=-float("inf"))
-                    b_cmin = tl.load(p_column_min + i_b * m + start + o_c, mask=m_c, other=0.0)
-                    m_tile = m_r[:, None] & m_c[None, :]
-                    b_c = tl.load(p_row + start + o_c[None, :], mask=m_tile, other=0.0)
-                    b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
-                    b_p = tl.sum(tl.exp(b_f[:, None] + b_z), 0)
-                    b_old = tl.load(p_part + start + o_c, mask=m_c, other=0.0)
-                    tl.store(p_part + start + o_c, b_old + b_p, mask=m_c)
-
-
-@triton.jit
 def sinkhorn_reduce_kernel(
-    p_partial, p_b, p_sum, p_error, p_status, m, programs, RUNNING: tl.constexpr, BC: tl.constexpr
+    p_partial,
+    p_b,
+    p_g,
+    p_sum,
+    p_error,
+    p_g_sum,
+    p_status,
+    m,
+    programs,
+    RUNNING: tl.constexpr,
+    BC: tl.constexpr,
 ):
     i_c = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
@@ -143,7 +58,10 @@ def sinkhorn_reduce_kernel(
         for i_p in range(0, programs):
             b_sum += tl.load(p_partial + (i_b * programs + i_p) * m + o_c, mask=m_c, other=0.0)
         tl.store(p_sum + i_b * m + o_c, b_sum, mask=m_c)
-        tl.store(p_error + i_b * tl.num_programs(0) + i_c, tl.sum(tl.abs(b_sum - b_b), 0))
+        b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=0.0)
+        o_block = i_b * tl.num_programs(0) + i_c
+        tl.store(p_error + o_block, tl.sum(tl.abs(b_sum - b_b), 0))
+        tl.store(p_g_sum + o_block, tl.sum(tl.where(b_b > 0, b_g, 0.0), 0))
 
 
 @triton.jit
@@ -157,6 +75,8 @@ def sinkhorn_update_kernel(
     p_g,
     p_sum,
     p_error,
+    p_g_sum,
+    p_used,
     p_status,
     p_n_iter,
     p_marginal_error,
@@ -192,6 +112,9 @@ def sinkhorn_update_kernel(
             b_b = tl.load(p_b + i_b * m + o_c, mask=m_c, other=0.0)
             b_s = tl.load(p_sum + i_b * m + o_c, mask=m_c, other=1.0)
             b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=0.0)
+            b_sums = tl.load(p_g_sum + i_b * blocks + o_e, mask=o_e < blocks, other=0.0)
+            # g is kept centred: its constant is free, and digits are lost far from 0.
+            centre = tl.sum(b_sums, 0) / tl.load(p_used + i_b)
             b_tiny = (b_s < TINY) & (b_b > 0)
             b_new = b_g + tl.log(b_b) - tl.log(tl.where(b_tiny, 1.0, b_s))
             if tl.max(b_tiny.to(tl.int32), 0) > 0:
@@ -209,14 +132,8 @@ def sinkhorn_update_kernel(
                     b_lse = b_lse * tl.exp(b_max - b_safe) + tl.exp(b_z - b_safe)
                     b_max = b_top
                 b_new = tl.where(b_tiny, tl.log(b_b) - tl.log(b_lse) - b_max, b_new)
-            b_new = tl.where(b_b > 0, b_new, -float("inf"))
+            b_new = tl.where(b_b > 0, b_new - centre, -float("inf"))
             tl.store(p_g + i_b * m + o_c, b_new, mask=m_c)
-
-
-def sweep_tile(m: int) -> tuple[int, int]:
-    """Rows and columns that a sweep program holds at once for problems of m columns."""
-    block_c = triton.next_power_of_2(m) if m <= MAX_RESIDENT else STREAMED_COLUMNS
-    return max(1, TILE // block_c), block_c
 
 
 def _minima(cost: Tensor, a: Tensor, b: Tensor, status: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,14 +172,16 @@ def sinkhorn(
     a_work, b_work = a.to(kind), b.to(kind)
     g_work = torch.where(b > 0, g - column_min.double() / wide_reg, -torch.inf).to(kind)
     f_work = torch.zeros(batch, n, dtype=kind, device=device)
-    resident = m <= MAX_RESIDENT
-    block_r, block_c = sweep_tile(m)
+    resident = m <= sinkhorn_sweep.MAX_RESIDENT
+    block_r, block_c = sinkhorn_sweep.sweep_tile(m)
     rows = max(block_r, triton.cdiv(n * batch, PROGRAMS))
     programs = triton.cdiv(n, rows)
     blocks = triton.cdiv(m, COLUMN_BLOCK)
     partial = torch.empty(batch, programs, m, dtype=kind, device=device)
     sums = torch.empty(batch, m, dtype=kind, device=device)
     errors = torch.empty(batch, blocks, dtype=kind, device=device)
+    g_sums = torch.empty_like(errors)
+    used = (b > 0).sum(1).to(kind)
     n_iter = torch.zeros(batch, dtype=torch.int32, device=device)
     marginal_error = torch.full((batch,), torch.nan, dtype=kind, device=device)
     scaled = (cost, inv_reg)
@@ -284,10 +203,20 @@ def sinkhorn(
                 RESIDENT=resident,
                 BR=block_r,
                 BC=block_c,
-                num_warps=WARPS[kind],
+                num_warps=sinkhorn_sweep.WARPS[kind],
             )
             sinkhorn_reduce_kernel[(blocks, batch)](
-                partial, b_work, sums, errors, status, m, programs, RUNNING=RUNNING, BC=COLUMN_BLOCK
+                partial,
+                b_work,
+                g_work,
+                sums,
+                errors,
+                g_sums,
+                status,
+                m,
+                programs,
+                RUNNING=RUNNING,
+                BC=COLUMN_BLOCK,
             )
             sinkhorn_update_kernel[(blocks, batch)](
                 *scaled,
@@ -297,6 +226,8 @@ def sinkhorn(
                 g_work,
                 sums,
                 errors,
+                g_sums,
+                used,
                 status,
                 n_iter,
                 marginal_error,

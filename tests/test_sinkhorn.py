@@ -264,7 +264,7 @@ if backends()["cpp"]["available"]:
 
 def test_long_rows_are_streamed(monkeypatch):
     """The Triton path for rows that do not fit in registers, at a size the interpreter can do."""
-    from dotresize.kernels import sinkhorn as kernel
+    from dotresize.kernels import sinkhorn_sweep as kernel
 
     monkeypatch.setattr(kernel, "MAX_RESIDENT", 8)
     monkeypatch.setattr(kernel, "STREAMED_COLUMNS", 16)
