@@ -1,6 +1,9 @@
 """Narrower neural networks by optimal transport: fast solvers, and a compressor made with them."""
 
-from dotresize.ops.backends import backends
+from typing import Any
+
+from dotresize.maps import Factors, factorize, transport_map
+from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.ops.l1_cost import l1_cost
 from dotresize.ops.result import SinkhornResult
@@ -8,4 +11,24 @@ from dotresize.ops.sinkhorn import sinkhorn
 
 __version__ = "0.1.0"
 
-__all__ = ["L1CostAccumulator", "SinkhornResult", "backends", "l1_cost", "sinkhorn"]
+__all__ = [
+    "BackendError",
+    "Factors",
+    "L1CostAccumulator",
+    "SinkhornResult",
+    "backends",
+    "compress",
+    "factorize",
+    "l1_cost",
+    "sinkhorn",
+    "transport_map",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package costs torch and numpy only; models are touched on first use.
+    if name == "compress":
+        from dotresize.pipeline import compress
+
+        return compress
+    raise AttributeError(f"module 'dotresize' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dotresize.models import architecture_of
 
@@ -40,11 +41,7 @@ def load(source: str, device: torch.device) -> tuple[Any, Any]:
             where, dtype=dtype, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_tokenizer_options(options))
-    except (OSError, ImportError, RuntimeError, KeyError) as error:
-        raise ValueError(f"model {source}: {_first_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ not in ("SafetensorError", "HFValidationError"):
-            raise
+    except (OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {source}: {_first_line(error)}") from error
     damaged = {
         kind: names for kind, names in problems.items() if names and kind != "unexpected_keys"
@@ -130,5 +127,8 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Plain checkpoint: config, safetensors shards, generation config, tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise OSError(_first_line(error)) from error

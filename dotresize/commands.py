@@ -18,10 +18,10 @@ from torch import Tensor
 import dotresize
 from dotresize import checkpoint, report
 from dotresize.calibration import Statistics, collect, random_windows, tokenize
-from dotresize.compress import METHODS, check_weights, compress, count_parameters
 from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
+from dotresize.pipeline import METHODS, check_weights, compress, count_parameters
 from dotresize.width import choose_width
 
 logger = logging.getLogger("dotresize")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dotresize.compress import STAGES
+from dotresize.pipeline import STAGES
 
 _LABELS = {"dot": "transport", "pca": "PCA", "magnitude": "magnitude"}
 

@@ -1,0 +1,194 @@
+"""The pipeline on tiny random models: exactness, ties, determinism, refit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from dotresize import compress
+from dotresize.absorb import absorb
+from dotresize.calibration import collect, random_windows, residual_stream
+from dotresize.models import architecture_of, supported
+from dotresize.pipeline import METHODS, count_parameters
+from dotresize.refit import refit
+
+KINDS = supported()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (6, 33))
+
+
+def logits(model, tokens) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits.double()
+
+
+def project_residual(model, q):
+    """Project what every norm reads onto span(q); the dense model otherwise unchanged."""
+    projector = (q @ q.mT).to(model.dtype)
+    return [
+        norm.register_forward_pre_hook(lambda _, args: (args[0] @ projector,))
+        for _, norm in architecture_of(model.config).norms(model)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
+    """float64: absorption is exact, whatever the map."""
+    model = tiny_model(kind, tied=tied, dtype=torch.float64)
+    narrow, report = compress(
+        model, tokens, width=16, method=method, refit=False, untie=True, factor="qr"
+    )
+    assert narrow.config.hidden_size == 16
+    assert report["tied"] is False
+    q = _map_of(model, tokens, method)
+    handles = project_residual(model, q)
+    wanted = logits(model, tokens)
+    for handle in handles:
+        handle.remove()
+    assert torch.allclose(logits(narrow, tokens), wanted, atol=1e-9, rtol=1e-9)
+    assert (logits(model, tokens) - wanted).abs().max() > 1e-2  # the projection does something
+
+
+def _map_of(model, tokens, method):
+    from dotresize.pipeline import _width_map
+
+    return _width_map(collect(model, tokens), method, 16, 3.0, "qr", "auto").q
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("untie", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_full_width_is_the_identity(kind, tied, untie, method, tokens):
+    model = tiny_model(kind, tied=tied)
+    wanted = logits(model, tokens)
+    for use_refit in (False, True):
+        narrow, _ = compress(model, tokens, width=1.0, method=method, refit=use_refit, untie=untie)
+        assert (logits(narrow, tokens) - wanted).abs().max() < 1e-4
+    assert torch.equal(logits(model, tokens), wanted)  # the given model is untouched
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_loads_plainly_with_equal_logits(kind, tokens, tmp_path):
+    import transformers
+
+    model = tiny_model(kind)
+    narrow, report = compress(model, tokens, width=0.7)
+    assert report["tied"]
+    narrow.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.config.head_dim == 8
+    assert (logits(loaded, tokens) - logits(narrow, tokens)).abs().max() < 1e-4
+
+
+def test_dtype_is_kept(tokens):
+    narrow, _ = compress(tiny_model(dtype=torch.bfloat16), tokens, width=16)
+    assert narrow.dtype == torch.bfloat16
+
+
+def test_same_seed_same_weights(tokens):
+    model = tiny_model()
+    one, _ = compress(model, tokens, width=16)
+    two, _ = compress(model, tokens, width=16)
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_refit_brings_the_stream_closer(tokens):
+    """On the calibration tokens, which is what least squares promises."""
+    model = tiny_model(dtype=torch.float64)
+    q = _map_of(model, tokens, "pca")
+    goal = residual_stream(model, tokens) @ q * (16 / 24) ** 0.5
+
+    def distance(narrow) -> float:
+        with torch.inference_mode():
+            return float((residual_stream(narrow, tokens) - goal).norm())
+
+    plain = absorb(model, q)
+    corrected = absorb(model, q)
+    refit(model, corrected, q, tokens, ridge=1e-6)
+    assert distance(corrected) < 0.8 * distance(plain)
+
+
+def test_refit_of_biased_writers(tokens):
+    """Llama with attention_bias has a bias on the writer too; at full width nothing may change."""
+    model = tiny_model("llama", attention_bias=True, mlp_bias=True)
+    narrow, _ = compress(model, tokens, width=1.0)
+    assert (logits(narrow, tokens) - logits(model, tokens)).abs().max() < 1e-4
+
+
+def test_statistics_match_a_direct_computation(tokens):
+    model = tiny_model()
+    statistics = collect(model, tokens, batch_windows=2)
+    with torch.inference_mode():
+        stream = residual_stream(model, tokens).double()
+    stream = stream / stream.square().mean(-1, keepdim=True).sqrt()
+    assert len(statistics.locations) == 7
+    assert statistics.tokens == tokens.numel()
+    assert torch.allclose(statistics.importance, stream.abs().mean(1), rtol=1e-5)
+    assert torch.allclose(statistics.moment, stream.mT @ stream / tokens.numel(), atol=1e-5)
+    cost = (stream[2, :, :, None] - stream[2, :, None, :]).abs().mean(0)
+    assert torch.allclose(statistics.cost[2].double(), cost, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_counted_once():
+    tied, untied = count_parameters(tiny_model()), count_parameters(tiny_model(tied=False))
+    assert untied["total"] - tied["total"] == 259 * 24
+    assert untied["non_embedding"] == tied["non_embedding"]
+    assert tied["total"] - tied["non_embedding"] == 259 * 24
+
+
+def test_windows_cover_every_source():
+    streams = [torch.arange(1000), torch.arange(10_000, 10_090)]
+    windows = random_windows(streams, 9, 20, seed=3)
+    assert windows.shape == (9, 20)
+    assert (windows[:, 0] < 1000).sum() == 5
+    starts = windows[:, 0][windows[:, 0] < 1000].sort().values
+    assert (starts // 196).tolist() == [0, 1, 2, 3, 4]  # one in each fifth of the text
+    assert torch.equal(windows, random_windows(streams, 9, 20, seed=3))
+    assert not torch.equal(windows, random_windows(streams, 9, 20, seed=4))
+
+
+def test_non_finite_weights_and_activations_are_named(tokens):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        compress(model, tokens)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5] = 3e38
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.input_layernorm, neuron 5"):
+        compress(model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "svd"}, "must be one of dot, pca, magnitude"),
+        ({"scope": "location"}, "must be global"),
+        ({"width": 25}, "up to the model's 24"),
+        ({"width": 15}, "a multiple of 4"),
+        ({"reg": 0.0}, "reg"),
+        ({"reg": 1e15}, "span has collapsed"),
+        ({"backend": "cublas"}, "must be one of auto"),
+    ],
+)
+def test_bad_options(options, message, tokens):
+    with pytest.raises(ValueError, match=message):
+        compress(tiny_model(), tokens, **options)
+
+
+def test_unsupported_architecture_names_what_is():
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11)
+    with pytest.raises(ValueError, match=r"'gpt2' is not supported; supported: llama, mistral"):
+        compress(transformers.GPT2LMHeadModel(config), torch.zeros(1, 4, dtype=torch.int64))

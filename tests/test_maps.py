@@ -1,0 +1,132 @@
+"""Transport maps, their factors, alignment, and the baselines in the same form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dotresize import factorize, sinkhorn, transport_map
+from dotresize.baselines import magnitude, pca
+from dotresize.maps import align, largest, transport
+from dotresize.ops.l1_cost import l1_cost
+from dotresize.width import choose_width
+
+
+def orthonormal(q: torch.Tensor) -> bool:
+    eye = torch.eye(q.shape[1], dtype=q.dtype)
+    return bool(torch.allclose(q.mT @ q, eye, atol=1e-10))
+
+
+def same_span(p: torch.Tensor, q: torch.Tensor) -> bool:
+    return bool(torch.allclose(p @ p.mT, q @ q.mT, atol=1e-8))
+
+
+def test_transport_map_columns_are_convex():
+    plan = sinkhorn(torch.rand(9, 5), 0.2).plan
+    T = transport_map(plan)
+    assert torch.allclose(T.sum(0), torch.ones(5))
+    assert (T >= 0).all()
+    plan[:, 2] = 0
+    with pytest.raises(ValueError, match="column 2 of the plan"):
+        transport_map(plan)
+
+
+@pytest.mark.parametrize("method", ["polar", "qr"])
+def test_factorize_gives_the_same_span(method):
+    T = torch.rand(12, 7, dtype=torch.float64)
+    factors = factorize(T, method)
+    assert orthonormal(factors.q)
+    assert torch.allclose(factors.q @ factors.r, T)
+    assert same_span(factors.q, torch.linalg.qr(T).Q)
+    assert factors.cond == pytest.approx(float(torch.linalg.cond(T)), rel=1e-6)
+    if method == "qr":
+        assert (factors.r.diagonal() > 0).all()
+        assert torch.equal(factors.r, factors.r.triu())
+    else:
+        assert torch.allclose(factors.r, factors.r.mT)
+
+
+def test_factorize_keeps_the_healthy_constant_direction():
+    """A dominant averaging direction is what transport at large reg looks like, not a collapse."""
+    T = torch.eye(10, 6, dtype=torch.float64) * 1e-9 + 1.0 / 10
+    factors = factorize(T)
+    assert factors.cond > 1e8
+    assert factors.cond_deflated < 10
+
+
+def test_collapsed_span_is_refused_by_name():
+    T = torch.rand(10, 4, dtype=torch.float64)
+    T[:, 3] = T[:, 1]
+    with pytest.raises(ValueError, match=r"the test map: its span has collapsed, 1 of 4"):
+        factorize(T, name="the test map")
+    with pytest.raises(ValueError, match="must be polar or qr"):
+        factorize(T, "svd")
+    with pytest.raises(ValueError, match="non-finite"):
+        factorize(T * torch.nan)
+
+
+def test_transport_names_the_reg_that_collapses():
+    x = torch.randn(200, 12)
+    cost = l1_cost(x)
+    with pytest.raises(ValueError, match=r"reg 1e\+12 x mean cost: its span has collapsed"):
+        transport(cost, x.abs().mean(0), 8, reg=1e12)
+
+
+def test_transport_reports_its_solve():
+    x = torch.randn(300, 20)
+    found = transport(l1_cost(x), x.abs().mean(0), 15)
+    assert orthonormal(found.q)
+    assert found.details["status"] == "converged"
+    assert set(found.seconds) == {"sinkhorn", "factorisation"}
+
+
+def test_align_keeps_the_span_and_approaches_the_axes():
+    q = torch.linalg.qr(torch.randn(14, 6, dtype=torch.float64)).Q
+    selection = torch.tensor([0, 2, 3, 7, 8, 13])
+    aligned = align(q, selection)
+    assert orthonormal(aligned)
+    assert same_span(aligned, q)
+    plain = torch.zeros(14, 6, dtype=torch.float64)
+    plain[selection, torch.arange(6)] = 1
+    assert (aligned - plain).norm() < (q - plain).norm()
+    full = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    assert torch.allclose(align(full, torch.arange(6)), torch.eye(6, dtype=torch.float64))
+
+
+def test_baselines():
+    x = torch.randn(500, 10, dtype=torch.float64) * torch.arange(1, 11)
+    importance, moment = x.abs().mean(0), x.mT @ x / len(x)
+    chosen = magnitude(importance, 4)
+    assert chosen.selection.tolist() == [6, 7, 8, 9]
+    assert torch.equal(chosen.q.nonzero()[:, 0], chosen.selection)
+    kept = pca(moment, importance, 4, kept_axes=2)
+    assert orthonormal(kept.q)
+    assert kept.q[8, 0] == 1
+    assert kept.q[9, 1] == 1
+    plain = pca(moment, importance, 4, kept_axes=0)
+    top = torch.linalg.eigh(moment).eigenvectors[:, -4:]
+    assert same_span(plain.q, top)
+    assert largest(torch.tensor([3.0, 1.0, 2.0]), 2).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "width", "divisor", "expected"),
+    [
+        (0.8, 576, 9, 468),  # SmolLM2: multiples of 36, within 2 %
+        (1.0, 576, 9, 576),
+        (0.999, 576, 9, 576),
+        (0.8, 4096, 32, 3328),  # within 2 % of 3276.8 and a multiple of 256
+        (0.8, 2048, 1, 1664),
+        (0.5, 24, 4, 12),
+        (468, 576, 9, 468),
+        (1, 102, 1, 102),
+    ],
+)
+def test_widths(asked, width, divisor, expected):
+    assert choose_width(asked, width, divisor) == expected
+
+
+@pytest.mark.parametrize("asked", [0, -1, 0.001, 577, 460, 468.5, float("nan"), float("inf")])
+def test_widths_no_loader_accepts(asked):
+    with pytest.raises(ValueError, match="width"):
+        choose_width(asked, 576, 9)

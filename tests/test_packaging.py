@@ -1,0 +1,71 @@
+"""What importing costs, and that the folder ``kernels`` shadows nobody."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import dotresize
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_kernels_folder_does_not_shadow_hugging_face(run_python):
+    """From the repository root, where ``import kernels`` finds this project's folder."""
+    done = run_python(
+        "import sys; sys.path.insert(0, '.')\n"
+        "import transformers, dotresize.kernels, kernels\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from dotresize.kernels import l1_cost, sinkhorn\n"
+        "assert dotresize.kernels.__name__ == 'dotresize.kernels'\n"
+        "print(kernels.__name__, kernels.__version__)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("kernels ")
+
+
+def test_the_real_kernels_package_is_handed_over(run_python, tmp_path):
+    real = tmp_path / "kernels"
+    real.mkdir()
+    (real / "__init__.py").write_text("from kernels.part import value\n__version__ = '9.9'\n")
+    (real / "part.py").write_text("value = 5\n")
+    done = run_python(
+        f"import sys; sys.path[:0] = ['.', {str(tmp_path)!r}]\n"
+        "import kernels\nprint(kernels.__version__, kernels.value, kernels.__file__)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["9.9", "5", str(real / "__init__.py")]
+
+
+def test_import_is_light(run_python):
+    done = run_python(
+        "import sys, dotresize\n"
+        "heavy = {'transformers', 'triton', 'scipy', 'tqdm', 'matplotlib'} & set(sys.modules)\n"
+        "print(sorted(heavy), callable(dotresize.l1_cost))"
+    )
+    assert done.stdout.strip() == "[] True", done.stdout + done.stderr
+
+
+def test_public_names_exist():
+    for name in dotresize.__all__:
+        assert getattr(dotresize, name) is not None
+
+
+def test_readme_is_short_and_its_python_runs(run_python):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    solver = next(block for block in blocks if "sinkhorn(" in block)
+    done = run_python(solver)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_stay_readable():
+    sources = [
+        path
+        for folder, pattern in (("dotresize", "*.py"), ("kernels", "*.py"), ("csrc", "*.[ch]pp"))
+        for path in (ROOT / folder).rglob(pattern)
+    ]
+    assert len(sources) > 20
+    too_long = [p.name for p in sources if len(p.read_text("utf-8").splitlines()) > 300]
+    assert too_long == []
