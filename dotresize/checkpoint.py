@@ -5,12 +5,14 @@ An output directory appears whole or not at all: it is written beside its final 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,12 @@ def load(source: str, device: torch.device) -> tuple[Any, Any]:
     transformers: Any = importlib.import_module("transformers")
     where, options = _locate(source)
     transformers.utils.logging.set_verbosity_error()
-    try:
+    if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
+        transformers.utils.logging.disable_progress_bar()
+    with _one_line(source):
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        architecture_of(config)
+    architecture_of(config)
+    with _one_line(source):
         dtype = torch.float32 if "gguf_file" in options else "auto"
         if dtype == "auto":
             options["use_safetensors"] = True
@@ -41,8 +46,6 @@ def load(source: str, device: torch.device) -> tuple[Any, Any]:
             where, dtype=dtype, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_tokenizer_options(options))
-    except (OSError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"model {source}: {_first_line(error)}") from error
     damaged = {
         kind: names for kind, names in problems.items() if names and kind != "unexpected_keys"
     }
@@ -51,6 +54,15 @@ def load(source: str, device: torch.device) -> tuple[Any, Any]:
         raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
     _forget_quantisation(model)
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever a damaged file makes the readers raise (struct.error, ...) is bad input."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"model {source}: {_first_line(error)}") from error
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -76,7 +88,9 @@ def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # Some messages say nothing without the exception's name, such as a KeyError's.
+    known = isinstance(error, (OSError, ValueError))
+    return (lines[0] if known else f"{type(error).__name__}: {lines[0]}") if lines else repr(error)
 
 
 def _forget_quantisation(model: Any) -> None:

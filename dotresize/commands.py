@@ -17,11 +17,11 @@ from torch import Tensor
 
 import dotresize
 from dotresize import checkpoint, report
-from dotresize.calibration import Statistics, collect, random_windows, tokenize
+from dotresize.calibration import Statistics, collect, random_windows, read_text, tokenize
 from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
-from dotresize.pipeline import METHODS, check_weights, compress, count_parameters
+from dotresize.pipeline import METHODS, check_options, check_weights, compress, count_parameters
 from dotresize.width import choose_width
 
 logger = logging.getLogger("dotresize")
@@ -167,8 +167,15 @@ def _check_options(args: argparse.Namespace, device: torch.device) -> None:
     """What can be refused before the model is read."""
     if not args.calibration:
         raise ValueError("--calibration: give at least one text or .jsonl file")
-    if args.method not in METHODS:
-        raise ValueError(f"--method {args.method}: must be one of {', '.join(METHODS)}")
+    check_options(
+        method=args.method,
+        scope=args.scope,
+        reg=args.reg,
+        factor=args.factor,
+        ridge=args.ridge,
+    )
+    for path in [*args.calibration, *(args.eval or [])]:
+        read_text(path)
     if args.windows < 1:
         raise ValueError(f"--windows {args.windows}: must be at least 1")
     _check_windows(args)

@@ -18,6 +18,8 @@ from dotresize.ops.sinkhorn import sinkhorn
 # is lost in float64 as well.
 MAX_CONDITION = 1e8
 
+FACTORS = ("polar", "qr")
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -73,8 +75,8 @@ def factorize(
     Raises:
         ValueError: wrong shape or method, not finite, or a collapsed span, by name.
     """
-    if method not in ("polar", "qr"):
-        raise ValueError(f"factorisation {method!r}: must be polar or qr")
+    if method not in FACTORS:
+        raise ValueError(f"method {method!r}: must be one of {', '.join(FACTORS)}")
     if T.dim() != 2 or T.shape[1] > T.shape[0] or T.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(T.shape)}: must be (D, k) with 0 < k <= D")
     work = T.double()
@@ -84,12 +86,14 @@ def factorize(
     floor = s[-1].clamp_min(torch.finfo(torch.float64).tiny)
     cond = float(s[0] / floor)
     cond_deflated = float(s[min(1, len(s) - 1)] / floor)
-    if cond_deflated > max_cond:
-        lost = int((s < s[min(1, len(s) - 1)] / max_cond).sum())
+    # Lost: too small beside the rest of the span, or no more than the rounding of its largest part.
+    noise = 4 * torch.finfo(torch.float64).eps * max(T.shape) * s[0]
+    lost = int((s < torch.maximum(s[min(1, len(s) - 1)] / max_cond, noise)).sum())
+    if lost:
         raise ValueError(
             f"{name}: its span has collapsed, {lost} of {len(s)} directions are lost "
-            f"(condition number {cond_deflated:.1e} beside the constant direction, at most "
-            f"{max_cond:.0e} is accepted); use a smaller reg or a larger width"
+            f"(condition number {cond:.1e}, {cond_deflated:.1e} beside the constant direction); "
+            "use a smaller reg or a larger width"
         )
     if method == "polar":
         return Factors(u @ vh, vh.mT @ (s[:, None] * vh), cond, cond_deflated)

@@ -64,15 +64,7 @@ def compress(
         ValueError: unsupported architecture; a width no loader accepts; a collapsed span; weights
             or activations that are not finite; unknown options.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
-    if scope != "global":
-        raise ValueError(
-            f"scope {scope!r}: must be global; maps per location need an adapter at every residual "
-            "connection, which no plain checkpoint can hold"
-        )
-    if not (reg > 0 and ridge >= 0):
-        raise ValueError(f"reg is {reg:g} and ridge {ridge:g}: must be positive and not negative")
+    check_options(method=method, scope=scope, reg=reg, factor=factor, ridge=ridge)
     check_weights(model)
     divisor = architecture_of(model.config).divisor(model.config)
     old_width = model.config.hidden_size
@@ -117,6 +109,23 @@ def compress(
         "versions": _versions(),
     }
     return narrow, report
+
+
+def check_options(*, method: str, scope: str, reg: float, factor: str, ridge: float) -> None:
+    """ValueError for the first option that ``compress`` would refuse whatever the model."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
+    if scope != "global":
+        raise ValueError(
+            f"scope {scope!r}: must be global; maps per location need an adapter at every residual "
+            "connection, which no plain checkpoint can hold"
+        )
+    if factor not in maps.FACTORS:
+        raise ValueError(f"factor {factor!r}: must be one of {', '.join(maps.FACTORS)}")
+    if not 0 < reg < float("inf"):
+        raise ValueError(f"reg {reg:g}: must be positive and finite")
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge {ridge:g}: must be finite and not negative")
 
 
 def _width_map(

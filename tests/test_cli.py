@@ -136,9 +136,9 @@ def test_resume_of_a_finished_output(arguments, capsys):
         ("--width", "0.01", "width"),
         ("--width", "-3", "width"),
         ("--width", "wide", "argument --width"),
-        ("--method", "svd", "--method svd: must be one of dot, pca, magnitude"),
+        ("--method", "svd", "must be one of dot, pca, magnitude"),
         ("--scope", "location", "must be global"),
-        ("--factor", "svd", "must be polar or qr"),
+        ("--factor", "svd", "must be one of polar, qr"),
         ("--reg", "0", "reg"),
         ("--reg", "1e15", "its span has collapsed"),
         ("--ridge", "-1", "ridge"),
@@ -240,6 +240,7 @@ def test_output_must_be_new(arguments, capsys, tmp_path):
     assert (out / "precious").read_text() == "data"
     (out / "precious").unlink()
     assert main(arguments) == 0  # an empty directory is fine
+    capsys.readouterr()
     arguments[2] = str(tmp_path / "file")
     Path(arguments[2]).write_text("data")
     assert "a file of that name exists" in fails(arguments, capsys)
