@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import ot
 import torch
 
 import dotresize
+from benchmarks.device import device_name
 from dotresize import l1_cost, sinkhorn
 
 ROUNDS = 7
@@ -89,12 +89,12 @@ CASES: dict[str, Callable[[], dict[str, list[float]]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
     out = parser.parse_args().out
     where = {
         "date": datetime.date.today().isoformat(),
-        "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": device_name(),
         "simd": dotresize.backends()["cpp"]["simd"],
         "versions": {
             "dotresize": dotresize.__version__,
@@ -115,13 +115,6 @@ def main() -> int:
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     return 0
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
