@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
 
+from tqdm import tqdm
+
 HOLD_OUT_EVERY = 5
 SOURCES = ("wikipedia", "news", "documentation")
 
@@ -55,7 +57,7 @@ def write_texts(folder: Path) -> tuple[list[Path], list[Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     calibration, held_out = [], []
     for name, source in zip(SOURCES, (wikipedia, news, documentation), strict=True):
-        documents = list(source())
+        documents = list(tqdm(source(), desc=f"read {name}", unit="document", disable=None))
         parts: dict[Path, list[str]] = {
             folder / f"{name}-calibration.jsonl": [
                 text for i, text in enumerate(documents) if i % HOLD_OUT_EVERY

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from dotresize.models import Architecture, architecture_of
+from dotresize.models import architecture_of
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -54,7 +55,8 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
 
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
     put(embedding, s * wide(embedding) @ q)
-    for prefix, sublayer in _sublayers(model, architecture):
+    sublayers = list(architecture.each(model))
+    for prefix, sublayer in tqdm(sublayers, desc="absorb", unit="sublayer", disable=None):
         norm = f"{prefix}.{sublayer.norm}.weight"
         for reader in sublayer.readers:
             name = f"{prefix}.{reader}.weight"
@@ -74,12 +76,6 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
         new[head] = ((wide(source) * scale) @ q / s).to(old[source].dtype).contiguous()
         put(final, torch.ones(narrow))
     return _build(model, narrow, tied, new)
-
-
-def _sublayers(model: nn.Module, architecture: Architecture) -> Any:
-    for i in range(len(model.get_submodule(architecture.layers))):  # type: ignore[arg-type]
-        for sublayer in architecture.sublayers:
-            yield f"{architecture.layers}.{i}", sublayer
 
 
 def narrow_config(config: Any, width: int, *, tied: bool | None = None) -> Any:

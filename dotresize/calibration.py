@@ -54,7 +54,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
 def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
     """All tokens of a text file, documents joined by the end-of-text token if there is one."""
     ids: list[int] = []
-    for document in read_text(path):
+    documents = tqdm(read_text(path), desc=f"tokenize {Path(path).name}", disable=None)
+    for document in documents:
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])

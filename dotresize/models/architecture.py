@@ -42,12 +42,17 @@ class Architecture:
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
-    def norms(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Every norm of the residual stream with its name: the residual locations, in order."""
+    def each(self, model: nn.Module) -> Iterator[tuple[str, Sublayer]]:
+        """Every sublayer in order of execution, with the name of its layer."""
         for i in range(len(model.get_submodule(self.layers))):  # type: ignore[arg-type]
             for sublayer in self.sublayers:
-                name = f"{self.layers}.{i}.{sublayer.norm}"
-                yield name, model.get_submodule(name)
+                yield f"{self.layers}.{i}", sublayer
+
+    def norms(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Every norm of the residual stream with its name: the residual locations, in order."""
+        for layer, sublayer in self.each(model):
+            name = f"{layer}.{sublayer.norm}"
+            yield name, model.get_submodule(name)
         yield self.final_norm, model.get_submodule(self.final_norm)
 
     def divisor(self, config: Any) -> int:
