@@ -20,7 +20,7 @@ from benchmarks.texts import model_file, write_texts
 
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"
-WINDOWS = 24
+WINDOWS = 18
 EVAL_WINDOWS = 4
 
 # Runs in a process of its own, which never imports dotresize.

@@ -63,14 +63,15 @@ void compute_tile(const Kernels& level, const Tile& tile, int64_t tokens, const 
   const int64_t width = kPanels * py, rows = tile.i1 - tile.i0, columns = tile.j1 - tile.j0;
   float* sums = scratch.sums.get();
   std::fill(sums, sums + kPanels * px * width, 0.0f);
+  const int64_t* order = x.index == nullptr ? nullptr : x.index + tile.b * x.count;
   const auto entry = [&](int64_t i, int64_t j) -> float& {
-    return out[(tile.b * x.count + i) * y.count + j];
+    return out[(tile.b * x.count + (order == nullptr ? i : order[i])) * y.count + j];
   };
   if (options.accumulate) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
         const int64_t i = tile.i0 + r, j = tile.j0 + c;
-        if (!options.symmetric || j >= i) sums[r * width + c] = entry(i, j);
+        if (i >= options.mirrored || j >= i) sums[r * width + c] = entry(i, j);
       }
     }
   }
@@ -82,6 +83,8 @@ void compute_tile(const Kernels& level, const Tile& tile, int64_t tokens, const 
          scratch.y_panels.get());
     for (int64_t q = 0; q * py < columns; ++q) {
       for (int64_t p = 0; p * px < rows; ++p) {
+        const int64_t i = tile.i0 + p * px, j_end = tile.j0 + (q + 1) * py;
+        if (std::min(i + px, tile.i1) <= options.mirrored && j_end <= i) continue;
         level.l1_tile(block, scratch.x_panels.get() + p * block * px,
                       scratch.y_panels.get() + q * block * py, sums + p * px * width + q * py,
                       width);
@@ -92,10 +95,11 @@ void compute_tile(const Kernels& level, const Tile& tile, int64_t tokens, const 
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = tile.i0 + r, j = tile.j0 + c;
-      if (options.symmetric && j < i) continue;
+      const bool mirrored = i < options.mirrored;
+      if (mirrored && j < i) continue;
       const float value = sums[r * width + c] / scale;
       entry(i, j) = value;
-      if (options.symmetric && j != i) entry(j, i) = value;
+      if (mirrored && j != i) entry(j, i) = value;
     }
   }
 }
@@ -123,7 +127,7 @@ void l1_cost(int64_t batch, int64_t tokens, const Activations& x, const Activati
     for (int64_t k = next++; k < total && !out_of_memory; k = next++) {
       const int64_t b = k / (tall * wide), i0 = k / wide % tall * height, j0 = k % wide * width;
       const Tile tile = {b, i0, std::min(i0 + height, x.count), j0, std::min(j0 + width, y.count)};
-      if (options.symmetric && tile.j1 <= tile.i0) continue;  // wholly below the diagonal
+      if (tile.i1 <= options.mirrored && tile.j1 <= tile.i0) continue;  // the mirror of another
       compute_tile(level, tile, tokens, x, y, out, options, scratch);
     }
   }

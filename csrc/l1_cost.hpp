@@ -18,13 +18,14 @@ struct Activations {
 };
 
 struct L1Options {
-  bool symmetric;   // y is x: compute the upper half, mirror the rest
-  bool accumulate;  // add to `out`; otherwise overwrite it
-  double scale;     // the sum is divided by this
+  int64_t mirrored;  // the first so many neurons of x are y's, in order: one half is computed
+  bool accumulate;   // add to `out`; otherwise overwrite it
+  double scale;      // the sum is divided by this
   int num_threads;
 };
 
-// out[b, i, j] (+)= sum_t |x[b, t, i] - y[b, t, j]| / scale; out is contiguous (batch, n, m).
+// out[b, i, j] (+)= sum_t |x[b, t, i] - y[b, t, j]| / scale; out is contiguous (batch, n, m). With
+// an index on x, which must then be a permutation, the row of a neuron is where the index says.
 // Every entry is summed by one thread in token order: the result does not depend on the number of
 // threads, and accumulating chunks of a multiple of kTokenBlock tokens equals one call.
 void l1_cost(int64_t batch, int64_t tokens, const Activations& x, const Activations& y, float* out,

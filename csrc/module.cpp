@@ -57,11 +57,11 @@ PYBIND11_MODULE(_cpp, module) {
   module.def(
       "l1_cost",
       [](int64_t batch, int64_t tokens, const Activations& x, const Activations& y, uintptr_t out,
-         bool symmetric, bool accumulate, double scale, int num_threads) {
-        l1_cost(batch, tokens, x, y, at<float>(out), {symmetric, accumulate, scale, num_threads});
+         int64_t mirrored, bool accumulate, double scale, int num_threads) {
+        l1_cost(batch, tokens, x, y, at<float>(out), {mirrored, accumulate, scale, num_threads});
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("tokens"), py::arg("x"),
-      py::arg("y"), py::arg("out"), py::arg("symmetric"), py::arg("accumulate"), py::arg("scale"),
+      py::arg("y"), py::arg("out"), py::arg("mirrored"), py::arg("accumulate"), py::arg("scale"),
       py::arg("num_threads"));
 
   py::class_<SinkhornProblems>(module, "SinkhornProblems")

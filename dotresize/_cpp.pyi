@@ -22,7 +22,7 @@ def l1_cost(
     x: Activations,
     y: Activations,
     out: int,
-    symmetric: bool,
+    mirrored: int,
     accumulate: bool,
     scale: float,
     num_threads: int,

@@ -190,6 +190,20 @@ def launch(
         out.copy_(total / scale)
 
 
+def _targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
+    """Sources in the order targets, then the rest: (B, n), and how many lead.
+
+    The targets' costs among themselves are then a symmetric block, of which one half is enough.
+    None and 0 where a target occurs twice.
+    """
+    batch, m = index.shape
+    chosen = torch.zeros(batch, n, dtype=torch.int64).scatter_add_(1, index, torch.ones_like(index))
+    if (chosen > 1).any():
+        return None, 0
+    rest = (chosen == 0).nonzero()[:, 1].view(batch, n - m)
+    return torch.cat([index, rest], 1), m
+
+
 def _launch_cpp(
     x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
 ) -> None:
@@ -208,13 +222,16 @@ def _launch_cpp(
     x = x if x.stride(2) == 1 else x.contiguous()
     if y is not None:
         y = y if y.stride(2) == 1 else y.contiguous()
+    order, mirrored = None, x.shape[2] if y is None and index is None else 0
+    if index is not None:
+        order, mirrored = _targets_first(index, x.shape[2])
     extension.l1_cost(
         batch=x.shape[0],
         tokens=x.shape[1],
-        x=operand(x, None),
+        x=operand(x, order),
         y=operand(x if y is None else y, index),
         out=out.data_ptr(),
-        symmetric=y is None and index is None,
+        mirrored=mirrored,
         accumulate=accumulate,
         scale=scale,
         num_threads=torch.get_num_threads(),
