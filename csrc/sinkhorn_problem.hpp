@@ -30,6 +30,9 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // Row sums outside are redone with a maximum shift; far from float32's limits on both sides.
 constexpr double kSafeLow = 1e-15, kSafeHigh = 1e15;
+// Rows whose column sums are added in T before they join a double: a single float32 sum over 1e6
+// rows is wrong in the third digit.
+constexpr int64_t kRowBlock = 256;
 // A column sum below this may have lost terms that underflowed.
 constexpr double kTinyColumn = 1e-25;
 // One problem and the threads that work on it. `sweep` and `finish` are called by every member of
@@ -51,8 +54,8 @@ class Problem {
     stride_ = (m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
     k_ = make_buffer<T>(n_ * stride_);
     g_ = make_buffer<T>(stride_);
-    columns_ = make_buffer<T>(team * stride_);
-    rows_ = make_buffer<T>(team * 4 * stride_);
+    columns_ = make_buffer<double>(team * stride_);
+    rows_ = make_buffer<T>(team * 5 * stride_);
     f_.assign(n_, T(0));
     error_.assign(team, 0.0);
     g_sum_.assign(team, 0.0);
@@ -64,8 +67,10 @@ class Problem {
 
   // Row update and column sums of this member's share of the rows.
   void sweep(int member) {
-    T* e = rows_.get() + member * 4 * stride_;
-    T* c = columns_.get() + member * stride_;
+    T* e = rows_.get() + member * 5 * stride_;
+    T* c = e + 4 * stride_;
+    double* total = columns_.get() + member * stride_;
+    std::fill(total, total + stride_, 0.0);
     std::fill(c, c + stride_, T(0));
     const int64_t begin = n_ * member / team_, end = n_ * (member + 1) / team_;
     for (int64_t i = begin; i < end; i += 4) {
@@ -74,6 +79,12 @@ class Problem {
       for (int64_t r = 0; r < rows; ++r) weight[r] = update_row(i + r, e + r * stride_);
       for (int64_t r = rows; r < 4; ++r) std::fill_n(e + r * stride_, stride_, T(0));
       kernels_.add_four_rows(stride_, weight, e, stride_, c);
+      if ((i - begin) % kRowBlock == kRowBlock - 4 || i + 4 >= end) {
+        for (int64_t j = 0; j < stride_; ++j) {
+          total[j] += c[j];
+          c[j] = 0;
+        }
+      }
     }
   }
 
@@ -81,10 +92,10 @@ class Problem {
   // of g, which is kept centred: its constant is free, and digits are lost far from 0.
   void reduce(int member) {
     double error = 0, g_sum = 0;
-    T* total = columns_.get();
+    double* total = columns_.get();
     for (int64_t j = first_column(member); j < first_column(member + 1); ++j) {
       for (int other = 1; other < team_; ++other) total[j] += columns_[other * stride_ + j];
-      error += std::abs(static_cast<double>(total[j]) - b_[j]);
+      error += std::abs(total[j] - b_[j]);
       if (b_[j] > 0) g_sum += g_[j];
     }
     error_[member] = error;
@@ -98,13 +109,12 @@ class Problem {
   }
 
   void update_columns(int member) {
-    const T* c = columns_.get();
+    const double* c = columns_.get();
     double centre = 0;
     for (double part : g_sum_) centre += part / used_columns_;
     for (int64_t j = first_column(member); j < first_column(member + 1); ++j) {
       if (b_[j] == 0) continue;  // stays at -inf
-      const double log_sum =
-          c[j] > kTinyColumn ? std::log(static_cast<double>(c[j])) - g_[j] : column_log_sum(j);
+      const double log_sum = c[j] > kTinyColumn ? std::log(c[j]) - g_[j] : column_log_sum(j);
       g_[j] = static_cast<T>(std::log(b_[j]) - log_sum - centre);
     }
   }
@@ -213,7 +223,8 @@ class Problem {
   const T* cost_;
   double *f_out_, *g_out_;
   int64_t stride_;
-  Buffer<T> k_, g_, columns_, rows_;
+  Buffer<T> k_, g_, rows_;  // rows_: per member four rows of the plan, and a block of column sums
+  Buffer<double> columns_;
   std::vector<T> f_;
   std::vector<double> row_min_, column_min_, error_, g_sum_;
   int64_t used_columns_ = 0;

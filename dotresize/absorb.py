@@ -93,7 +93,11 @@ def narrow_config(config: Any, width: int, *, tied: bool | None = None) -> Any:
 def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
     config = narrow_config(model.config, width, tied=tied)
     device = next(model.parameters()).device
-    narrow = type(model)(config).to(device=device, dtype=model.dtype)
-    narrow.load_state_dict(weights)
+    with torch.random.fork_rng(devices=[]):  # its random start weights are nobody's business
+        narrow = type(model)(config)
+    # Assigned, not copied: every weight keeps the dtype it has in the given model.
+    narrow.load_state_dict(weights, assign=True)
+    narrow.tie_weights()
+    narrow = narrow.to(device)
     narrow.generation_config = copy.deepcopy(model.generation_config)
     return narrow.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ def read_text(path: str | Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"text file {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {path} is not UTF-8 (byte {error.start})") from None
     if path.suffix == ".jsonl":
-        documents = [_json_text(path, i, line) for i, line in enumerate(text.splitlines(), 1)]
+        documents = [_json_text(path, i, line) for i, line in enumerate(text.split("\n"), 1)]
     else:
         documents = [text]
     documents = [document for document in documents if document.strip()]
@@ -44,7 +44,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
         return ""
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+        text.encode("utf-8")  # JSON can spell half of a surrogate pair, which is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise ValueError(f"{path} line {number}: must be a JSON object with a string field 'text'")
@@ -132,15 +133,24 @@ def residual_stream(model: Any, ids: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def batches(tokens: Tensor | Iterable[Tensor], device: torch.device, rows: int) -> Iterator[Tensor]:
-    """Windows in batches of at most ``rows``, on the device."""
-    for chunk in [tokens] if isinstance(tokens, Tensor) else tokens:
-        if chunk.dim() != 2 or chunk.dtype != torch.int64:
+def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
+    """Calibration windows as one int64 tensor (windows, length) of ids below ``vocabulary``.
+
+    Takes such a tensor or an iterable of them, of equal length. ValueError for anything else.
+    """
+    parts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    for part in parts:
+        if part.dim() != 2 or part.dtype != torch.int64 or part.shape[1] != parts[0].shape[1]:
             raise ValueError(
-                f"tokens are {chunk.dtype} {tuple(chunk.shape)}: int64 (windows, length)"
+                f"tokens are {part.dtype} of shape {tuple(part.shape)}: must be int64 "
+                "(windows, length), all of one length"
             )
-        for part in chunk.split(rows):
-            yield part.to(device)
+    windows = torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64)
+    if windows.numel() == 0:
+        raise ValueError("there are no calibration tokens")
+    if int(windows.max()) >= vocabulary or int(windows.min()) < 0:
+        raise ValueError(f"token id {int(windows.max())}: the model's vocabulary is {vocabulary}")
+    return windows
 
 
 @torch.inference_mode()
@@ -160,37 +170,40 @@ def collect(
     device = next(model.parameters()).device
     names = [name for name, _ in architecture_of(model.config).norms(model)]
     width = model.config.hidden_size
-    accumulator = L1CostAccumulator(width, batch=len(names), device=device, backend=backend)
+    accumulator = None
+    if cost:
+        accumulator = L1CostAccumulator(width, batch=len(names), device=device, backend=backend)
     importance = torch.zeros(len(names), width, dtype=torch.float64, device=device)
-    moments = torch.zeros(len(names), width, width, dtype=torch.float64, device=device)
+    moments = None
+    if moment:
+        moments = torch.zeros(len(names), width, width, dtype=torch.float64, device=device)
     count, seconds = 0, {"calibration": 0.0, "cost": 0.0}
     progress = tqdm(total=len(tokens), desc="calibration", unit="window", disable=None)
-    for ids in batches(tokens, device, batch_windows):
+    for ids in tokens.split(batch_windows):
+        ids = ids.to(device)
         start = time.perf_counter()
         stream = residual_stream(model, ids).float()
         _check_finite(stream, names)
         stream = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
         count += stream.shape[1]
         importance += stream.abs().sum(1).double()
-        if moment:
+        if moments is not None:
             moments += (stream.mT @ stream).double()
         _synchronize(device)
         middle = time.perf_counter()
-        if cost:
+        if accumulator is not None:
             accumulator.update(stream)
             _synchronize(device)
         seconds["calibration"] += middle - start
         seconds["cost"] += time.perf_counter() - middle
         progress.update(len(ids))
     progress.close()
-    if count == 0:
-        raise ValueError("no calibration tokens were given")
     return Statistics(
         names,
         count,
         importance / count,
-        moments / count if moment else None,
-        accumulator.result() if cost else None,
+        None if moments is None else moments / count,
+        None if accumulator is None else accumulator.result(),
         seconds,
     )
 

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from dotresize.models import architecture_of
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Directories being written; beside the output, for the final rename to be one step.
+_PARTIAL = ".dotresize-partial-"
 
 
-def load(source: str, device: torch.device) -> tuple[Any, Any]:
+def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, Any]:
     """Model and tokenizer from a directory, a .gguf file or a hub id.
 
     Weights keep their dtype; quantised GGUF weights become float32. Raises ValueError in one line
-    for what is missing, unsupported or damaged.
+    for what is missing or damaged, and, if it is ``to_narrow``, for an unsupported architecture.
     """
     transformers: Any = importlib.import_module("transformers")
     where, options = _locate(source)
@@ -37,7 +38,8 @@ def load(source: str, device: torch.device) -> tuple[Any, Any]:
         transformers.utils.logging.disable_progress_bar()
     with _one_line(source):
         config = transformers.AutoConfig.from_pretrained(where, **options)
-    architecture_of(config)
+    if to_narrow:
+        architecture_of(config)
     with _one_line(source):
         dtype = torch.float32 if "gguf_file" in options else "auto"
         if dtype == "auto":
@@ -67,17 +69,17 @@ def _one_line(source: str) -> Iterator[None]:
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
     path = Path(source)
-    if source.endswith(".gguf"):
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"model {source}: no such file")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if source and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model {source}: a directory without config.json is not a model")
         return str(path), {"trust_remote_code": False}
     if path.exists():
         raise ValueError(f"model {source}: must be a directory, a .gguf file or a hub id")
-    if not _HUB_ID.fullmatch(source):
+    if not _HUB_ID.fullmatch(source) or path.parent.is_dir():
         raise ValueError(f"model {source}: no such directory")
     return source, {"trust_remote_code": False}
 
@@ -87,10 +89,9 @@ def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    text = " ".join(str(error).split())[:200]
     # Some messages say nothing without the exception's name, such as a KeyError's.
-    known = isinstance(error, (OSError, ValueError))
-    return (lines[0] if known else f"{type(error).__name__}: {lines[0]}") if lines else repr(error)
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -105,15 +106,21 @@ def _forget_quantisation(model: Any) -> None:
 def check_output(out: str | Path) -> Path:
     """ValueError unless ``out`` can become a new directory: absent or empty, parent writable."""
     path = Path(out)
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"output {path}: the directory exists and is not empty")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output {path}: a file of that name exists")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output {path}: {parent} is not a writable directory")
+    try:
+        if path.is_symlink():
+            raise ValueError(f"output {path}: must not be a symbolic link")
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"output {path}: the directory exists and is not empty")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output {path}: a file of that name exists")
+        parent = path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        # Nothing but trying says whether a directory of that name can be made there.
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=parent) as probe:
+            (Path(probe) / path.name).mkdir()
+    except OSError as error:
+        raise ValueError(f"output {path}: {error.strerror}") from None
     return path
 
 
@@ -124,16 +131,17 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
     """
     path = check_output(out)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.absolute().parent))
     try:
         fill(partial)
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
-        for file in partial.iterdir():
-            file.chmod(0o666 & ~umask)
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for entry in partial.rglob("*"):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
+            if entry.is_file():
+                with entry.open("rb") as handle:
+                    os.fsync(handle.fileno())
         partial.rename(path.absolute())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -144,5 +152,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how its writer reports a full disk
+    except OSError:
+        raise
+    except Exception as error:  # the Rust writers report a full disk by errors of their own
         raise OSError(_first_line(error)) from error

@@ -10,8 +10,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
+from dotresize import __version__
 from dotresize.ops.backends import BackendError
 
 logger = logging.getLogger("dotresize")
@@ -26,6 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dotresize", description="Make a language model narrower.")
+    parser.add_argument("--version", action="version", version=f"dotresize {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
 
     compress = verbs.add_parser("compress", help="narrow a model into a new directory")
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text or .jsonl; each file gives an equal share of the windows",
     )
+    compress.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
     compress.add_argument("--windows", type=int, default=32, help="calibration windows (32)")
     compress.add_argument(
         "--compare",
@@ -76,7 +80,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--eval-windows", type=int, help="evaluate this many windows, spread evenly (all)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
-    parser.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -87,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     if getattr(args, "quiet", False):
         os.environ["TQDM_DISABLE"] = "1"
-    # A polite kill cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        for kill in (signal.SIGTERM, signal.SIGHUP):  # polite ones clean up like Ctrl-C does
+            signal.signal(kill, signal.default_int_handler)
     try:
         from dotresize import commands  # transformers is slow to import; mistakes above are not
 
@@ -98,13 +102,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, BackendError) as error:
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise
-        return _fail(" ".join(str(error).split()), 2)
-    except (OSError, MemoryError) as error:
+        return _fail(str(error), 2)
+    except Exception as error:  # no traceback in a user's face; DOTRESIZE_DEBUG=1 shows it
+        if os.environ.get("DOTRESIZE_DEBUG"):
+            raise
         return _fail(f"{type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"dotresize: {message}\n")
+    sys.stderr.write(f"dotresize: {' '.join(message.split())}\n")
     return code
 
 

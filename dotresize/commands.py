@@ -58,8 +58,9 @@ def _info(_: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     device = _device(args.device)
     _check_windows(args)
-    model, tokenizer = checkpoint.load(args.model, device)
-    for name, windows in _evaluation_texts(args, tokenizer).items():
+    model, tokenizer = checkpoint.load(args.model, device, to_narrow=False)
+    check_weights(model)
+    for name, windows in _evaluation_texts(args, model, tokenizer).items():
         sys.stdout.write(f"{name}  {perplexity(model, windows, desc=name):.4f}\n")
     return 0
 
@@ -68,19 +69,22 @@ def _compress(args: argparse.Namespace) -> int:
     device = _device(args.device)
     _check_options(args, device)
     settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings["model_files"] = _files(args.model)
     settings["text_sha256"] = _digests([*args.calibration, *(args.eval or [])])
     if args.resume and _already_done(args.out, settings):
         logger.info("%s is complete with these settings; nothing to do", args.out)
         return 0
     checkpoint.check_output(args.out)
-    model, tokenizer = checkpoint.load(args.model, device)
+    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
-    new_width = _announce_width(model, args.width)
-    streams = [
-        _long_enough(path, tokenize(path, tokenizer), args.window) for path in args.calibration
-    ]
+    width = model.config.hidden_size
+    divisor = architecture_of(model.config).divisor(model.config)
+    new_width = choose_width(args.width, width, divisor)
+    streams = [_tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
     tokens = random_windows(streams, args.windows, args.window, args.seed)
-    texts = _evaluation_texts(args, tokenizer)
+    texts = _evaluation_texts(args, model, tokenizer)
+    note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+    logger.info("width %d -> %d (asked for %g%s)", width, new_width, args.width, note)
     methods = METHODS if args.compare else (args.method,)
     statistics = collect(
         model, tokens, cost="dot" in methods, moment="pca" in methods, backend=args.backend
@@ -176,8 +180,15 @@ def _check_options(args: argparse.Namespace, device: torch.device) -> None:
     )
     for path in [*args.calibration, *(args.eval or [])]:
         read_text(path)
-    if args.windows < 1:
-        raise ValueError(f"--windows {args.windows}: must be at least 1")
+    if args.windows < len(args.calibration):
+        raise ValueError(
+            f"--windows {args.windows}: must be at least one for each of the "
+            f"{len(args.calibration)} calibration files"
+        )
+    if not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
+    if args.compare and not args.eval:
+        raise ValueError("--compare: give texts to compare on with --eval")
     _check_windows(args)
     choose(args.backend, device)
 
@@ -193,48 +204,62 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be auto, cpu or cuda")
+    return device
 
 
-def _announce_width(model: Any, asked: float) -> int:
-    width = model.config.hidden_size
-    divisor = architecture_of(model.config).divisor(model.config)
-    new = choose_width(asked, width, divisor)
-    note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
-    logger.info("width %d -> %d (asked for %g%s)", width, new, asked, note)
-    return new
-
-
-def _long_enough(path: str, stream: Tensor, window: int) -> Tensor:
-    if len(stream) < window:
-        raise ValueError(f"text file {path} has {len(stream)} tokens: one window takes {window}")
+def _tokens_of(path: str, model: Any, tokenizer: Any, at_least: int) -> Tensor:
+    stream = tokenize(path, tokenizer)
+    if len(stream) < at_least:
+        raise ValueError(f"text file {path} has {len(stream)} tokens: one window takes {at_least}")
+    if int(stream.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"text file {path}: the tokenizer gives id {int(stream.max())}, the model's "
+            f"vocabulary is {model.config.vocab_size}"
+        )
     return stream
 
 
-def _evaluation_texts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
+def _evaluation_texts(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """Windows of each text, by its file's stem, or by its path where two stems are alike."""
+    positions = getattr(model.config, "max_position_embeddings", args.window)
+    if args.window > positions:
+        raise ValueError(f"--window {args.window}: the model has {positions} positions")
+    paths = args.eval or []
+    stems = [Path(path).stem for path in paths]
     texts = {}
-    for path in args.eval or []:
-        stream = tokenize(path, tokenizer)
-        texts[Path(path).stem] = evaluation_windows(stream, args.window, args.eval_windows)
+    for path, stem in zip(paths, stems, strict=True):
+        stream = _tokens_of(path, model, tokenizer, 2)
+        name = stem if stems.count(stem) == 1 else path
+        texts[name] = evaluation_windows(stream, args.window, args.eval_windows)
     return texts
 
 
 def _digests(paths: list[str]) -> dict[str, str]:
-    digests = {}
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"text file {path} does not exist")
-        digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return digests
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+
+
+def _files(model: str) -> list[list]:
+    """Names, sizes and dates of the files a model is read from; nothing for a hub id."""
+    path = Path(model)
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _already_done(out: str, settings: dict[str, Any]) -> bool:
     path = Path(out) / "dotresize.json"
     if not path.is_file():
         return False
-    before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is not the record of a finished run") from None
+    if not list(path.parent.glob("*.safetensors")):
+        raise ValueError(f"output {out}: its weights are missing")
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         raise ValueError(

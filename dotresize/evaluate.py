@@ -43,4 +43,6 @@ def perplexity(model: Any, windows: Tensor, *, batch_windows: int = 2, desc: str
         count += ids[:, 1:].numel()
         progress.update(len(ids))
     progress.close()
+    if not math.isfinite(total):
+        raise ValueError(f"the model's loss {f'on {desc} ' if desc else ''}is not finite")
     return math.exp(min(total / count, 700.0))

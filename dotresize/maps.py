@@ -5,6 +5,7 @@ Row convention: hidden states are ``(tokens, D)``; a map T is ``(D, k)`` and nar
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import cast
@@ -19,6 +20,8 @@ from dotresize.ops.sinkhorn import sinkhorn
 MAX_CONDITION = 1e8
 
 FACTORS = ("polar", "qr")
+
+logger = logging.getLogger("dotresize")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def factorize(
     cond = float(s[0] / floor)
     cond_deflated = float(s[min(1, len(s) - 1)] / floor)
     # Lost: too small beside the rest of the span, or no more than the rounding of its largest part.
-    noise = 4 * torch.finfo(torch.float64).eps * max(T.shape) * s[0]
-    lost = int((s < torch.maximum(s[min(1, len(s) - 1)] / max_cond, noise)).sum())
+    noise = 4 * torch.finfo(T.dtype).eps * max(T.shape) ** 0.5 * s[0]
+    lost = int((s <= torch.maximum(s[min(1, len(s) - 1)] / max_cond, noise)).sum())
     if lost:
         raise ValueError(
             f"{name}: its span has collapsed, {lost} of {len(s)} directions are lost "
@@ -159,7 +162,11 @@ def transport(
     # what the span is made of.
     chosen = cost[:, selection].double()
     scale = float(chosen.mean())
+    if scale == 0:
+        raise ValueError("all neurons are equal: every cost between them is 0")
     result = sinkhorn(chosen, reg * scale, tol=1e-9, backend=backend)
+    if not result.converged:
+        logger.warning("transport at reg %g x mean cost: %s", reg, result.status)
     middle = time.perf_counter()
     factors = factorize(
         transport_map(cast(Tensor, result.plan)),

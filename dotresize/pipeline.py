@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
@@ -14,8 +15,9 @@ from torch import Tensor
 import dotresize
 from dotresize import baselines, maps
 from dotresize.absorb import absorb, is_tied
-from dotresize.calibration import Statistics, collect
+from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.models import architecture_of
+from dotresize.ops.backends import choose
 from dotresize.refit import refit as refit_readers
 from dotresize.width import choose_width
 
@@ -25,7 +27,7 @@ STAGES = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "ref
 
 def compress(
     model: Any,
-    tokens: Tensor,
+    tokens: Tensor | Iterable[Tensor],
     *,
     width: float = 0.8,
     method: str = "dot",
@@ -43,7 +45,7 @@ def compress(
 
     Args:
         model: a transformers model of a supported architecture, on any device; not changed.
-        tokens: int64 (windows, length), calibration text without padding.
+        tokens: int64 (windows, length), calibration text without padding, or an iterable of such.
         width: fraction up to 1, rounded to what loaders accept, or an exact number of channels.
         method: "dot" (transport), "pca" or "magnitude".
         scope: "global": one map for every location, hence a plain checkpoint.
@@ -66,13 +68,15 @@ def compress(
     """
     check_options(method=method, scope=scope, reg=reg, factor=factor, ridge=ridge)
     check_weights(model)
+    windows = check_tokens(tokens, model.config.vocab_size)
     divisor = architecture_of(model.config).divisor(model.config)
     old_width = model.config.hidden_size
+    device = next(model.parameters()).device
     new_width = choose_width(width, old_width, divisor)
     if statistics is None:
         statistics = collect(
             model,
-            tokens,
+            windows,
             cost=method == "dot",
             moment=method == "pca",
             batch_windows=batch_windows,
@@ -92,7 +96,7 @@ def compress(
     seconds["absorption"] = time.perf_counter() - start
     if refit:
         start = time.perf_counter()
-        refit_readers(model, narrow, q, tokens, ridge=ridge, batch_windows=batch_windows)
+        refit_readers(model, narrow, q, windows, ridge=ridge, batch_windows=batch_windows)
         seconds["refit"] = time.perf_counter() - start
     report = {
         "method": method,
@@ -105,6 +109,8 @@ def compress(
         "map": found.details,
         "calibration": {"tokens": statistics.tokens, "locations": len(statistics.locations)},
         "seconds": seconds,
+        "device": str(device),
+        "backend": choose(backend, device),
         "peak_memory_bytes": _peak_memory(),
         "versions": _versions(),
     }
@@ -124,8 +130,8 @@ def check_options(*, method: str, scope: str, reg: float, factor: str, ridge: fl
         raise ValueError(f"factor {factor!r}: must be one of {', '.join(maps.FACTORS)}")
     if not 0 < reg < float("inf"):
         raise ValueError(f"reg {reg:g}: must be positive and finite")
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge {ridge:g}: must be finite and not negative")
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"ridge {ridge:g}: must be positive and finite")
 
 
 def _width_map(

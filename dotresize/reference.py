@@ -32,57 +32,75 @@ def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
 def sinkhorn(
     cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-domain Sinkhorn of a batch by plain log-sum-exps.
+    """Log-domain Sinkhorn of a batch by plain log-sum-exps, in the cost's type.
 
     cost (B, n, m); reg (B,); a (B, n); b (B, m); g (B, m) the initial column potentials. One
     iteration is ``f = log a - lse_j(g - C/reg)`` and ``g = log b - lse_i(f - C/reg)``; a problem
     stops when, after a row update, ``|P'1 - b|_1 <= tol`` (never, for tol = 0), or after
     ``max_iter`` updates of g. Rows are exact at exit.
 
-    Returns f, g, n_iter, marginal_error, status (codes above). Potentials are NaN for a cost with
-    NaN or -inf ("invalid"), and -inf where a row or column of positive mass has only +inf
-    ("infeasible").
+    Returns f, g, n_iter, marginal_error, status (codes above); f and g in float64. Potentials are
+    NaN for a cost with NaN or -inf ("invalid"), and -inf where a row or column of positive mass
+    has only +inf ("infeasible").
     """
-    log_a, log_b = a.to(cost).log(), b.to(cost).log()
-    scaled = cost / reg.to(cost)[:, None, None]
-    g = torch.where(b > 0, g.to(cost), -torch.inf)
-    f = torch.zeros_like(log_a)
-    count = cost.shape[0]
-    n_iter = torch.zeros(count, dtype=torch.int64, device=cost.device)
-    error = torch.full((count,), torch.nan, dtype=torch.float64, device=cost.device)
-    status = _initial_status(cost, a, b)
-    invalid, infeasible = status == INVALID, status == INFEASIBLE
-    error[infeasible] = a.double().sum(1)[infeasible]
+    a, b = a.to(cost), b.to(cost)
+    row_min, column_min, status = minima(cost, a, b)
+    wide_reg = reg.to(device=cost.device, dtype=torch.float64)[:, None]
+    shift_f, shift_g = row_min.double() / wide_reg, column_min.double() / wide_reg
+    # The minima come off before the division: digits are then spent where the plan is.
+    scaled = (cost - row_min[:, :, None] - column_min[:, None, :]) / wide_reg[:, :, None].to(cost)
+    f = torch.zeros_like(a)
+    g = torch.where(b > 0, g - shift_g, -torch.inf).to(cost)
+    n_iter = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
+    error = torch.full((len(cost),), torch.nan, dtype=torch.float64, device=cost.device)
     active = (status == MAX_ITER).nonzero().flatten()
     iteration = 0
     while active.numel():
-        k, start = scaled[active], g[active]
-        row = log_a[active] - _lse(start[:, None, :] - k, 2)
-        row = torch.where(a[active] > 0, row, -torch.inf)
+        k, start, used = scaled[active], g[active], b[active] > 0
+        row = torch.where(
+            a[active] > 0, a[active].log() - _lse(start[:, None, :] - k, 2), -torch.inf
+        )
         column_lse = _lse(row[:, :, None] - k, 1)
-        column = torch.where(b[active] > 0, (start + column_lse).exp(), 0.0)
+        column = torch.where(used, (start + column_lse).exp(), 0.0)
         now = (column - b[active]).abs().sum(1).double()
         f[active], error[active], n_iter[active] = row, now, iteration
         converged = (now <= tol) & (tol > 0)
         status[active[converged]] = CONVERGED
-        update = _centred(log_b[active] - column_lse, b[active] > 0)
+        update = _centred(b[active].log() - column_lse, used)
         going = ~converged if iteration < max_iter else torch.zeros_like(converged)
         active = active[going]
         g[active] = update[going]
         iteration += 1
-    for problems, value in ((invalid, torch.nan), (infeasible, -torch.inf)):
-        f[problems], g[problems] = value, value
-    return f, g, n_iter, error, status
+    return *restore(f, g, shift_f, shift_g, a, error, status), n_iter, error, status
 
 
-def _initial_status(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    status = torch.full((cost.shape[0],), MAX_ITER, dtype=torch.int64, device=cost.device)
-    used = (a > 0)[:, :, None] & (b > 0)[:, None, :]
-    forbidden = (cost == torch.inf) | ~used
-    stuck = (forbidden.all(2) & (a > 0)).any(1) | (forbidden.all(1) & (b > 0)).any(1)
-    status[stuck] = INFEASIBLE
-    status[(cost.isnan() | (cost == -torch.inf)).flatten(1).any(1)] = INVALID
-    return status
+def minima(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row minima, then column minima of what remains, over rows and columns of positive mass.
+
+    Returns (B, n), (B, m) and the status (B,): MAX_ITER, or why a problem cannot be solved.
+    """
+    rows = torch.where((b > 0)[:, None, :], cost, torch.inf).amin(2)
+    row_min = torch.where(rows.isfinite(), rows, 0.0)
+    rest = cost - row_min[:, :, None]
+    columns = torch.where((a > 0)[:, :, None], rest, torch.inf).amin(1)
+    column_min = torch.where(columns.isfinite(), columns, 0.0)
+    stuck = ((rows == torch.inf) & (a > 0)).any(1) | ((columns == torch.inf) & (b > 0)).any(1)
+    bad = (cost.isnan() | (cost == -torch.inf)).flatten(1).any(1)
+    status = torch.full((len(cost),), MAX_ITER, dtype=torch.int64, device=cost.device)
+    status[stuck], status[bad] = INFEASIBLE, INVALID
+    return row_min, column_min, status
+
+
+def restore(
+    f: Tensor, g: Tensor, shift_f: Tensor, shift_g: Tensor, a: Tensor, error: Tensor, status: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Potentials of the caller's cost, float64; those of unsolvable problems, and their error."""
+    f, g = f.double() + shift_f, g.double() + shift_g
+    for code, value, mass in ((INVALID, torch.nan, torch.nan), (INFEASIBLE, -torch.inf, 1.0)):
+        hit = status == code
+        f[hit], g[hit] = value, value
+        error[hit] = a.double().sum(1)[hit] * mass
+    return f, g
 
 
 def _centred(g: Tensor, used: Tensor) -> Tensor:

@@ -95,22 +95,30 @@ class _Basis:
 class _Batches:
     """The residual stream of all tokens in front of a layer, and what its caller passes along.
 
-    The arguments (positions, mask, rotary tables) are taken from the model's own forward pass
-    and replayed layer by layer, so that no forward code is copied from any release.
+    The arguments (positions, masks, rotary tables) are those that the model's own forward pass
+    gives to each of its layers; they are replayed, so that no forward code is copied from any
+    release, and layers with masks of their own (sliding windows) get them.
     """
 
     def __init__(self, model: Any, layers: nn.ModuleList, tokens: Tensor, rows: int) -> None:
         self.stream: list[Tensor] = []
-        self._arguments: list[tuple[tuple, dict]] = []
+        self._arguments: dict[nn.Module, list[tuple[tuple, dict]]] = {layer: [] for layer in layers}
         device = next(model.parameters()).device
+        first, last = layers[0], layers[-1]
 
-        def catch(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = dict(kwargs)
-            self.stream.append(args[0] if args else kwargs.pop("hidden_states"))
-            self._arguments.append((args[1:], kwargs))
-            raise StopForward
+        def catcher(layer: nn.Module) -> Callable:
+            def catch(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                self._arguments[layer].append((args, kwargs))
+                if layer is first:
+                    self.stream.append(hidden_states)
+                if layer is last:
+                    raise StopForward
+                return hidden_states
 
-        handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+            return catch
+
+        for layer in layers:
+            layer.forward = catcher(layer)  # an attribute of the instance, in front of the method
         try:
             for ids in tokens.split(rows):
                 try:
@@ -118,11 +126,12 @@ class _Batches:
                 except StopForward:
                     continue
         finally:
-            handle.remove()
+            for layer in layers:
+                del layer.forward
 
     def run(self, layer: nn.Module, i: int) -> Tensor:
         """The layer's output for batch i."""
-        args, kwargs = self._arguments[i]
+        args, kwargs = self._arguments[layer][i]
         out = layer(self.stream[i], *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 

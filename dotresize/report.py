@@ -65,11 +65,11 @@ def _model_card(report: dict[str, Any], source: str) -> str:
     )
     if perplexity:
         perplexity = f"\n| perplexity | base | this model |\n|---|---|---|\n{perplexity}"
-    name = source if "/" in source and not Path(source).exists() else Path(source).name
+    name = Path(source).resolve().name if Path(source).exists() else source
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {name}
+base_model: {json.dumps(name)}
 tags: [dotresize, compressed]
 ---
 

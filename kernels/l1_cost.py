@@ -59,9 +59,11 @@ def l1_cost_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_tile = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    # One grid axis: the others end at 65535, and there may be more problems.
     tiles_n = tl.cdiv(m, BN)
+    tiles = tl.cdiv(n, BM) * tiles_n
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    i_tile = tl.program_id(0) % tiles
     i_m = i_tile // tiles_n
     i_n = i_tile % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)  # [BM]
@@ -128,7 +130,7 @@ def l1_cost(
     batch, tokens, n = x.shape
     m = out.shape[2]
     config = choose_config(batch, n, m)
-    grid = (triton.cdiv(n, config.block_m) * triton.cdiv(m, config.block_n), batch)
+    grid = (batch * triton.cdiv(n, config.block_m) * triton.cdiv(m, config.block_n),)
     with torch.cuda.device_of(x):
         l1_cost_kernel[grid](
             x,

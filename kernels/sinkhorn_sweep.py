@@ -41,18 +41,19 @@ def sinkhorn_sweep_kernel(
     n,
     m,
     rows_per_program,
+    programs,
     RUNNING: tl.constexpr,
     RESIDENT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    i_p = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
+    i_p = tl.program_id(0) % programs
+    i_b = (tl.program_id(0) // programs).to(tl.int64)
     if tl.load(p_status + i_b) == RUNNING:
         inv_reg = tl.load(p_inv_reg + i_b)
         first = i_p * rows_per_program
         last = tl.minimum(first + rows_per_program, n)
-        p_part = p_partial + (i_b * tl.num_programs(0) + i_p) * m
+        p_part = p_partial + (i_b * programs + i_p) * m
         o_c = tl.arange(0, BC)
         if RESIDENT:
             m_c = o_c < m
@@ -80,6 +81,7 @@ def sinkhorn_sweep_kernel(
             for start in range(0, m, BC):
                 tl.store(p_part + start + o_c, tl.zeros((BC,), tl.float32), mask=start + o_c < m)
             for row in range(first, last, BR):
+                tl.debug_barrier()  # the partial sums below are read back by other threads
                 o_r = row + tl.arange(0, BR)
                 m_r = o_r < last
                 b_rmin = tl.load(p_row_min + i_b * n + o_r, mask=m_r, other=0.0)  # [BR]

@@ -77,24 +77,29 @@ def cases():
             yield (
                 f"sinkhorn_sweep/{kind}/{m}",
                 sinkhorn_sweep.sinkhorn_sweep_kernel,
-                " ".join([p] * 8 + ["*i32 i32 i32 i32"]),
+                " ".join([p] * 8 + ["*i32 i32 i32 i32 i32"]),
                 running | {"RESIDENT": resident, "BR": rows, "BC": block},
                 warps,
             )
         yield (
             f"sinkhorn_reduce/{kind}",
             sinkhorn.sinkhorn_reduce_kernel,
-            " ".join([p] * 6 + ["*i32 i32 i32"]),
+            " ".join([p] * 6 + ["*i32 i32 i32 i32"]),
             running | columns,
+            4,
+        )
+        yield (
+            f"sinkhorn_stop/{kind}",
+            sinkhorn.sinkhorn_stop_kernel,
+            " ".join([p] * 5 + ["*i32 *i32", p, "i32 i32 i32"]),
+            running | {"CONVERGED": 0, "MAX_ITER": 1, "BLOCKS": 128},
             4,
         )
         yield (
             f"sinkhorn_update/{kind}",
             sinkhorn.sinkhorn_update_kernel,
-            " ".join([p] * 11 + ["*i32 *i32", p, "i32 i32 i32 i32 fp32"]),
-            running
-            | columns
-            | {"CONVERGED": 0, "MAX_ITER": 1, "TINY": sinkhorn.TINY_COLUMN, "BLOCKS": 128},
+            " ".join([p] * 9 + ["*i32 i32 i32 i32"]),
+            running | columns | {"TINY": sinkhorn.TINY_COLUMN},
             4,
         )
 

@@ -68,7 +68,7 @@ def test_compress_makes_a_directory_that_plain_transformers_loads(arguments, run
     assert report["seconds"]["calibration"] > 0
     assert report["peak_memory_bytes"]["host"] > 1e6
     assert report["versions"]["torch"] == torch.__version__
-    assert "base_model: tiny" in (out / "README.md").read_text()
+    assert 'base_model: "tiny"' in (out / "README.md").read_text()
     done = run_python(
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -113,6 +113,40 @@ def test_eval_agrees_with_the_table(arguments, text_file, capsys):
     assert float(value) == pytest.approx(report["perplexity"]["topics"], rel=1e-4)
 
 
+def test_text_as_it_comes(arguments, capsys, tmp_path):
+    """A byte-order mark, line separators inside JSON strings, two files of one name."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"some words " * 30)
+    records = [json.dumps({"text": "one\u2028two\x0bthree " * 20}, ensure_ascii=False)] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
+    arguments += ["--calibration", str(tmp_path / "a.jsonl")]
+    arguments += ["--eval", str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"perplexity, {tmp_path / 'a.txt'}" in printed
+    assert f"perplexity, {tmp_path / 'a.jsonl'}" in printed
+
+
+def test_eval_refuses_broken_weights(model_directory, text_file, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    bad = copy_of(model_directory, tmp_path / "nan")
+    weights = load_file(bad / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    message = fails(["eval", str(bad), str(text_file), "--quiet"], capsys)
+    assert "model.norm.weight of the model holds NaN" in message
+
+
+def test_several_chat_templates_are_saved(arguments, tmp_path, model_directory):
+    talkative = copy_of(model_directory, tmp_path / "talkative")
+    (talkative / "additional_chat_templates").mkdir()
+    (talkative / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (talkative / "chat_template.jinja").write_text("{{ messages[0] }}")
+    arguments[1] = str(talkative)
+    assert main(arguments) == 0
+    assert (Path(arguments[2]) / "additional_chat_templates" / "tool.jinja").is_file()
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
@@ -127,22 +161,28 @@ def test_resume_of_a_finished_output(arguments, capsys):
     assert (Path(arguments[2]) / "model.safetensors").stat().st_mtime_ns == stamp
     capsys.readouterr()
     assert "another ridge" in fails([*arguments, "--resume", "--ridge", "0.5"], capsys)
+    (Path(arguments[2]) / "model.safetensors").unlink()
+    assert "its weights are missing" in fails([*arguments, "--resume"], capsys)
+    (Path(arguments[2]) / "dotresize.json").write_text("[1]")
+    assert "not the record of a finished run" in fails([*arguments, "--resume"], capsys)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--width", "25", "width 25: must be a whole number up to the model's 24"),
-        ("--width", "0.01", "width"),
-        ("--width", "-3", "width"),
+        ("--width", "0.01", "width 0.01: that is under 4 channels"),
+        ("--width", "-3", "width -3: must be a fraction"),
         ("--width", "wide", "argument --width"),
         ("--method", "svd", "must be one of dot, pca, magnitude"),
         ("--scope", "location", "must be global"),
         ("--factor", "svd", "must be one of polar, qr"),
-        ("--reg", "0", "reg"),
+        ("--reg", "0", "reg 0: must be positive"),
         ("--reg", "1e15", "its span has collapsed"),
-        ("--ridge", "-1", "ridge"),
-        ("--windows", "0", "--windows 0"),
+        ("--ridge", "-1", "ridge -1: must be"),
+        ("--seed", str(10**30), "must fit in 64 bits"),
+        ("--device", "meta", "must be auto, cpu or cuda"),
+        ("--windows", "0", "--windows 0: must be at least one for each of the 1"),
         ("--window", "1", "--window 1"),
         ("--window", "100000", "tokens: one window takes 100000"),
         ("--eval-windows", "0", "--eval-windows 0"),
@@ -208,11 +248,11 @@ def test_bad_models(arguments, capsys, tmp_path, model_directory):
     pickled = copy_of(model_directory, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")
-    assert "model" in message(pickled)
+    assert "no file named model.safetensors" in message(pickled)
     cut = copy_of(model_directory, tmp_path / "cut")
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert "model" in message(cut)
+    assert "SafetensorError" in message(cut)
     wrong = copy_of(model_directory, tmp_path / "wrong")
     change_config(wrong, intermediate_size=41)
     assert "mismatched" in message(wrong)
@@ -241,6 +281,10 @@ def test_output_must_be_new(arguments, capsys, tmp_path):
     (out / "precious").unlink()
     assert main(arguments) == 0  # an empty directory is fine
     capsys.readouterr()
+    for name, message in (("x" * 300, "File name too long"), ("link", "symbolic link")):
+        (tmp_path / "link").is_symlink() or (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        arguments[2] = str(tmp_path / name)
+        assert message in fails(arguments, capsys)
     arguments[2] = str(tmp_path / "file")
     Path(arguments[2]).write_text("data")
     assert "a file of that name exists" in fails(arguments, capsys)
@@ -271,7 +315,29 @@ def test_no_room_while_saving(arguments):
     assert not list(Path(arguments[2]).parent.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_no_room_for_the_tokenizer(arguments, tmp_path, model_directory):
+    """The weights fit, a large tokenizer does not; its writer has an error type of its own."""
+    fat = copy_of(model_directory, tmp_path / "fat")
+    path = fat / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] += [
+        {"id": i, "content": f"<extra {i}>"} | dict.fromkeys(flags, False)
+        for i in range(257, 259)
+        for flags in [("single_word", "lstrip", "rstrip", "normalized", "special")]
+    ]
+    tokenizer["added_tokens"][-1]["content"] = "x" * 400_000
+    path.write_text(json.dumps(tokenizer))
+    arguments[1] = str(fat)
+    limit = (300_000, 300_000)
+    process = start(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert "Traceback" not in error
+    assert "File too large" in error
+    assert not Path(arguments[2]).exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(arguments, how):
     process = start([*arguments, "--windows", "100000"])
     assert "width 24 -> 16" in process.stderr.readline()
@@ -294,3 +360,67 @@ def test_backend_that_cannot_run(arguments):
         "dotresize: backend 'triton' cannot run here: no CUDA or ROCm device is visible to torch\n"
     )
     assert out == ""
+
+
+def write_gguf(path: Path, model_directory: Path) -> None:
+    """The tiny model as a float32 GGUF file with its byte-level tokenizer."""
+    import gguf
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model_directory)
+    weights = load_file(model_directory / "model.safetensors")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = AutoTokenizer.from_pretrained(model_directory).get_vocab()
+    names = sorted(tokens, key=tokens.get)
+    names += [f"<unused {i}>" for i in range(config.vocab_size - len(names))]
+    writer.add_tokenizer_model("gpt2")
+    names[-1] = "ab"  # a tokenizer of this kind must have a merge
+    writer.add_token_list(names)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(256)
+    table = {"embed_tokens": "token_embd", "norm": "output_norm"}
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, weight in weights.items():
+        words = name.removeprefix("model.").removesuffix(".weight").split(".")
+        if words[0] == "layers":
+            target = f"blk.{words[1]}.{parts['.'.join(words[2:])]}"
+        else:
+            target = table[words[0]]
+        writer.add_tensor(f"{target}.weight", weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_model(arguments, tmp_path, model_directory, capsys):
+    path = tmp_path / "tiny.GGUF"
+    write_gguf(path, model_directory)
+    arguments[1] = str(path)
+    assert main(arguments) == 0, capsys.readouterr().err
+    config = json.loads((Path(arguments[2]) / "config.json").read_text())
+    assert config["hidden_size"] == 16
+    assert "quantization_config" not in config

@@ -103,9 +103,46 @@ def test_checkpoint_loads_plainly_with_equal_logits(kind, tokens, tmp_path):
     assert (logits(loaded, tokens) - logits(narrow, tokens)).abs().max() < 1e-4
 
 
-def test_dtype_is_kept(tokens):
-    narrow, _ = compress(tiny_model(dtype=torch.bfloat16), tokens, width=16)
-    assert narrow.dtype == torch.bfloat16
+def test_dtypes_are_kept(tokens):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.model.norm.float()
+    state = torch.get_rng_state()
+    narrow, _ = compress(model, tokens, width=16, refit=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = zip(model.parameters(), narrow.parameters(), strict=True)
+    assert all(old.dtype == new.dtype for old, new in pairs)
+
+
+def test_tokens_may_come_in_parts(tokens):
+    model = tiny_model()
+    whole, _ = compress(model, tokens, width=16)
+    parts, _ = compress(model, iter([tokens[:2], tokens[2:]]), width=16)
+    assert torch.equal(logits(whole, tokens), logits(parts, tokens))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(0, 8, dtype=torch.int64), "no calibration tokens"),
+        ([], "no calibration tokens"),
+        (torch.zeros(2, 8), "must be int64"),
+        (torch.full((2, 8), 259), "token id 259: the model's vocabulary is 259"),
+    ],
+)
+def test_bad_tokens(bad, message):
+    with pytest.raises(ValueError, match=message):
+        compress(tiny_model(), bad)
+
+
+def test_layers_with_masks_of_their_own(tokens):
+    """Sliding windows on some layers: at full width, replaying a wrong mask would show."""
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert len(set(model.config.layer_types)) == 2
+    narrow, _ = compress(model, tokens, width=1.0)
+    assert (logits(narrow, tokens) - logits(model, tokens)).abs().max() < 1e-4
+    other = tiny_model("qwen2")
+    other.load_state_dict(model.state_dict())
+    assert (logits(other, tokens) - logits(model, tokens)).abs().max() > 1e-2
 
 
 def test_same_seed_same_weights(tokens):

@@ -61,6 +61,10 @@ def test_collapsed_span_is_refused_by_name():
         factorize(T, name="the test map")
     with pytest.raises(ValueError, match="must be one of polar, qr"):
         factorize(T, "svd")
+    with pytest.raises(ValueError, match="collapsed"):
+        factorize(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="collapsed"):  # float32 holds nothing of this span
+        factorize(transport_map(sinkhorn(torch.rand(64, 48), 1e7).plan))
     with pytest.raises(ValueError, match="non-finite"):
         factorize(T * torch.nan)
 

@@ -44,9 +44,13 @@ def _interpreting() -> bool:
 
 
 def _why_no_triton() -> str | None:
+    try:
+        interpreting = _interpreting()
+    except (ImportError, AttributeError) as error:
+        return f"triton cannot be used ({error})"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and not _interpreting():
+    if not torch.cuda.is_available() and not interpreting:
         return "no CUDA or ROCm device is visible to torch"
     return None
 

@@ -63,6 +63,7 @@ class L1CostAccumulator:
         # Tokens that do not fill a block yet, as views or copies: (x, y or None).
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         self._pending_tokens = 0
+        self._dtype: torch.dtype | None = None
 
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add a chunk: x ``(T, n)`` or ``(B, T, n)``, and y likewise if the cost was made with m.
@@ -82,13 +83,13 @@ class L1CostAccumulator:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {wanted}")
             if value.device != self._device:
                 raise ValueError(f"{name} is on {value.device}, the cost on {self._device}")
-        if self._pending and x.dtype != self._pending[0][0].dtype:
-            raise ValueError(f"x has dtype {x.dtype}, earlier chunks {self._pending[0][0].dtype}")
+        if self._dtype not in (None, x.dtype):
+            raise ValueError(f"x has dtype {x.dtype}, earlier chunks {self._dtype}")
         x3, y3, _ = operands(x, y, None)
         for value in (x3, y3):
             if value is not None:
                 check_activations(value, "y" if value is y3 else "x")
-        self.tokens += x3.shape[1]
+        self._dtype = x.dtype
         start = 0
         if self._pending_tokens:
             start = min(reference.TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
@@ -101,6 +102,7 @@ class L1CostAccumulator:
             self._add(x3[:, start:stop], None if y3 is None else y3[:, start:stop], self._total)
         if stop < x3.shape[1]:
             self._keep(x3[:, stop:], None if y3 is None else y3[:, stop:])
+        self.tokens += x3.shape[1]
 
     def result(self) -> Tensor:
         """The cost over all tokens so far; more chunks may follow. ValueError if there are none."""

@@ -79,7 +79,7 @@ def operands(
         raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
     if y is not None and targets is not None:
         raise ValueError("give y or targets, not both")
-    x3 = x if x.dim() == 3 else x[None]
+    x3 = (x if x.dim() == 3 else x[None]).detach()
     if y is not None:
         if y.dtype != x.dtype or y.device != x.device:
             raise ValueError(f"y is {y.dtype} on {y.device}, x is {x.dtype} on {x.device}")
@@ -88,7 +88,7 @@ def operands(
                 f"y has shape {tuple(y.shape)}: all but the last axis must be as in x, "
                 f"{tuple(x.shape)}"
             )
-        return x3, y if y.dim() == 3 else y[None], None
+        return x3, (y if y.dim() == 3 else y[None]).detach(), None
     if targets is None:
         return x3, None, None
     check_targets(targets, x3.shape[0], x3.shape[2], x.dim() == 2)
@@ -141,7 +141,7 @@ def _count(x: Tensor, y: Tensor | None, index: Tensor | None) -> int:
 
 def _check_finite(cost: Tensor, x: Tensor, y: Tensor | None) -> None:
     """The cost is finite if the activations are; only if not, look for the neuron at fault."""
-    if torch.isfinite(cost).all():
+    if all(torch.isfinite(problem).all() for problem in cost):  # one by one: isfinite copies
         return
     check_activations(x, "x")
     if y is not None:

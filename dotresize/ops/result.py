@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +21,19 @@ class SinkhornResult:
     entry per problem; a ragged list has tuples of tensors. ``result[i]`` is problem i by itself.
 
     Attributes:
-        potentials: ``(f, g)`` in the cost's dtype, dimensionless, in POT's gauge:
-            ``plan = exp(f_i + g_j - cost_ij / reg)``.
+        potentials: ``(f, g)``, dimensionless, in POT's gauge:
+            ``plan = exp(f_i + g_j - cost_ij / reg)``. Like the plan, in the cost's dtype, or
+            float32 for half-precision costs.
         n_iter: iterations done (updates of g).
-        marginal_error: ``max(|P1 - a|_1, |P'1 - b|_1)`` of the plan returned. Rows are exact at
-            exit up to rounding, so this is the columns' error.
+        marginal_error: ``max(|P1 - a|_1, |P'1 - b|_1)`` from the last pass over the plan. Rows
+            are exact at exit, so this is the columns' error, up to the rounding of
+            ``cost / reg`` (about 6e-8 of its range in float32).
         converged: marginal_error reached ``tol``.
         status: "converged", "max_iter", "infeasible" (a row or column of positive mass whose
             every cost is +inf; the plan is 0) or "invalid" (NaN or -inf in the cost; the plan
             is NaN).
-        plan: computed when first asked for, from float64 potentials.
+        plan: computed when first asked for, from float64 potentials and the caller's cost, which
+            must not have been changed in place by then.
         value_linear: ``<C, P>``.
         value: ``<C, P> + reg * sum P log P``, as POT's ``solve_batch`` with reg_type "entropy".
     """
@@ -69,7 +73,7 @@ class SinkhornResult:
         )
 
     def __getitem__(self, index: int) -> SinkhornResult:
-        return SinkhornResult.collect([self._problems[index]], "single")
+        return SinkhornResult.collect([self._problems[operator.index(index)]], "single")
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -98,11 +102,11 @@ class SinkhornResult:
 
     @property
     def value_linear(self) -> float | Tensor:
-        return self._number([problem.values()[0] for problem in self._problems])
+        return self._number([problem.values[0] for problem in self._problems])
 
     @property
     def value(self) -> float | Tensor:
-        return self._number([problem.values()[1] for problem in self._problems])
+        return self._number([problem.values[1] for problem in self._problems])
 
     def _number(self, values: list[float]) -> float | Tensor:
         return values[0] if self._layout == "single" else torch.tensor(values, dtype=torch.float64)
@@ -121,22 +125,38 @@ class _Problem:
     status: str
 
     @property
-    def potentials(self) -> tuple[Tensor, Tensor]:
-        return self.f.to(self.cost.dtype), self.g.to(self.cost.dtype)
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.cost.dtype == torch.float64 else torch.float32
 
-    def plan(self) -> Tensor:
-        # In float64, by blocks of rows: f, g and cost / reg may be large numbers that nearly
-        # cancel. A forbidden pair meets f = -inf or g = -inf as -inf, never as NaN.
+    @property
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        return self.f.to(self.dtype), self.g.to(self.dtype)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The plan in float64, by blocks of rows.
+
+        f, g and cost / reg may be large numbers that nearly cancel. A forbidden pair meets
+        f = -inf or g = -inf as -inf, never as NaN.
+        """
         rows = max(1, 2**22 // max(1, self.cost.shape[1]))
-        plan = torch.empty_like(self.cost, memory_format=torch.contiguous_format)
         for start in range(0, self.cost.shape[0], rows):
             block = slice(start, start + rows)
             scaled = self.cost[block].double() / self.reg
-            plan[block] = (self.f[block, None] + self.g - scaled).exp().to(plan.dtype)
+            yield block, (self.f[block, None] + self.g - scaled).exp()
+
+    def plan(self) -> Tensor:
+        plan = torch.empty(self.cost.shape, dtype=self.dtype, device=self.cost.device)
+        for block, values in self._blocks():
+            plan[block] = values
         return plan
 
+    @cached_property
     def values(self) -> tuple[float, float]:
-        plan = self.plan().double()
-        linear = torch.where(plan > 0, plan * self.cost.double(), 0.0).sum()
-        linear = linear if self.status != "invalid" else linear * torch.nan
-        return float(linear), float(linear + self.reg * torch.special.xlogy(plan, plan).sum())
+        """value_linear and value."""
+        linear = entropy = 0.0
+        for block, plan in self._blocks():
+            # A pair without mass costs nothing, also where it is forbidden; NaN stays NaN.
+            paid = torch.where(plan == 0, 0.0, plan * self.cost[block].double())
+            linear += float(paid.sum())
+            entropy += float(torch.special.xlogy(plan, plan).sum())
+        return linear, linear + self.reg * entropy

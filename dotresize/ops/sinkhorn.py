@@ -63,22 +63,17 @@ def sinkhorn(
     if not 0 <= tol < float("inf"):
         raise ValueError(f"tol is {tol!r}: must be finite and not negative")
     if not isinstance(cost, Tensor):
+        if len(cost) == 0:
+            raise ValueError("cost is an empty list: there must be problems with entries")
         return _ragged(list(cost), reg, a, b, max_iter, tol, init, backend)
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
     if not cost.is_floating_point():
         raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
     single = cost.dim() == 2
-    problems = _solve_batch(
-        cost[None] if single else cost,
-        _check_reg(reg, 1 if single else cost.shape[0]),
-        _check_marginals("a", a, cost.shape[:-1], cost.device),
-        _check_marginals("b", b, (*cost.shape[:-2], cost.shape[-1]), cost.device),
-        _check_init(init, cost),
-        max_iter,
-        tol,
-        backend,
-    )
+    batch = cost[None] if single else cost
+    regs = _check_reg(reg, len(batch))
+    problems = _solve_batch(batch, regs, a, b, init, max_iter, tol, backend, range(len(batch)))
     return SinkhornResult.collect(problems, "single" if single else "batch")
 
 
@@ -94,16 +89,20 @@ def _ragged(
 ) -> SinkhornResult:
     """Problems of equal shape are solved together; the order of the list is kept."""
     for i, cost in enumerate(costs):
-        if not isinstance(cost, Tensor) or cost.dim() != 2:
-            raise ValueError(f"cost {i} of the list is not a 2-D tensor")
+        if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
+            raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
     regs = _check_reg(reg, len(costs))
-    columns: dict[str, list | None] = {"a": None, "b": None, "f": None, "g": None}
-    for name, value in (("a", a), ("b", b), ("f", init and init[0]), ("g", init and init[1])):
-        if value is None:
-            continue
-        if isinstance(value, Tensor) or len(value) != len(costs):
+    vectors: dict[str, list[Tensor] | None] = {}
+    starts = None if init is None else init[1]
+    for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
+        if value is not None and (isinstance(value, Tensor) or len(value) != len(costs)):
             raise ValueError(f"{name}: for a list of {len(costs)} costs, give a list as long")
-        columns[name] = list(value)
+        vectors[name] = None if value is None else list(value)
+        for i, vector in enumerate(vectors[name] or []):
+            if not isinstance(vector, Tensor) or vector.shape != costs[i].shape[axis : axis + 1]:
+                raise ValueError(
+                    f"{name} of problem {i}: must have shape ({costs[i].shape[axis]},)"
+                )
     groups: dict[tuple, list[int]] = {}
     for i, cost in enumerate(costs):
         groups.setdefault((tuple(cost.shape), cost.dtype, cost.device), []).append(i)
@@ -111,19 +110,20 @@ def _ragged(
     for members in groups.values():
         stacked = {
             name: None if values is None else torch.stack([values[i] for i in members])
-            for name, values in columns.items()
+            for name, values in vectors.items()
         }
-        result = sinkhorn(
+        problems = _solve_batch(
             torch.stack([costs[i] for i in members]),
             regs[members],
             stacked["a"],
             stacked["b"],
-            max_iter=max_iter,
-            tol=tol,
-            init=None if init is None else (stacked["f"], stacked["g"]),
-            backend=backend,
+            None if init is None else (None, stacked["init g"]),
+            max_iter,
+            tol,
+            backend,
+            members,
         )
-        solved.update(zip(members, result._problems, strict=True))
+        solved.update(zip(members, problems, strict=True))
     return SinkhornResult.collect([solved[i] for i in range(len(costs))], "ragged")
 
 
@@ -137,87 +137,91 @@ def _check_reg(reg: float | Tensor, batch: int) -> Tensor:
 
 
 def _check_marginals(
-    name: str, value: Tensor | Sequence[Tensor] | None, shape: tuple[int, ...], device: torch.device
+    name: str, value: Tensor | Sequence[Tensor] | None, batch: int, length: int, like: Tensor
 ) -> Tensor:
-    """float64 (B, length); None is uniform with mass 1."""
-    length = shape[-1]
+    """float64 (batch, length); None is uniform with mass 1."""
     if value is None:
-        batch = shape[0] if len(shape) == 2 else 1
-        return torch.full((batch, length), 1 / max(1, length), dtype=torch.float64, device=device)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor")
-    if tuple(value.shape) not in (tuple(shape), (length,)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {tuple(shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, the cost on {device}")
+        uniform = 1 / max(1, length)
+        return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
+    shared, own = (length,), (batch, length)
+    if not isinstance(value, Tensor) or tuple(value.shape) not in (shared, own):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the cost on {like.device}")
     if not (torch.isfinite(value).all() and (value >= 0).all()):
         raise ValueError(f"{name} holds a negative or non-finite entry")
-    rows = value.double()
-    return (rows if rows.dim() == 2 else rows.expand(*shape[:-1], length)).reshape(-1, length)
+    return value.detach().double().expand(batch, length).contiguous()
+
+
+def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
+    """b scaled to the mass of a, which it must have up to rounding."""
+    masses_a, masses_b = a.sum(1), b.sum(1)
+    apart = (masses_a - masses_b).abs() > _MASS_TOLERANCE * torch.maximum(masses_a, masses_b)
+    wrong = (apart | (masses_a == 0)).nonzero().flatten()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"marginals of problem {labels[i]} sum to {masses_a[i]:.9g} (a) and {masses_b[i]:.9g} "
+            "(b): both sums must be positive and equal"
+        )
+    # float32 marginals sum alike to rounding only; scaled to the rows' mass exactly, tol can hold.
+    return b * (masses_a / masses_b)[:, None]
 
 
 def _check_init(init: tuple | None, cost: Tensor) -> Tensor:
-    """Initial g, float64 (B, m)."""
-    shape = (*cost.shape[:-2], cost.shape[-1])
+    """Initial g, a new float64 (B, m)."""
+    batch, m = cost.shape[0], cost.shape[2]
     if init is None:
-        return torch.zeros(shape, dtype=torch.float64, device=cost.device).reshape(-1, shape[-1])
+        return torch.zeros(batch, m, dtype=torch.float64, device=cost.device)
     g = init[1]
-    if tuple(g.shape) != shape or g.device != cost.device:
-        raise ValueError(f"init: g is {tuple(g.shape)} on {g.device}: must be {shape} as the cost")
+    if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
+        raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
+    if g.device != cost.device:
+        raise ValueError(f"init: g is on {g.device}, the cost on {cost.device}")
     # A column that had no mass before may have some now.
-    return torch.nan_to_num(g.double(), nan=0.0, posinf=0.0, neginf=0.0).reshape(-1, shape[-1])
+    g = torch.nan_to_num(g.detach().double(), nan=0.0, posinf=0.0, neginf=0.0)
+    return g.expand(batch, m).clone(memory_format=torch.contiguous_format)
 
 
 def _solve_batch(
     cost: Tensor,
     reg: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor,
+    a: Tensor | Sequence[Tensor] | None,
+    b: Tensor | Sequence[Tensor] | None,
+    init: tuple | None,
     max_iter: int,
     tol: float,
     backend: str,
+    labels: Sequence[int],
 ) -> list[_Problem]:
+    """cost (B, n, m); ``labels`` are the caller's numbers of the problems, for messages."""
     chosen = choose(backend, cost.device)
-    n, m = cost.shape[1:]
-    if n == 0 or m == 0:
-        raise ValueError(f"cost has shape {tuple(cost.shape)}: a problem needs rows and columns")
-    masses_a, masses_b = a.sum(1), b.sum(1)
-    apart = (masses_a - masses_b).abs() > _MASS_TOLERANCE * torch.maximum(masses_a, masses_b)
-    if (apart | (masses_a == 0)).any():
-        i = int((apart | (masses_a == 0)).nonzero()[0])
-        raise ValueError(
-            f"marginals of problem {i} sum to {masses_a[i]:.9g} (a) and {masses_b[i]:.9g} (b): "
-            "both sums must be positive and equal"
-        )
-    # float32 marginals sum alike only to rounding; scaled to the rows' mass exactly, tol can hold.
-    b = b * (masses_a / masses_b)[:, None]
+    batch, n, m = cost.shape
+    if batch == 0 or n == 0 or m == 0:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: there must be problems with entries")
+    rows = _check_marginals("a", a, batch, n, cost)
+    columns = _check_masses(rows, _check_marginals("b", b, batch, m, cost), labels)
+    start = _check_init(init, cost)
+    cost = cost.detach()
     work = cost if cost.dtype == torch.float64 else cost.float()
     f, g, n_iter, error, status = _LAUNCH[chosen](
-        work.contiguous(), reg, a.contiguous(), b.contiguous(), max_iter, tol, g
+        work.contiguous(), reg, rows, columns, max_iter, float(tol), start
     )
-    rows = zip(
+    problems = zip(
         n_iter.tolist(), error.tolist(), status.tolist(), reg.tolist(), cost, f, g, strict=True
     )
     return [
         _Problem(cost_i, reg_i, f_i, g_i, n_iter_i, error_i, STATUS_WORDS[status_i])
-        for n_iter_i, error_i, status_i, reg_i, cost_i, f_i, g_i in rows
+        for n_iter_i, error_i, status_i, reg_i, cost_i, f_i, g_i in problems
     ]
-
-
-def _launch_torch(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
-) -> tuple[Tensor, ...]:
-    reg = reg.to(cost.device)
-    f, g, *rest = reference.sinkhorn(cost, reg, a, b, max_iter, tol, g)
-    return f.double(), g.double(), *rest
 
 
 def _launch_cpp(
     cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
 ) -> tuple[Tensor, ...]:
     batch, n, m = cost.shape
-    f, g = torch.empty(batch, n, dtype=torch.float64), g.clone()
+    f = torch.empty(batch, n, dtype=torch.float64)
     n_iter = torch.empty(batch, dtype=torch.int64)
     error = torch.empty(batch, dtype=torch.float64)
     status = torch.empty(batch, dtype=torch.int64)
@@ -253,4 +257,4 @@ def _launch_triton(
     return kernel.sinkhorn(cost, reg, a, b, max_iter, tol, g)
 
 
-_LAUNCH = {"torch": _launch_torch, "cpp": _launch_cpp, "triton": _launch_triton}
+_LAUNCH = {"torch": reference.sinkhorn, "cpp": _launch_cpp, "triton": _launch_triton}
