@@ -45,7 +45,7 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
     s = (narrow / width) ** 0.5
     tied = is_tied(model) and not untie
     old = model.state_dict()
-    new = dict(old)
+    new: dict[str, Tensor] = {}
 
     def put(name: str, weight: Tensor) -> None:
         new[name] = weight.to(old[name].dtype).contiguous()
@@ -75,23 +75,18 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
         source = head if head in old else embedding
         new[head] = ((wide(source) * scale) @ q / s).to(old[source].dtype).contiguous()
         put(final, torch.ones(narrow))
+    for name in old.keys() - new.keys():
+        new[name] = old[name].clone()  # off the residual; the models share no memory
     return _build(model, narrow, tied, new)
 
 
-def narrow_config(config: Any, width: int, *, tied: bool | None = None) -> Any:
-    """The config of the narrowed model; its class refuses a width its loader would refuse."""
-    new = copy.deepcopy(config)
-    new.head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    new.hidden_size = width
-    if tied is not None:
-        new.tie_word_embeddings = tied
-    return new
-
-
 def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
-    config = narrow_config(model.config, width, tied=tied)
+    config = copy.deepcopy(model.config)
+    # Explicit from now on: no longer what the width divided by the heads would give.
+    heads = config.num_attention_heads
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    config.hidden_size = width
+    config.tie_word_embeddings = tied
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):  # its random start weights are nobody's business
         narrow = type(model)(config)

@@ -113,6 +113,13 @@ def test_dtypes_are_kept(tokens):
     assert all(old.dtype == new.dtype for old, new in pairs)
 
 
+def test_models_share_no_memory(tokens):
+    model = tiny_model("qwen3")
+    narrow, _ = compress(model, tokens, width=16)
+    addresses = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not addresses & {parameter.data_ptr() for parameter in narrow.parameters()}
+
+
 def test_tokens_may_come_in_parts(tokens):
     model = tiny_model()
     whole, _ = compress(model, tokens, width=16)

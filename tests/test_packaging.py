@@ -61,6 +61,14 @@ def test_readme_is_short_and_its_python_runs(run_python):
     assert done.returncode == 0, done.stderr
 
 
+def test_readme_figures_come_from_committed_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.readme import with_tables
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tables(text) == text
+
+
 def test_files_stay_readable():
     sources = [
         path
