@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import logging
@@ -77,35 +76,12 @@ def _compress(args: argparse.Namespace) -> int:
     checkpoint.check_output(args.out)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
-    width = model.config.hidden_size
-    divisor = architecture_of(model.config).divisor(model.config)
-    new_width = choose_width(args.width, width, divisor)
-    streams = [_tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
-    tokens = random_windows(streams, args.windows, args.window, args.seed)
-    texts = _evaluation_texts(args, model, tokenizer)
-    note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
-    logger.info("width %d -> %d (asked for %g%s)", width, new_width, args.width, note)
-    methods = METHODS if args.compare else (args.method,)
-    statistics = collect(
-        model, tokens, cost="dot" in methods, moment="pca" in methods, backend=args.backend
-    )
-    dense = _dense_report(model, texts)
-    rows = [dense]
-    if args.compare:
-        for method in ("magnitude", "pca", "dot"):
-            if args.no_refit and method == args.method:
-                continue
-            narrow, row = _one(args, model, tokens, statistics, method=method, refit=False)
-            rows.append(_evaluate_into(row, narrow, texts, dense))
-            del narrow
-    narrow, main_report = _one(
-        args, model, tokens, statistics, method=args.method, refit=not args.no_refit
-    )
-    rows.append(_evaluate_into(main_report, narrow, texts, dense))
-    assert main_report["width"]["new"] == new_width
+    tokens, texts = _inputs(args, model, tokenizer)
+    narrow, rows = _narrowed(args, model, tokens, texts)
+    *others, main_report = rows
     main_report["settings"] = settings
     if args.compare:
-        main_report["compared"] = copy.deepcopy(rows[:-1])
+        main_report["compared"] = others
 
     def fill(folder: Path) -> None:
         checkpoint.save(narrow, tokenizer, folder)
@@ -114,6 +90,42 @@ def _compress(args: argparse.Namespace) -> int:
     checkpoint.write_whole(args.out, fill)
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with plain transformers\n")
     return 0
+
+
+def _inputs(
+    args: argparse.Namespace, model: Any, tokenizer: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calibration windows and evaluation texts; announces the width when all is checked."""
+    width = model.config.hidden_size
+    divisor = architecture_of(model.config).divisor(model.config)
+    new_width = choose_width(args.width, width, divisor)
+    streams = [_tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
+    tokens = random_windows(streams, args.windows, args.window, args.seed)
+    texts = _evaluation_texts(args, model, tokenizer)
+    note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+    logger.info("width %d -> %d (asked for %g%s)", width, new_width, args.width, note)
+    return tokens, texts
+
+
+def _narrowed(
+    args: argparse.Namespace, model: Any, tokens: Tensor, texts: dict[str, Tensor]
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The narrowed model, and the reports of dense, what it is compared with, and itself."""
+    methods = METHODS if args.compare else (args.method,)
+    statistics = collect(
+        model, tokens, cost="dot" in methods, moment="pca" in methods, backend=args.backend
+    )
+    dense = _dense_report(model, texts)
+    rows = [dense]
+    for method in ("magnitude", "pca", "dot") if args.compare else ():
+        if args.no_refit and method == args.method:
+            continue  # it is the last row
+        narrow, row = _one(args, model, tokens, statistics, method=method, refit=False)
+        rows.append(_evaluate_into(row, narrow, texts, dense))
+        del narrow
+    narrow, row = _one(args, model, tokens, statistics, method=args.method, refit=not args.no_refit)
+    rows.append(_evaluate_into(row, narrow, texts, dense))
+    return narrow, rows
 
 
 def _one(
