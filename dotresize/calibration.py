@@ -24,7 +24,9 @@ def read_text(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"text file {path} does not exist")
+        raise ValueError(
+            f"text file {path} {'is not a file' if path.exists() else 'does not exist'}"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

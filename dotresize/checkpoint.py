@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     transformers: Any = importlib.import_module("transformers")
     where, options = _locate(source)
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
         transformers.utils.logging.disable_progress_bar()
     with _one_line(source):
@@ -80,7 +82,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if path.exists():
         raise ValueError(f"model {source}: must be a directory, a .gguf file or a hub id")
     if not _HUB_ID.fullmatch(source) or path.parent.is_dir():
-        raise ValueError(f"model {source}: no such directory")
+        raise ValueError(f"model {source}: no such directory, nor the form of a hub id")
     return source, {"trust_remote_code": False}
 
 
