@@ -45,9 +45,12 @@ def test_matches_pot(backend, shape):
 
 def test_float64_reaches_float64(backend):
     cost, a, b = (v.to(device_of(backend)) for v in problem(23, 19, torch.float64))
+    given = cost.clone()
     result = sinkhorn(cost, 0.1, a, b, tol=1e-12, backend=backend)
     assert result.converged
+    assert isinstance(result.value, float)
     assert l1(result.plan, pot_plan(cost, 0.1, a, b)) < 1e-11
+    assert torch.equal(cost, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

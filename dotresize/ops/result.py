@@ -138,11 +138,13 @@ class _Problem:
         f, g and cost / reg may be large numbers that nearly cancel. A forbidden pair meets
         f = -inf or g = -inf as -inf, never as NaN.
         """
-        rows = max(1, 2**22 // max(1, self.cost.shape[1]))
+        # On a CPU a block stays in the cache; a GPU wants few launches.
+        entries = 2**16 if self.cost.device.type == "cpu" else 2**24
+        rows = max(1, entries // max(1, self.cost.shape[1]))
         for start in range(0, self.cost.shape[0], rows):
             block = slice(start, start + rows)
-            scaled = self.cost[block].double() / self.reg
-            yield block, (self.f[block, None] + self.g - scaled).exp()
+            scaled = self.cost[block].to(torch.float64, copy=True).div_(self.reg)
+            yield block, (self.f[block, None] + self.g).sub_(scaled).exp_()
 
     def plan(self) -> Tensor:
         plan = torch.empty(self.cost.shape, dtype=self.dtype, device=self.cost.device)
