@@ -43,13 +43,14 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     if to_narrow:
         architecture_of(config)
     with _one_line(source):
-        dtype = torch.float32 if "gguf_file" in options else "auto"
-        if dtype == "auto":
-            options["use_safetensors"] = True
-        model, problems = transformers.AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **options
+        is_gguf = "gguf_file" in options
+        weights = (
+            {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_tokenizer_options(options))
+        model, problems = transformers.AutoModelForCausalLM.from_pretrained(
+            where, output_loading_info=True, **weights, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     damaged = {
         kind: names for kind, names in problems.items() if names and kind != "unexpected_keys"
     }
@@ -84,10 +85,6 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if not _HUB_ID.fullmatch(source) or path.parent.is_dir():
         raise ValueError(f"model {source}: no such directory, nor the form of a hub id")
     return source, {"trust_remote_code": False}
-
-
-def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "use_safetensors"}
 
 
 def _first_line(error: BaseException) -> str:

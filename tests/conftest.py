@@ -113,3 +113,21 @@ def run_python():
         )
 
     return run
+
+
+@pytest.fixture
+def run_at_simd_level(run_python):
+    """Runs code with the C++ kernels forced to a SIMD level; skips where the machine lacks it."""
+    report = (
+        "from dotresize import backends\n"
+        "print(backends()['cpp'].get('simd'), backends()['cpp'].get('reason'))\n"
+    )
+
+    def run(code: str, level: str) -> None:
+        done = run_python(report + code, DOTRESIZE_SIMD=level)
+        assert done.returncode == 0, done.stderr
+        if f"{level} None" not in done.stdout:
+            assert "this machine runs" in done.stdout
+            pytest.skip(f"this machine has no {level}")
+
+    return run

@@ -159,14 +159,13 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
-def test_every_simd_level(level, run_python):
+def test_every_simd_level(level, run_at_simd_level):
     """Each level this machine can run, forced in a process of its own."""
     code = """
 import torch, sys
 sys.path.insert(0, "tests")
 from test_l1_cost import SHAPES, DTYPES, oracle, relative_error
 from dotresize import backends, l1_cost
-print(backends()["cpp"].get("simd"), backends()["cpp"].get("reason"))
 if backends()["cpp"]["available"]:
     for batch, tokens, n, m in SHAPES:
         for dtype in DTYPES:
@@ -175,11 +174,7 @@ if backends()["cpp"]["available"]:
             assert relative_error(l1_cost(x, y, backend="cpp"), oracle(x, y)) < 1e-6
             assert relative_error(l1_cost(x, backend="cpp"), oracle(x, x)) < 1e-6
 """
-    done = run_python(code, DOTRESIZE_SIMD=level)
-    assert done.returncode == 0, done.stderr
-    if f"{level} None" not in done.stdout:
-        assert "this machine runs" in done.stdout
-        pytest.skip(f"this machine has no {level}")
+    run_at_simd_level(code, level)
 
 
 def test_token_block_is_the_same_everywhere():
