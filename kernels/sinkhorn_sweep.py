@@ -28,6 +28,16 @@ def sweep_tile(m: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _exponents(p_row, p_g, p_column_min, b_rmin, m_r, o_c, m, inv_reg):
+    """z of a tile of streamed rows, -inf past the last column. -> [BR, BC]"""
+    m_c = o_c < m
+    b_g = tl.load(p_g + o_c, mask=m_c, other=-float("inf"))  # [BC]
+    b_cmin = tl.load(p_column_min + o_c, mask=m_c, other=0.0)
+    b_c = tl.load(p_row + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
+    return b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
+
+
+@triton.jit
 def sinkhorn_sweep_kernel(
     p_cost,
     p_inv_reg,
@@ -78,6 +88,8 @@ def sinkhorn_sweep_kernel(
                 b_sum += tl.sum(b_e * b_w[:, None], 0)
             tl.store(p_part + o_c, b_sum, mask=m_c)
         else:
+            p_gs = p_g + i_b * m
+            p_cmins = p_column_min + i_b * m
             for start in range(0, m, BC):
                 tl.store(p_part + start + o_c, tl.zeros((BC,), tl.float32), mask=start + o_c < m)
             for row in range(first, last, BR):
@@ -90,12 +102,7 @@ def sinkhorn_sweep_kernel(
                 b_max = tl.full((BR,), -float("inf"), dtype=b_a.dtype)
                 b_s = tl.zeros((BR,), dtype=b_a.dtype)
                 for start in range(0, m, BC):
-                    m_c = start + o_c < m
-                    b_g = tl.load(p_g + i_b * m + start + o_c, mask=m_c, other=-float("inf"))
-                    b_cmin = tl.load(p_column_min + i_b * m + start + o_c, mask=m_c, other=0.0)
-                    m_tile = m_r[:, None] & m_c[None, :]
-                    b_c = tl.load(p_row + start + o_c[None, :], mask=m_tile, other=0.0)
-                    b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
+                    b_z = _exponents(p_row, p_gs, p_cmins, b_rmin, m_r, start + o_c, m, inv_reg)
                     b_new = tl.maximum(b_max, tl.max(b_z, 1))
                     b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
                     b_s = b_s * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_z - b_safe[:, None]), 1)
@@ -105,11 +112,7 @@ def sinkhorn_sweep_kernel(
                 tl.store(p_f + i_b * n + o_r, b_f, mask=m_r)
                 for start in range(0, m, BC):
                     m_c = start + o_c < m
-                    b_g = tl.load(p_g + i_b * m + start + o_c, mask=m_c, other=-float("inf"))
-                    b_cmin = tl.load(p_column_min + i_b * m + start + o_c, mask=m_c, other=0.0)
-                    m_tile = m_r[:, None] & m_c[None, :]
-                    b_c = tl.load(p_row + start + o_c[None, :], mask=m_tile, other=0.0)
-                    b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
+                    b_z = _exponents(p_row, p_gs, p_cmins, b_rmin, m_r, start + o_c, m, inv_reg)
                     b_p = tl.sum(tl.exp(b_f[:, None] + b_z), 0)
                     b_old = tl.load(p_part + start + o_c, mask=m_c, other=0.0)
                     tl.store(p_part + start + o_c, b_old + b_p, mask=m_c)
