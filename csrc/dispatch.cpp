@@ -47,6 +47,16 @@ const Kernels& kernels() {
 }
 
 template <>
+const L1Kernels<float>& l1_kernels<float>() {
+  return kernels().l1_float;
+}
+
+template <>
+const L1Kernels<uint64_t>& l1_kernels<uint64_t>() {
+  return kernels().l1_octets;
+}
+
+template <>
 const SinkhornKernels<float>& sinkhorn_kernels<float>() {
   return kernels().sinkhorn_f32;
 }

@@ -12,7 +12,46 @@ namespace dotresize {
 // error of a sum over 1e5 tokens near 7e-7; a single running sum reaches 5e-6 after 4e3.
 constexpr int64_t kTokenBlock = 256;
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// kOctets: a 64-bit word that holds eight tokens of a neuron as bytes, made by `quantize`.
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kOctets = 3 };
+
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kOctets ? 8 : 2;
+}
+
+// Some rows of a matrix, and some of its columns, to be packed.
+struct Block {
+  Dtype dtype;
+  const void* data;      // the first row; its first column unless `index` says which columns
+  int64_t stride;        // elements from row to row
+  int64_t rows, count;   // rows and columns taking part
+  const int64_t* index;  // null: consecutive columns
+};
+
+// Up to eight tokens that become the bytes of one word per neuron.
+struct TokenOctet {
+  Dtype dtype;
+  const void* data;      // the first token of the problem
+  int64_t stride;        // elements from token to token
+  const int64_t* token;  // which tokens
+  int tokens;
+  const float *low, *dither;
+  float per_step;
+};
+
+// The L1 cost over packed panels. A row is a token of floats, or of 64-bit words that hold eight
+// tokens' bytes each.
+template <typename Packed>
+struct L1Kernels {
+  int panel_x;  // neurons of x in a register tile
+  int panel_y;  // neurons of y in a register tile
+  // out[(p * rows + t) * panel + lane] = column p * panel + lane of row t; missing columns are 0
+  void (*pack_x)(const Block& block, Packed* out);
+  void (*pack_y)(const Block& block, Packed* out);
+  // tile[r * stride + s] += step * sum_t |x_panel[t * panel_x + r] - y_panel[t * panel_y + s]|
+  void (*tile)(int64_t rows, const Packed* x_panel, const Packed* y_panel, float step, float* tile,
+               int64_t stride);
+};
 
 // Kernels over one floating type of the Sinkhorn sweep. Rows are padded to a multiple of
 // `lanes`; padded entries of k are +inf and padded entries of g are 0, so they contribute 0.
@@ -29,13 +68,10 @@ struct SinkhornKernels {
 
 struct Kernels {
   const char* name;
-  int panel_x;  // neurons of x in a register tile
-  int panel_y;  // neurons of y in a register tile
-  // tile[r * stride + s] += sum_t |x_panel[t * panel_x + r] - y_panel[t * panel_y + s]|
-  void (*l1_tile)(int64_t tokens, const float* x_panel, const float* y_panel, float* tile,
-                  int64_t stride);
-  // out[i] = float(row[i]) for `count` entries of the given type
-  void (*to_float)(Dtype dtype, const void* row, int64_t count, float* out);
+  L1Kernels<float> l1_float;
+  L1Kernels<uint64_t> l1_octets;
+  // word i, byte k = clamp(floor((v_ki - low_k) per_step + dither_k), 0, 255); 0 for k >= tokens
+  void (*quantize)(const TokenOctet& octet, int64_t count, uint64_t* out);
   SinkhornKernels<float> sinkhorn_f32;
   SinkhornKernels<double> sinkhorn_f64;
 };
@@ -49,6 +85,8 @@ extern const Kernels* const kPortable;
 // std::runtime_error if it names a level that this machine cannot run.
 const Kernels& kernels();
 
+template <typename Packed>
+const L1Kernels<Packed>& l1_kernels();
 template <typename T>
 const SinkhornKernels<T>& sinkhorn_kernels();
 

@@ -10,17 +10,18 @@ namespace dotresize {
 // columns by `index` (batch, count), which is read in place and never gathered into a copy.
 struct Activations {
   const void* data;
-  Dtype dtype;
+  Dtype dtype;           // kOctets: a row is eight tokens, as written by quantize
   int64_t batch_stride;  // in elements
-  int64_t token_stride;  // in elements
+  int64_t token_stride;  // in elements, from row to row
   int64_t count;         // neurons taking part
   const int64_t* index;  // null: all of them, in order
 };
 
 struct L1Options {
-  int64_t mirrored;  // the first so many neurons of x are y's, in order: one half is computed
-  bool accumulate;   // add to `out`; otherwise overwrite it
-  double scale;      // the sum is divided by this
+  int64_t mirrored;    // the first so many neurons of x are y's, in order: one half is computed
+  bool accumulate;     // add to `out`; otherwise overwrite it
+  double scale;        // the sum is divided by this
+  const float* steps;  // octets: the value of a byte's unit, (batch, blocks of kTokenBlock tokens)
   int num_threads;
 };
 
@@ -28,7 +29,19 @@ struct L1Options {
 // an index on x, which must then be a permutation, the row of a neuron is where the index says.
 // Every entry is summed by one thread in token order: the result does not depend on the number of
 // threads, and accumulating chunks of a multiple of kTokenBlock tokens equals one call.
-void l1_cost(int64_t batch, int64_t tokens, const Activations& x, const Activations& y, float* out,
+void l1_cost(int64_t batch, int64_t rows, const Activations& x, const Activations& y, float* out,
              const L1Options& options);
+
+// How tokens become bytes. Arrays are (batch, tokens) in the order given by `token`, steps as
+// above.
+struct Quantization {
+  int64_t tokens;
+  const int64_t* token;
+  const float *low, *dither, *steps;
+};
+
+// out: contiguous (batch, ceil(tokens / 8), x.count) words.
+void quantize(int64_t batch, const Activations& x, const Quantization& plan, uint64_t* out,
+              int num_threads);
 
 }  // namespace dotresize

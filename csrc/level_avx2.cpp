@@ -1,7 +1,7 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #define VECTOR_BYTES 32
-// 6 x 2 accumulators, 2 of y, a broadcast and the mask: all 16 registers.
-#define PANEL_X 6
+// 4 x 2 accumulators, 2 of y, a broadcast, the mask and a difference fit 16 registers; 6 x 2 spill.
+#define PANEL_X 4
 #define PANEL_Y_VECTORS 2
 #include "level.hpp"
 namespace dotresize {

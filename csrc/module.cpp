@@ -56,12 +56,24 @@ PYBIND11_MODULE(_cpp, module) {
            py::arg("token_stride"), py::arg("count"), py::arg("index"));
   module.def(
       "l1_cost",
-      [](int64_t batch, int64_t tokens, const Activations& x, const Activations& y, uintptr_t out,
-         int64_t mirrored, bool accumulate, double scale, int num_threads) {
-        l1_cost(batch, tokens, x, y, at<float>(out), {mirrored, accumulate, scale, num_threads});
+      [](int64_t batch, int64_t rows, const Activations& x, const Activations& y, uintptr_t out,
+         int64_t mirrored, bool accumulate, double scale, uintptr_t steps, int num_threads) {
+        l1_cost(batch, rows, x, y, at<float>(out),
+                {mirrored, accumulate, scale, at<const float>(steps), num_threads});
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("tokens"), py::arg("x"),
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("rows"), py::arg("x"),
       py::arg("y"), py::arg("out"), py::arg("mirrored"), py::arg("accumulate"), py::arg("scale"),
+      py::arg("steps"), py::arg("num_threads"));
+  module.def(
+      "quantize",
+      [](int64_t batch, const Activations& x, int64_t tokens, uintptr_t token, uintptr_t low,
+         uintptr_t dither, uintptr_t steps, uintptr_t out, int num_threads) {
+        const Quantization plan = {tokens, at<const int64_t>(token), at<const float>(low),
+                                   at<const float>(dither), at<const float>(steps)};
+        quantize(batch, x, plan, at<uint64_t>(out), num_threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("x"), py::arg("tokens"),
+      py::arg("token"), py::arg("low"), py::arg("dither"), py::arg("steps"), py::arg("out"),
       py::arg("num_threads"));
 
   py::class_<SinkhornProblems>(module, "SinkhornProblems")

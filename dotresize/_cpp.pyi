@@ -18,13 +18,25 @@ class Activations:
 
 def l1_cost(
     batch: int,
-    tokens: int,
+    rows: int,
     x: Activations,
     y: Activations,
     out: int,
     mirrored: int,
     accumulate: bool,
     scale: float,
+    steps: int,
+    num_threads: int,
+) -> None: ...
+def quantize(
+    batch: int,
+    x: Activations,
+    tokens: int,
+    token: int,
+    low: int,
+    dither: int,
+    steps: int,
+    out: int,
     num_threads: int,
 ) -> None: ...
 

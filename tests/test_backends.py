@@ -19,11 +19,12 @@ def test_report_says_what_runs():
 
 
 def test_auto_takes_cpp_on_a_cpu(monkeypatch):
-    from dotresize.ops import l1_cost as module
+    from dotresize.ops import l1_cost as operator
+    from dotresize.ops import l1_launch
 
     called = []
-    monkeypatch.setattr(module, "_launch_cpp", lambda *args: called.append("cpp"))
-    monkeypatch.setattr(module, "_check_finite", lambda *args: None)
+    monkeypatch.setattr(l1_launch, "_launch_cpp", lambda *args: called.append("cpp"))
+    monkeypatch.setattr(operator, "_check_finite", lambda *args: None)
     l1_cost(torch.rand(3, 2))
     assert called == ["cpp"]
 

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from dotresize import L1CostAccumulator, l1_cost
 from dotresize.ops.backends import cpp
 
-# 1, primes, the token block of 256 and its neighbours, register tiles of 6, 8, 16 and 32.
+# 1, primes, the token block of 256 and its neighbours, register tiles of 4, 8, 16 and 32.
 SHAPES = [(1, 1, 1, 1), (2, 7, 5, 3), (1, 255, 13, 17), (2, 257, 31, 33), (1, 20, 101, 67)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -40,6 +40,16 @@ def test_matches_float64(backend, shape, dtype):
     assert relative_error(l1_cost(x, targets=index, backend=backend), oracle(x, chosen)) < 1e-6
     total = l1_cost(x, y, reduction="sum", backend=backend)
     assert relative_error(total, oracle(x, y) * tokens) < 1e-6
+
+
+def test_many_output_tiles_cpp():
+    """Wider than one thread's tile both ways, with the symmetric half skipped and without."""
+    x, y = torch.randn(2, 30, 601), torch.randn(2, 30, 1037)
+    assert relative_error(l1_cost(x, y, backend="cpp"), oracle(x, y)) < 1e-6
+    assert relative_error(l1_cost(y, backend="cpp"), oracle(y, y)) < 1e-6
+    targets = torch.randperm(1037)[:530]
+    cost = l1_cost(y, targets=targets, backend="cpp")
+    assert relative_error(cost, oracle(y, y[..., targets])) < 1e-6
 
 
 def test_single_problem_and_views(backend):

@@ -12,9 +12,9 @@ from dotresize.ops.l1_cost import (
     check_activations,
     check_options,
     check_targets,
-    launch,
     operands,
 )
+from dotresize.ops.l1_launch import launch
 
 
 class L1CostAccumulator:
@@ -48,6 +48,7 @@ class L1CostAccumulator:
         if targets is not None and m is not None:
             raise ValueError("give targets or m, not both")
         self.reduction = reduction
+        self.precision = precision
         self.backend = backend
         self.tokens = 0
         self._n, self._m, self._batch = n, m, batch
@@ -132,4 +133,13 @@ class L1CostAccumulator:
 
     def _add(self, x: Tensor, y: Tensor | None, total: Tensor) -> None:
         index = None if self._targets is None else batched_index(self._targets, x.shape[0])
-        launch(x, y, index, total, accumulate=True, scale=1.0, backend=self.backend)
+        launch(
+            x,
+            y,
+            index,
+            total,
+            accumulate=True,
+            scale=1.0,
+            precision=self.precision,
+            backend=self.backend,
+        )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize import reference
-from dotresize.ops.backends import choose, cpp
+from dotresize.ops.l1_launch import DTYPES, launch
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REDUCTIONS = ("mean", "sum")
-_PRECISIONS = ("fp32",)
+_PRECISIONS = ("fp32", "u8")
 
 
 def l1_cost(
@@ -34,7 +32,12 @@ def l1_cost(
             With neither, y = x and only half of the pairs are computed.
         reduction: "mean" or "sum" over tokens.
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
-            blocks; relative error about 1e-6 up to 1e5 tokens.
+            blocks; relative error about 1e-6 up to 1e5 tokens. "u8" (cpp and torch backends): most
+            tokens as bytes, see ``dotresize/ops/octets.py``; about three times as fast. On the
+            residual stream of SmolLM2-135M, 3584 tokens, layers 1 to 29: median relative error of
+            an entry at most 6.2e-4, largest 6.8e-3, errors independent from pair to pair. Costs of
+            equal neurons are exactly 0. Takes one more byte per activation, for at most 16384
+            tokens at a time.
         out: float32 tensor of the result's shape to write into.
         backend: "auto", "triton", "cpp" or "torch".
 
@@ -56,7 +59,9 @@ def l1_cost(
     shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
     result = _check_out(out, shape, single, x.device)
     scale = float(x3.shape[1]) if reduction == "mean" else 1.0
-    launch(x3, y3, index, result, accumulate=False, scale=scale, backend=backend)
+    launch(
+        x3, y3, index, result, accumulate=False, scale=scale, precision=precision, backend=backend
+    )
     _check_finite(result, x3, y3)
     if out is not None:
         return out
@@ -75,7 +80,7 @@ def operands(
     x: Tensor, y: Tensor | None, targets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Checks the three; returns x and y as (B, T, neurons), targets as contiguous (B, m)."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
     if y is not None and targets is not None:
         raise ValueError("give y or targets, not both")
@@ -156,83 +161,3 @@ def check_activations(value: Tensor, name: str) -> None:
         return
     problem, neuron = (~finite.all(1)).nonzero()[0].tolist()
     raise ValueError(f"activations {name} of problem {problem}, neuron {neuron} are not finite")
-
-
-def launch(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool,
-    scale: float,
-    backend: str,
-) -> None:
-    """out (+)= sum over tokens / scale, on one backend. Shapes were checked by the callers."""
-    chosen = choose(backend, x.device)
-    if out.numel() == 0:
-        return
-    if chosen == "cpp":
-        _launch_cpp(x, y, index, out, accumulate, scale)
-    elif chosen == "triton":
-        from dotresize.kernels import l1_cost as kernel
-
-        kernel.l1_cost(x, y, index, out, accumulate=accumulate, scale=scale)
-    else:
-        sources = x.float()
-        if y is not None:
-            columns = y.float()
-        elif index is not None:
-            columns = sources.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
-        else:
-            columns = sources
-        total = reference.l1_cost(sources, columns, out.clone() if accumulate else None)
-        out.copy_(total / scale)
-
-
-def _targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
-    """Sources in the order targets, then the rest: (B, n), and how many lead.
-
-    The targets' costs among themselves are then a symmetric block, of which one half is enough.
-    None and 0 where a target occurs twice.
-    """
-    batch, m = index.shape
-    chosen = torch.zeros(batch, n, dtype=torch.int64).scatter_add_(1, index, torch.ones_like(index))
-    if (chosen > 1).any():
-        return None, 0
-    rest = (chosen == 0).nonzero()[:, 1].view(batch, n - m)
-    return torch.cat([index, rest], 1), m
-
-
-def _launch_cpp(
-    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
-) -> None:
-    extension = cpp()
-
-    def operand(value: Tensor, columns: Tensor | None) -> object:
-        return extension.Activations(
-            data=value.data_ptr(),
-            dtype=_DTYPES.index(value.dtype),
-            batch_stride=value.stride(0),
-            token_stride=value.stride(1),
-            count=value.shape[2] if columns is None else columns.shape[1],
-            index=0 if columns is None else columns.data_ptr(),
-        )
-
-    x = x if x.stride(2) == 1 else x.contiguous()
-    if y is not None:
-        y = y if y.stride(2) == 1 else y.contiguous()
-    order, mirrored = None, x.shape[2] if y is None and index is None else 0
-    if index is not None:
-        order, mirrored = _targets_first(index, x.shape[2])
-    extension.l1_cost(
-        batch=x.shape[0],
-        tokens=x.shape[1],
-        x=operand(x, order),
-        y=operand(x if y is None else y, index),
-        out=out.data_ptr(),
-        mirrored=mirrored,
-        accumulate=accumulate,
-        scale=scale,
-        num_threads=torch.get_num_threads(),
-    )

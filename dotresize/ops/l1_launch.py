@@ -1,0 +1,177 @@
+"""The L1 cost on one backend: shapes were checked by the callers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotresize import reference
+from dotresize.ops import octets
+from dotresize.ops.backends import BackendError, choose, cpp
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OCTETS = 3  # Dtype::kOctets in csrc/kernels.hpp
+
+
+def launch(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    *,
+    accumulate: bool,
+    scale: float,
+    precision: str,
+    backend: str,
+) -> None:
+    """out (+)= sum over tokens / scale. x (B, T, n), y (B, T, m) or index (B, m), out (B, n, m)."""
+    chosen = choose(backend, x.device)
+    if precision == "u8" and chosen == "triton":
+        raise BackendError("precision 'u8' is not built for the triton backend: use 'fp32'")
+    if out.numel() == 0:
+        return
+    if precision == "u8":
+        _launch_octets(chosen, x, y, index, out, accumulate, scale)
+    elif chosen == "cpp":
+        _launch_cpp(x, y, index, out, accumulate, scale)
+    elif chosen == "triton":
+        from dotresize.kernels import l1_cost as kernel
+
+        kernel.l1_cost(x, y, index, out, accumulate=accumulate, scale=scale)
+    else:
+        _launch_torch(x.float(), y, index, out, accumulate, scale)
+
+
+def _launch_torch(
+    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
+) -> None:
+    if y is not None:
+        columns = y.float()
+    elif index is not None:
+        columns = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+    else:
+        columns = x
+    total = reference.l1_cost(x, columns, out.clone() if accumulate else None)
+    out.copy_(total / scale)
+
+
+def _launch_octets(
+    backend: str,
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    scale: float,
+) -> None:
+    """Bytes for most tokens and float32 for the few of widest range, both added into out."""
+    for start in range(0, x.shape[1], octets.CHUNK):
+        part = slice(start, start + octets.CHUNK)
+        last = part.stop >= x.shape[1]
+        xs, ys = x[:, part], None if y is None else y[:, part]
+        plan = octets.plan(xs, ys)
+        if plan.token.shape[1]:
+            if backend == "cpp":
+                _add_bytes_cpp(xs, ys, index, out, accumulate, plan)
+            else:
+                bytes_y = None if ys is None else octets.quantize(ys, plan)
+                _launch_torch(octets.quantize(xs, plan), bytes_y, index, out, accumulate, 1.0)
+            accumulate = True
+        exact_x = octets.take(xs, plan.exact)
+        exact_y = None if ys is None else octets.take(ys, plan.exact)
+        sum_exact = _launch_cpp if backend == "cpp" else _launch_torch
+        if backend != "cpp":
+            exact_x = exact_x.float()
+        sum_exact(exact_x, exact_y, index, out, accumulate, scale if last else 1.0)
+        accumulate = True
+
+
+def _launch_cpp(
+    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
+) -> None:
+    x = x if x.stride(2) == 1 else x.contiguous()
+    if y is not None:
+        y = y if y.stride(2) == 1 else y.contiguous()
+    _sum_cpp(x, y, index, out, accumulate, scale, None)
+
+
+def _add_bytes_cpp(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    plan: octets.Plan,
+) -> None:
+    words_y = None if y is None else _words(y, plan)
+    _sum_cpp(_words(x, plan), words_y, index, out, accumulate, 1.0, plan.steps)
+
+
+def _words(x: Tensor, plan: octets.Plan) -> Tensor:
+    """int64 (B, ceil(quantised / 8), n): eight tokens of a neuron as the bytes of a word."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    tokens = plan.token.shape[1]
+    words = torch.empty(x.shape[0], -(-tokens // 8), x.shape[2], dtype=torch.int64)
+    cpp().quantize(
+        batch=x.shape[0],
+        x=_operand(x, None),
+        tokens=tokens,
+        token=plan.token.data_ptr(),
+        low=plan.low.data_ptr(),
+        dither=plan.dither.data_ptr(),
+        steps=plan.steps.data_ptr(),
+        out=words.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return words
+
+
+def _operand(value: Tensor, columns: Tensor | None) -> object:
+    return cpp().Activations(
+        data=value.data_ptr(),
+        dtype=_OCTETS if value.dtype == torch.int64 else DTYPES.index(value.dtype),
+        batch_stride=value.stride(0),
+        token_stride=value.stride(1),
+        count=value.shape[2] if columns is None else columns.shape[1],
+        index=0 if columns is None else columns.data_ptr(),
+    )
+
+
+def _sum_cpp(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    scale: float,
+    steps: Tensor | None,
+) -> None:
+    order, mirrored = None, x.shape[2] if y is None and index is None else 0
+    if index is not None:
+        order, mirrored = _targets_first(index, x.shape[2])
+    cpp().l1_cost(
+        batch=x.shape[0],
+        rows=x.shape[1],
+        x=_operand(x, order),
+        y=_operand(x if y is None else y, index),
+        out=out.data_ptr(),
+        mirrored=mirrored,
+        accumulate=accumulate,
+        scale=scale,
+        steps=0 if steps is None else steps.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
+    """Sources in the order targets, then the rest: (B, n), and how many lead.
+
+    The targets' costs among themselves are then a symmetric block, of which one half is enough.
+    None and 0 where a target occurs twice.
+    """
+    batch, m = index.shape
+    chosen = torch.zeros(batch, n, dtype=torch.int64).scatter_add_(1, index, torch.ones_like(index))
+    if (chosen > 1).any():
+        return None, 0
+    rest = (chosen == 0).nonzero()[:, 1].view(batch, n - m)
+    return torch.cat([index, rest], 1), m
