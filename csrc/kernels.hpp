@@ -53,17 +53,25 @@ struct L1Kernels {
                int64_t stride);
 };
 
-// Kernels over one floating type of the Sinkhorn sweep. Rows are padded to a multiple of
-// `lanes`; padded entries of k are +inf and padded entries of g are 0, so they contribute 0.
+// Kernels over one floating type of the Sinkhorn sweep, whose potentials and scaled costs k are
+// in units of log 2. Rows of k are padded to a multiple of `lanes` with +inf, and g with 0, so that
+// the padding contributes 0.
 template <typename T>
 struct SinkhornKernels {
   int lanes;
+  // e[j] = 2^(shift + g[j] - k[j]) for an integer shift; returns sum_j e[j]
+  T (*row_exp2)(int64_t m, T shift, const T* g, const T* k, T* e);
   // max_j g[j] - k[j]
   T (*row_max)(int64_t m, const T* g, const T* k);
-  // e[j] = exp(shift + g[j] - k[j]); returns sum_j e[j]
-  T (*row_exp)(int64_t m, T shift, const T* g, const T* k, T* e);
   // c[j] += sum_r w[r] e[r * stride + j], r < 4
   void (*add_four_rows)(int64_t m, const T* w, const T* e, int64_t stride, T* c);
+  // minimum = min_j cost[j] + closed[j]; false if the row holds a NaN or -inf
+  bool (*row_minimum)(int64_t m, const T* cost, const T* closed, T* minimum);
+  // minima[j] = min(minima[j], cost[j] - row_min)
+  void (*column_minima)(int64_t m, const T* cost, double row_min, double* minima);
+  // k[j] = (cost[j] - row_min - column_min[j]) per_reg
+  void (*scale_row)(int64_t m, const T* cost, double row_min, const double* column_min,
+                    double per_reg, T* k);
 };
 
 struct Kernels {

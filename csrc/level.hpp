@@ -21,16 +21,13 @@ struct Simd<float> {
   typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
   using Int = int32_t;
   static constexpr Int kAbsMask = 0x7fffffff;
-  // exp: below kMin the result would be subnormal and is flushed to 0; above kMax it saturates,
-  // far outside the range in which callers trust a sum.
-  static constexpr float kMin = -87.336544f, kMax = 88.0f;
+  static constexpr float kMinExponent = -126.0f, kMaxExponent = 126.0f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f;
   static constexpr int kMantissa = 23;
-  // Minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2, relative error of exp 3.1e-9.
-  static constexpr int kTerms = 5;
-  static constexpr float kPoly[kTerms] = {1.38146006e-3f, 8.36871691e-3f, 4.16683880e-2f,
-                                          1.66665206e-1f, 4.99999934e-1f};
+  // Minimax fit of (2^r - 1) / r on |r| <= 1/2, highest power first; 2^r to 2e-9 before rounding.
+  static constexpr int kTerms = 6;
+  static constexpr float kPoly[kTerms] = {1.53533620e-4f, 1.33988750e-3f, 9.61843692e-3f,
+                                          5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f};
 };
 
 template <>
@@ -38,17 +35,17 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
   using Int = int64_t;
-  static constexpr double kMin = -708.39641853226408, kMax = 709.0;
+  static constexpr double kMinExponent = -1022.0, kMaxExponent = 1022.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kLog2e = 1.4426950408889634;
-  static constexpr double kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
   static constexpr int kMantissa = 52;
-  // Taylor coefficients 1/13! ... 1/2!: the remainder is below 1e-17 on |r| <= ln2 / 2.
-  static constexpr int kTerms = 12;
+  // Taylor coefficients ln(2)^i / i!, i = 13 ... 1: the remainder is below 1e-17.
+  static constexpr int kTerms = 13;
   static constexpr double kPoly[kTerms] = {
-      1.6059043836821613e-10, 2.0876756987868099e-9, 2.5052108385441720e-8, 2.7557319223985888e-7,
-      2.7557319223985893e-6,  2.4801587301587302e-5, 1.9841269841269841e-4, 1.3888888888888889e-3,
-      8.3333333333333332e-3,  4.1666666666666664e-2, 1.6666666666666666e-1, 0.5};
+      1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,
+      7.054911620801121e-09,  1.0178086009239696e-07, 1.3215486790144305e-06,
+      1.5252733804059838e-05, 0.00015403530393381606, 0.0013333558146428441,
+      0.009618129107628477,   0.055504108664821576,   0.2402265069591007,
+      0.6931471805599453};
 };
 
 template <typename T>

@@ -4,26 +4,81 @@
 namespace dotresize {
 namespace {
 
-// exp to 2 ulp: x = n ln2 + r, a polynomial in r, then n added to the exponent field.
-// -inf and everything below the normal range give exactly 0.
-template <typename T>
-inline typename Simd<T>::V exp_vector(typename Simd<T>::V x) {
+// Vectors whose exponentials are taken in step: each is a chain of a dozen dependent instructions,
+// and a scheduler does not look far enough ahead to overlap one vector's with the next one's.
+constexpr int kInStep = 4;
+
+// e[v] = 2^(z[v] + s) for an integer s, within 1 ulp: z = n + r with n an integer, a polynomial in
+// r, then n + s added to the exponent field. Adding kRound + s rounds z and adds s at once, so that
+// the shift is free; it must be far below 2^22. -inf and everything far below give exactly 0, as
+// does the lower limit itself: r = 0, and the exponent field of 1 is cancelled. Results between
+// there and the normal range are below it too, and not accurate. Above 2^kMaxExponent they
+// saturate, far outside the range in which sums are trusted.
+template <typename T, int N>
+inline void exp2_in_step(const typename Simd<T>::V* z_in, T s, typename Simd<T>::V* e) {
   using S = Simd<T>;
   using V = typename S::V;
   using I = typename S::I;
-  const auto keep = x >= (V{} + S::kMin);
-  x = x < (V{} + S::kMax) ? x : V{} + S::kMax;
-  x = keep ? x : V{};
-  const V rounded = x * S::kLog2e + S::kRound;
-  const V n = rounded - S::kRound;
-  const V r = (x - n * S::kLn2Hi) - n * S::kLn2Lo;
-  V p = V{} + S::kPoly[0];
+  const V low = V{} + (S::kMinExponent - 1 - s), high = V{} + (S::kMaxExponent - s);
+  const V round = V{} + (S::kRound + s);
+  V r[N], rounded[N], p[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    r[v] = z_in[v] > low ? z_in[v] : low;
+    r[v] = r[v] < high ? r[v] : high;
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) rounded[v] = r[v] + round;
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) r[v] -= rounded[v] - round;
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) p[v] = r[v] * S::kPoly[0] + S::kPoly[1];
 #pragma GCC unroll 16
-  for (int i = 1; i < S::kTerms; ++i) p = p * r + S::kPoly[i];
-  p = (p * (r * r) + r) + T(1);
-  const I exponent = (I)rounded << S::kMantissa;  // the rounding constant's bits fall off the top
-  const V value = (V)((I)p + exponent);
-  return (V)((I)value & (I)keep);
+  for (int i = 2; i < S::kTerms; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) p[v] = p[v] * r[v] + S::kPoly[i];
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) p[v] = p[v] * r[v] + T(1);
+#pragma GCC unroll 8
+  // The rounding constant's own bits fall off the top.
+  for (int v = 0; v < N; ++v) e[v] = (V)((I)p[v] + ((I)rounded[v] << S::kMantissa));
+}
+
+template <typename T>
+inline T horizontal_sum(typename Simd<T>::V v) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// One step over N vectors from j on.
+template <typename T, int N>
+inline void row_step(int64_t j, T shift, const T* g, const T* k, T* e, typename Simd<T>::V* sum) {
+  constexpr int L = kLanes<T>;
+  typename Simd<T>::V z[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) z[v] = load(g + j + v * L) - load(k + j + v * L);
+  exp2_in_step<T, N>(z, shift, z);
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    store(e + j + v * L, z[v]);
+    sum[v % 2] += z[v];
+  }
+}
+
+template <typename T>
+T row_exp2(int64_t m, T shift, const T* g, const T* k, T* e) {
+  constexpr int L = kLanes<T>;
+  typename Simd<T>::V sum[2] = {};
+  int64_t j = 0;
+  for (; j + kInStep * L <= m; j += kInStep * L) row_step<T, kInStep>(j, shift, g, k, e, sum);
+  for (; j < m; j += L) row_step<T, 1>(j, shift, g, k, e, sum);
+  return horizontal_sum<T>(sum[0] + sum[1]);
 }
 
 template <typename T>
@@ -40,32 +95,6 @@ T row_max(int64_t m, const T* g, const T* k) {
 }
 
 template <typename T>
-T row_exp(int64_t m, T shift, const T* g, const T* k, T* e) {
-  using V = typename Simd<T>::V;
-  constexpr int L = kLanes<T>;
-  // Independent partial sums: one chain of dependent adds would hide nothing.
-  V sum0 = {}, sum1 = {};
-  int64_t j = 0;
-  for (; j + 2 * L <= m; j += 2 * L) {
-    const V e0 = exp_vector<T>((load(g + j) - load(k + j)) + shift);
-    const V e1 = exp_vector<T>((load(g + j + L) - load(k + j + L)) + shift);
-    store(e + j, e0);
-    store(e + j + L, e1);
-    sum0 += e0;
-    sum1 += e1;
-  }
-  if (j < m) {
-    const V e0 = exp_vector<T>((load(g + j) - load(k + j)) + shift);
-    store(e + j, e0);
-    sum0 += e0;
-  }
-  sum0 += sum1;
-  T total = 0;
-  for (int i = 0; i < L; ++i) total += sum0[i];
-  return total;
-}
-
-template <typename T>
 void add_four_rows(int64_t m, const T* w, const T* e, int64_t stride, T* c) {
   for (int64_t j = 0; j < m; j += kLanes<T>) {
     const auto low = load(e + j) * w[0] + load(e + stride + j) * w[1];
@@ -74,8 +103,57 @@ void add_four_rows(int64_t m, const T* w, const T* e, int64_t stride, T* c) {
   }
 }
 
+// The three passes below read the caller's cost, whose rows have no padding: whole vectors, then
+// the rest of the row one by one.
+
 template <typename T>
-constexpr SinkhornKernels<T> kSinkhorn = {kLanes<T>, row_max<T>, row_exp<T>, add_four_rows<T>};
+bool row_minimum(int64_t m, const T* cost, const T* closed, T* minimum) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  constexpr T kInfinity = __builtin_inf();
+  V best = V{} + kInfinity;
+  I bad = {};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= m; j += kLanes<T>) {
+    const V value = load(cost + j), open = value + load(closed + j);
+    bad |= ~(I)(value > V{} - kInfinity);
+    best = open < best ? open : best;
+  }
+  bool any_bad = false;
+  T result = kInfinity;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    any_bad |= bad[i] != 0;
+    result = best[i] < result ? best[i] : result;
+  }
+  for (; j < m; ++j) {
+    any_bad |= !(cost[j] > -kInfinity);
+    const T open = cost[j] + closed[j];
+    result = open < result ? open : result;
+  }
+  *minimum = result;
+  return !any_bad;
+}
+
+template <typename T>
+void column_minima(int64_t m, const T* cost, double row_min, double* minima) {
+  for (int64_t j = 0; j < m; ++j) {
+    const double value = cost[j] - row_min;
+    minima[j] = value < minima[j] ? value : minima[j];
+  }
+}
+
+template <typename T>
+void scale_row(int64_t m, const T* cost, double row_min, const double* column_min, double per_reg,
+               T* k) {
+  for (int64_t j = 0; j < m; ++j) {
+    k[j] = static_cast<T>((cost[j] - row_min - column_min[j]) * per_reg);
+  }
+}
+
+template <typename T>
+constexpr SinkhornKernels<T> kSinkhorn = {kLanes<T>,        row_exp2<T>,    row_max<T>,
+                                          add_four_rows<T>, row_minimum<T>, column_minima<T>,
+                                          scale_row<T>};
 
 }  // namespace
 }  // namespace dotresize

@@ -2,6 +2,8 @@
 // so that this module needs no torch headers and one wheel serves every torch.
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "kernels.hpp"
 #include "l1_cost.hpp"
 #include "sinkhorn.hpp"
@@ -37,6 +39,14 @@ SinkhornProblems problems(int64_t batch, int64_t n, int64_t m, uintptr_t cost, u
           at<int64_t>(n_iter),
           at<double>(marginal_error),
           at<int64_t>(status)};
+}
+
+// The sweep's exponential alone, for its tests: out[i] = 2^(z[i] + shift); sizes are whole vectors.
+template <typename T>
+void exp2(int64_t count, double shift, uintptr_t z, uintptr_t out) {
+  const auto& level = sinkhorn_kernels<T>();
+  const std::vector<T> zeros(count, T(0));
+  level.row_exp2(count, static_cast<T>(shift), at<const T>(z), zeros.data(), at<T>(out));
 }
 
 }  // namespace
@@ -80,6 +90,12 @@ PYBIND11_MODULE(_cpp, module) {
       .def(py::init(&problems), py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("cost"),
            py::arg("reg"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
            py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"));
+  module.def(
+      "exp2",
+      [](int64_t count, double shift, uintptr_t z, uintptr_t out, bool use_float64) {
+        use_float64 ? exp2<double>(count, shift, z, out) : exp2<float>(count, shift, z, out);
+      },
+      py::arg("count"), py::arg("shift"), py::arg("z"), py::arg("out"), py::arg("use_float64"));
   module.def(
       "sinkhorn",
       [](const SinkhornProblems& p, bool use_float64, int64_t max_iter, double tol,

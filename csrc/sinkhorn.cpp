@@ -12,7 +12,7 @@
 namespace dotresize {
 namespace {
 
-// Below this many entries a problem is not worth a second thread: three barriers per iteration.
+// Below this many entries a problem is not worth a second thread: a barrier per iteration.
 constexpr int64_t kEntriesPerThread = 1 << 15;
 
 struct Outcome {
@@ -21,25 +21,32 @@ struct Outcome {
   Status status = Status::kMaxIter;
 };
 
-// The loop of one member of the team. Every sweep ends with exact rows and the column error of
-// that very plan, so the test comes before the column update and no closing pass is owed: with
-// max_iter updates of g there are max_iter + 1 sweeps.
+// What one member of the team does. Every sweep ends with exact rows and the column error of that
+// very plan, so the test comes before the column update and no closing pass is owed: with max_iter
+// updates of g there are max_iter + 1 sweeps.
 template <typename T>
-void iterate(Problem<T>& problem, int member, Barrier& barrier, const SinkhornOptions& options,
-             Outcome& outcome) {
+void work(Problem<T>& problem, int member, Barrier& barrier, const SinkhornOptions& options,
+          Outcome& outcome) {
+  problem.scan(member);
+  barrier.wait();
+  problem.settle(member);
+  barrier.wait();
+  if (problem.state() != Status::kMaxIter) return;
+  problem.scale(member);
   for (int64_t it = 0;; ++it) {
-    problem.sweep(member);
+    problem.sweep(member, it);
     barrier.wait();
-    problem.reduce(member);
-    barrier.wait();
-    const double error = problem.marginal_error();
+    const double error = problem.column_error(member, it);
     const bool converged = options.tol > 0 && error <= options.tol;
     if (converged || it == options.max_iter) {
       if (member == 0) outcome = {it, error, converged ? Status::kConverged : Status::kMaxIter};
       return;
     }
+    if (problem.has_tiny_columns(member)) {
+      problem.redo_columns(member);
+      barrier.wait();
+    }
     problem.update_columns(member);
-    barrier.wait();
   }
 }
 
@@ -69,9 +76,7 @@ void solve(const SinkhornProblems& problems, int64_t index, int team,
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
-    if (!out_of_memory && problem->state() == Status::kMaxIter) {
-      iterate(*problem, thread_index(), *barrier, options, outcome);
-    }
+    if (!out_of_memory) work(*problem, thread_index(), *barrier, options, outcome);
   }
   if (out_of_memory) throw std::bad_alloc();
   if (problem->state() == Status::kMaxIter) {

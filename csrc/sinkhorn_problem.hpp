@@ -5,18 +5,22 @@
 // sums c, and after the sweep g_j += log b_j - log c_j. Peers read the cost twice and take two
 // exponentials, one for each log-sum-exp.
 //
-// The exponent is shifted by the row's previous potential instead of by its maximum, which saves a
-// pass; a row whose sum leaves the safe range is redone with the maximum. The column update has
-// no such shift and may underflow while g is far off (small reg, a far target): columns below
-// kTinyColumn are redone by a shifted log-sum-exp.
+// Everything is kept in units of log 2: powers of two need no multiplication before and no
+// two-step reduction inside. The exponent is shifted by the row's previous potential, rounded to an
+// integer, instead of by its maximum, which saves a pass; a row whose sum leaves the safe range is
+// redone with the maximum. The column update has no such shift and may underflow while g is far
+// off (small reg, a far target): columns below kTinyColumn are redone by a shifted log-sum-exp.
 //
-// k is kept as a copy whose row and column minima were subtracted before the division, so that at
-// small reg float32 spends its digits where the plan is; the minima return with the potentials.
-// Bound: 17 vector instructions for the exponential and about 4 more per vector of entries.
+// k is a copy whose row and column minima were subtracted before the division, so that at small reg
+// float32 spends its digits where the plan is; the minima return with the potentials.
+//
+// Bound: 16 vector instructions for the exponential and its sum and 1.25 for the column sums, per
+// vector of entries.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -28,15 +32,20 @@ namespace dotresize {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLn2 = 0.693147180559945309417;
 // Row sums outside are redone with a maximum shift; far from float32's limits on both sides.
 constexpr double kSafeLow = 1e-15, kSafeHigh = 1e15;
+// The largest shift that row_exp2 takes in float32, with room to spare.
+constexpr double kLargestShift = 1 << 20;
 // Rows whose column sums are added in T before they join a double: a single float32 sum over 1e6
 // rows is wrong in the third digit.
 constexpr int64_t kRowBlock = 256;
 // A column sum below this may have lost terms that underflowed.
 constexpr double kTinyColumn = 1e-25;
-// One problem and the threads that work on it. `sweep` and `finish` are called by every member of
-// the team with its index; the barriers between them are the caller's.
+
+// One problem and the team of threads that works on it: each member owns a share of the rows and
+// its own copy of g, which all of them update alike from the same column sums. The calls of an
+// iteration, with the barriers between them, are in sinkhorn.cpp.
 template <typename T>
 class Problem {
  public:
@@ -50,33 +59,103 @@ class Problem {
         b_(p.b + index * p.m),
         cost_(static_cast<const T*>(p.cost) + index * p.n * p.m),
         f_out_(p.f + index * p.n),
-        g_out_(p.g + index * p.m) {
-    stride_ = (m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
-    k_ = make_buffer<T>(n_ * stride_);
-    g_ = make_buffer<T>(stride_);
-    columns_ = make_buffer<double>(team * stride_);
-    rows_ = make_buffer<T>(team * 5 * stride_);
-    f_.assign(n_, T(0));
-    error_.assign(team, 0.0);
-    g_sum_.assign(team, 0.0);
+        g_out_(p.g + index * p.m),
+        stride_((m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes),
+        k_(make_buffer<T>(n_ * stride_)),
+        base_(n_, 0.0),
+        weight_(n_, 1.0),
+        row_min_(n_, 0.0),
+        column_min_(m_, kInf),
+        log_sum_(m_, 0.0),
+        members_(team) {
+    for (Member& member : members_) {
+      member.g = make_buffer<T>(stride_);
+      member.rows = make_buffer<T>(5 * stride_);
+      for (auto& columns : member.columns) columns = make_buffer<double>(stride_);
+      member.total = make_buffer<double>(stride_);
+    }
     for (int64_t j = 0; j < m_; ++j) used_columns_ += b_[j] > 0;
-    prepare();
   }
 
-  Status state() const { return state_; }
+  // Row minima of this member's rows over columns of positive mass, and what is left of each column
+  // above them. A barrier belongs after it.
+  void scan(int index) {
+    Member& member = members_[index];
+    T* closed = member.rows.get();
+    double* minima = member.columns[0].get();
+    for (int64_t j = 0; j < m_; ++j) {
+      closed[j] = b_[j] > 0 ? T(0) : std::numeric_limits<T>::infinity();
+      minima[j] = kInf;
+    }
+    for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
+      T minimum;
+      if (!kernels_.row_minimum(m_, cost_ + i * m_, closed, &minimum)) {
+        member.state = Status::kInvalid;
+        return;
+      }
+      if (minimum == std::numeric_limits<T>::infinity()) {
+        if (a_[i] > 0) member.state = Status::kInfeasible;
+        minimum = 0;
+      }
+      row_min_[i] = minimum;
+      if (a_[i] > 0) kernels_.column_minima(m_, cost_ + i * m_, minimum, minima);
+    }
+  }
 
-  // Row update and column sums of this member's share of the rows.
-  void sweep(int member) {
-    T* e = rows_.get() + member * 5 * stride_;
+  // This member's share of the column minima. A barrier belongs after it.
+  void settle(int index) {
+    for (int64_t j = m_ * index / team_; j < m_ * (index + 1) / team_; ++j) {
+      for (const Member& member : members_) {
+        column_min_[j] = std::min(column_min_[j], member.columns[0][j]);
+      }
+      if (column_min_[j] == kInf) {
+        if (b_[j] > 0 && members_[index].state == Status::kMaxIter) {
+          members_[index].state = Status::kInfeasible;
+        }
+        column_min_[j] = 0;
+      }
+    }
+  }
+
+  // kMaxIter, or why the problem cannot be solved.
+  Status state() const {
+    Status worst = Status::kMaxIter;
+    for (const Member& member : members_) worst = std::max(worst, member.state);
+    return worst;
+  }
+
+  // The scaled costs of this member's rows, and its g.
+  void scale(int index) {
+    const double per_reg = 1.0 / (reg_ * kLn2);
+    for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
+      T* k = k_.get() + i * stride_;
+      kernels_.scale_row(m_, cost_ + i * m_, row_min_[i], column_min_.data(), per_reg, k);
+      std::fill(k + m_, k + stride_, std::numeric_limits<T>::infinity());
+    }
+    T* g = members_[index].g.get();
+    for (int64_t j = 0; j < m_; ++j) {
+      const double start = g_out_[j] / kLn2 - column_min_[j] * per_reg;
+      g[j] = b_[j] == 0 ? -std::numeric_limits<T>::infinity() : static_cast<T>(start);
+    }
+    std::fill(g + m_, g + stride_, T(0));
+  }
+
+  // Row update and column sums of this member's rows. Consecutive sweeps write to different
+  // halves of `columns`, so that one barrier, after it, is enough.
+  void sweep(int index, int64_t iteration) {
+    Member& member = members_[index];
+    T* e = member.rows.get();
     T* c = e + 4 * stride_;
-    double* total = columns_.get() + member * stride_;
+    double* total = member.columns[iteration % 2].get();
     std::fill(total, total + stride_, 0.0);
     std::fill(c, c + stride_, T(0));
-    const int64_t begin = n_ * member / team_, end = n_ * (member + 1) / team_;
+    const int64_t begin = first_row(index), end = first_row(index + 1);
     for (int64_t i = begin; i < end; i += 4) {
       T weight[4] = {0, 0, 0, 0};
       const int64_t rows = std::min<int64_t>(4, end - i);
-      for (int64_t r = 0; r < rows; ++r) weight[r] = update_row(i + r, e + r * stride_);
+      for (int64_t r = 0; r < rows; ++r) {
+        weight[r] = update_row(member.g.get(), i + r, e + r * stride_);
+      }
       for (int64_t r = rows; r < 4; ++r) std::fill_n(e + r * stride_, stride_, T(0));
       kernels_.add_four_rows(stride_, weight, e, stride_, c);
       if ((i - begin) % kRowBlock == kRowBlock - 4 || i + 4 >= end) {
@@ -88,41 +167,62 @@ class Problem {
     }
   }
 
-  // This member's share of the columns: totals over the team, their distance from b, and the sum
-  // of g, which is kept centred: its constant is free, and digits are lost far from 0.
-  void reduce(int member) {
-    double error = 0, g_sum = 0;
-    double* total = columns_.get();
-    for (int64_t j = first_column(member); j < first_column(member + 1); ++j) {
-      for (int other = 1; other < team_; ++other) total[j] += columns_[other * stride_ + j];
-      error += std::abs(total[j] - b_[j]);
-      if (b_[j] > 0) g_sum += g_[j];
+  // The column sums over the team, in the same order for every member, and their distance from b.
+  double column_error(int index, int64_t iteration) {
+    double* total = members_[index].total.get();
+    std::copy_n(members_[0].columns[iteration % 2].get(), stride_, total);
+    for (int other = 1; other < team_; ++other) {
+      const double* columns = members_[other].columns[iteration % 2].get();
+      for (int64_t j = 0; j < stride_; ++j) total[j] += columns[j];
     }
-    error_[member] = error;
-    g_sum_[member] = g_sum;
+    double error = 0;
+    for (int64_t j = 0; j < m_; ++j) error += std::abs(total[j] - b_[j]);
+    return error;
   }
 
-  double marginal_error() const {
-    double total = 0;
-    for (double part : error_) total += part;
-    return total;
+  // Whether some column has underflowed; then `redo_columns` and a barrier come first.
+  bool has_tiny_columns(int index) const {
+    const double* total = members_[index].total.get();
+    for (int64_t j = 0; j < m_; ++j) {
+      if (!(total[j] > kTinyColumn) && b_[j] > 0) return true;
+    }
+    return false;
   }
 
-  void update_columns(int member) {
-    const double* c = columns_.get();
+  // This member's share of the columns that underflowed: log2 sum_i 2^(f_i - k_ij).
+  void redo_columns(int index) {
+    const double* total = members_[index].total.get();
+    std::vector<double> f(n_);
+    for (int64_t i = 0; i < n_; ++i) f[i] = row_potential(i);
+    for (int64_t j = m_ * index / team_; j < m_ * (index + 1) / team_; ++j) {
+      if (total[j] > kTinyColumn || b_[j] == 0) continue;
+      double best = -kInf, sum = 0;
+      for (int64_t i = 0; i < n_; ++i) best = std::max(best, f[i] - k_[i * stride_ + j]);
+      for (int64_t i = 0; i < n_; ++i) sum += std::exp2(f[i] - k_[i * stride_ + j] - best);
+      log_sum_[j] = best + std::log2(sum);
+    }
+  }
+
+  // g is kept centred: its constant is free, and digits are lost far from 0.
+  void update_columns(int index) {
+    T* g = members_[index].g.get();
+    const double* total = members_[index].total.get();
     double centre = 0;
-    for (double part : g_sum_) centre += part / used_columns_;
-    for (int64_t j = first_column(member); j < first_column(member + 1); ++j) {
+    for (int64_t j = 0; j < m_; ++j) centre += b_[j] > 0 ? g[j] : 0.0;
+    centre /= used_columns_;
+    for (int64_t j = 0; j < m_; ++j) {
       if (b_[j] == 0) continue;  // stays at -inf
-      const double log_sum = c[j] > kTinyColumn ? std::log(c[j]) - g_[j] : column_log_sum(j);
-      g_[j] = static_cast<T>(std::log(b_[j]) - log_sum - centre);
+      const double update = total[j] > kTinyColumn ? g[j] + std::log2(b_[j] / total[j])
+                                                   : std::log2(b_[j]) - log_sum_[j];
+      g[j] = static_cast<T>(update - centre);
     }
   }
 
   // Potentials of the caller's cost: the subtracted minima come back.
   void write_potentials() {
-    for (int64_t i = 0; i < n_; ++i) f_out_[i] = f_[i] + row_min_[i] / reg_;
-    for (int64_t j = 0; j < m_; ++j) g_out_[j] = g_[j] + column_min_[j] / reg_;
+    const T* g = members_[0].g.get();
+    for (int64_t i = 0; i < n_; ++i) f_out_[i] = row_potential(i) * kLn2 + row_min_[i] / reg_;
+    for (int64_t j = 0; j < m_; ++j) g_out_[j] = g[j] * kLn2 + column_min_[j] / reg_;
   }
 
   void fill_potentials(double value) {
@@ -137,82 +237,43 @@ class Problem {
   }
 
  private:
-  int64_t first_column(int member) const { return m_ * member / team_; }
+  struct Member {
+    Buffer<T> g;
+    Buffer<T> rows;  // four rows of the plan, and a block of column sums
+    Buffer<double> columns[2], total;
+    Status state = Status::kMaxIter;
+  };
+
+  int64_t first_row(int index) const { return n_ * index / team_; }
+
+  double row_potential(int64_t i) const {
+    return a_[i] == 0 ? -kInf : std::log2(weight_[i]) + base_[i];
+  }
 
   // Returns the factor that turns e into the row of the plan.
-  T update_row(int64_t i, T* e) {
+  T update_row(const T* g, int64_t i, T* e) {
     if (a_[i] == 0) {
       std::fill_n(e, stride_, T(0));
       return 0;
     }
     const T* k = k_.get() + i * stride_;
-    T shift = f_[i];
-    double sum = kernels_.row_exp(stride_, shift, g_.get(), k, e);
-    const double relative = sum / a_[i];
-    if (!(relative > kSafeLow && relative < kSafeHigh)) {
-      shift = -kernels_.row_max(stride_, g_.get(), k);
-      sum = kernels_.row_exp(stride_, shift, g_.get(), k, e);
+    double base = std::clamp(base_[i] + exponent(weight_[i]), -kLargestShift, kLargestShift);
+    double sum = kernels_.row_exp2(stride_, static_cast<T>(base), g, k, e);
+    if (!(sum > kSafeLow * a_[i] && sum < kSafeHigh * a_[i])) {
+      base = -std::nearbyint(kernels_.row_max(stride_, g, k));
+      for (int64_t j = 0; j < stride_; ++j) e[j] = g[j] + static_cast<T>(base);
+      sum = kernels_.row_exp2(stride_, T(0), e, k, e);
     }
-    f_[i] = static_cast<T>(std::log(a_[i]) - std::log(sum) + shift);
-    return static_cast<T>(a_[i] / sum);
+    base_[i] = base;
+    weight_[i] = a_[i] / sum;
+    return static_cast<T>(weight_[i]);
   }
 
-  double column_log_sum(int64_t j) const {
-    double best = -kInf;
-    for (int64_t i = 0; i < n_; ++i) {
-      best = std::max(best, static_cast<double>(f_[i]) - k_[i * stride_ + j]);
-    }
-    double sum = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      sum += std::exp(static_cast<double>(f_[i]) - k_[i * stride_ + j] - best);
-    }
-    return best + std::log(sum);
-  }
-
-  // Minima over finite entries; columns and rows of mass zero are out of the problem.
-  void prepare() {
-    row_min_.assign(n_, kInf);
-    column_min_.assign(m_, kInf);
-    for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j < m_; ++j) {
-        const T value = cost_[i * m_ + j];
-        if (std::isnan(value) || value == -std::numeric_limits<T>::infinity()) {
-          state_ = Status::kInvalid;
-          return;
-        }
-        if (b_[j] > 0) row_min_[i] = std::min<double>(row_min_[i], value);
-      }
-      if (row_min_[i] == kInf) {
-        if (a_[i] > 0) state_ = Status::kInfeasible;
-        row_min_[i] = 0;
-      }
-    }
-    for (int64_t i = 0; i < n_; ++i) {
-      if (a_[i] == 0) continue;
-      for (int64_t j = 0; j < m_; ++j) {
-        column_min_[j] = std::min<double>(column_min_[j], cost_[i * m_ + j] - row_min_[i]);
-      }
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      if (column_min_[j] == kInf) {
-        if (b_[j] > 0) state_ = Status::kInfeasible;
-        column_min_[j] = 0;
-      }
-    }
-    if (state_ == Status::kInfeasible) return;
-    for (int64_t i = 0; i < n_; ++i) {
-      T* k = k_.get() + i * stride_;
-      for (int64_t j = 0; j < m_; ++j) {
-        k[j] = static_cast<T>((cost_[i * m_ + j] - row_min_[i] - column_min_[j]) / reg_);
-      }
-      std::fill(k + m_, k + stride_, std::numeric_limits<T>::infinity());
-      if (a_[i] == 0) f_[i] = -std::numeric_limits<T>::infinity();
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      const double start = g_out_[j] - column_min_[j] / reg_;
-      g_[j] = b_[j] == 0 ? -std::numeric_limits<T>::infinity() : static_cast<T>(start);
-    }
-    std::fill(g_.get() + m_, g_.get() + stride_, T(0));
+  // floor(log2(value)) of a positive normal number.
+  static double exponent(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<double>(static_cast<int64_t>(bits >> 52) - 1023);
   }
 
   const int64_t n_, m_;
@@ -222,13 +283,13 @@ class Problem {
   const double *a_, *b_;
   const T* cost_;
   double *f_out_, *g_out_;
-  int64_t stride_;
-  Buffer<T> k_, g_, rows_;  // rows_: per member four rows of the plan, and a block of column sums
-  Buffer<double> columns_;
-  std::vector<T> f_;
-  std::vector<double> row_min_, column_min_, error_, g_sum_;
+  const int64_t stride_;
+  Buffer<T> k_;
+  // The row's integer shift, and its mass over its sum under that: f_i = base_i + log2 weight_i.
+  std::vector<double> base_, weight_;
+  std::vector<double> row_min_, column_min_, log_sum_;
+  std::vector<Member> members_;
   int64_t used_columns_ = 0;
-  Status state_ = Status::kMaxIter;
 };
 
 }  // namespace dotresize

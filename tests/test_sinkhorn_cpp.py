@@ -1,0 +1,124 @@
+"""What only the C++ sweep has: its exponential, its threads, its SIMD levels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from test_sinkhorn import l1
+
+from dotresize import sinkhorn
+from dotresize.ops.backends import cpp
+
+INF = float("inf")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def exp2(values, shift: int, dtype: torch.dtype) -> np.ndarray:
+    z = torch.as_tensor(values, dtype=dtype)
+    padded = torch.zeros(-(-len(z) // 16) * 16, dtype=dtype)
+    padded[: len(z)] = z
+    out = torch.full_like(padded, torch.nan)
+    cpp().exp2(len(padded), float(shift), padded.data_ptr(), out.data_ptr(), dtype == torch.float64)
+    return out[: len(z)].numpy()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "smallest", "shifts"),
+    [(torch.float32, -126, (0, 7, -31, 1 << 20)), (torch.float64, -1022, (0, -100, 1 << 20))],
+    ids=str,
+)
+def test_exponential_is_good_to_2_ulp(dtype, smallest, shifts):
+    for shift in shifts:
+        z = torch.rand(100_000, dtype=torch.float64) * (124 - smallest) + smallest - shift
+        z = z.to(dtype)
+        exponent = z.numpy().astype(np.longdouble) + shift  # of z as it was rounded
+        z, exponent = z[exponent >= smallest], exponent[exponent >= smallest]
+        truth = np.exp2(exponent)
+        value = exp2(z, shift, dtype)
+        error = np.abs(value - truth) / np.spacing(truth.astype(value.dtype))
+        assert error.max() < 2, (shift, error.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shift", [0, 900, -900])
+def test_exponential_at_the_ends(dtype, shift):
+    info = torch.finfo(dtype)
+    assert (exp2([-INF, info.min, -1e6, -1e5], shift, dtype) == 0).all()
+    high = exp2([INF, info.max, 1e6, 1e5], shift, dtype)
+    assert (high == high[0]).all()  # saturated, and finite: a sum of it is seen to be too large
+    assert 1e37 < high[0] < INF
+    assert exp2([-shift], shift, dtype) == 1
+    below = exp2(np.linspace(-1100, -1023, 50) - shift, shift, dtype)
+    assert ((below >= 0) & (below <= info.tiny)).all()
+
+
+def test_many_rows_keep_the_column_sums():
+    """Column sums over 1e5 rows, in two levels: a single float32 sum would never converge."""
+    assert sinkhorn(torch.zeros(200_000, 4), 0.5, max_iter=5, backend="cpp").converged
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_threaded_rows_agree(count, dtype):
+    """Large enough for several threads on one problem; the same numbers, run after run."""
+    cost = torch.rand(403, 257, dtype=dtype)
+    with threads(count):
+        first = sinkhorn(cost, 0.05, tol=0, max_iter=20, backend="cpp")
+        second = sinkhorn(cost, 0.05, tol=0, max_iter=20, backend="cpp")
+    assert torch.equal(first.plan, second.plan)
+    truth = sinkhorn(cost.double(), 0.05, tol=0, max_iter=20, backend="torch")
+    assert l1(first.plan, truth.plan) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_team_redoes_its_rows_and_columns(count):
+    """Start potentials far off, forbidden pairs and empty rows, with the rows over threads."""
+    cost = torch.rand(300, 403)
+    cost[:, 3] += 4.0
+    cost[7, 5:300] = INF
+    a, start = torch.rand(300), torch.zeros(403)
+    a[[0, 150, 299]] = 0
+    a /= a.sum()
+    start[3], start[8] = -900.0, 300.0
+    truth = sinkhorn(cost.double(), 0.2, a.double(), tol=1e-9, backend="torch")
+    with threads(count):
+        result = sinkhorn(cost, 0.2, a, init=(None, start), backend="cpp")
+        bad = sinkhorn(cost.index_fill(0, torch.tensor([200]), INF), 0.2, backend="cpp")
+        worse = sinkhorn(cost.index_fill(1, torch.tensor([9]), -INF), 0.2, backend="cpp")
+    assert result.converged
+    assert l1(result.plan, truth.plan) < 1e-4
+    assert (bad.status, worse.status) == ("infeasible", "invalid")
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
+def test_every_simd_level(level, run_at_simd_level):
+    code = """
+import sys, torch
+sys.path.insert(0, "tests")
+from dotresize import backends, sinkhorn
+from test_sinkhorn_cpp import test_exponential_is_good_to_2_ulp as check
+if backends()["cpp"]["available"]:
+    check(torch.float32, -126, (0, 7))
+    check(torch.float64, -1022, (0, 7))
+    for n, m in [(1, 1), (37, 61), (130, 67)]:
+        for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+            cost = torch.rand(n, m, dtype=dtype)
+            mine = sinkhorn(cost, 0.03, tol=tol, max_iter=5000, backend="cpp")
+            truth = sinkhorn(cost.double(), 0.03, tol=1e-13, max_iter=20000, backend="torch")
+            assert mine.converged, mine
+            assert float((mine.plan - truth.plan).abs().sum()) < 10 * tol, (n, m, dtype)
+"""
+    run_at_simd_level(code, level)
