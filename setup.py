@@ -64,9 +64,14 @@ setup(
         "dotresize.ops",
         "dotresize.models",
         "dotresize.kernels",
+        "dotresize.benchmarks",
     ],
     # Listed, not found: a top-level package named "kernels" would overwrite Hugging Face's.
-    package_dir={"dotresize": "dotresize", "dotresize.kernels": "kernels"},
+    package_dir={
+        "dotresize": "dotresize",
+        "dotresize.kernels": "kernels",
+        "dotresize.benchmarks": "benchmarks",
+    },
     package_data={"dotresize": ["py.typed", "*.pyi"]},
     ext_modules=[
         Pybind11Extension(

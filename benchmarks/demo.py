@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.device import device_name
+from benchmarks.rows import device_name
 from benchmarks.texts import model_file, write_texts
 
 FOLDER = Path("demo-output")

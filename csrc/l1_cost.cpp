@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
+#include <vector>
 
 #include "threads.hpp"
 
@@ -181,6 +182,21 @@ void l1_cost(int64_t batch, int64_t rows, const Activations& x, const Activation
     l1_cost_packed<uint64_t>(batch, rows, x, y, out, options);
   } else {
     l1_cost_packed<float>(batch, rows, x, y, out, options);
+  }
+}
+
+void l1_tile_alone(int64_t pairs, int num_threads) {
+  const L1Kernels<float>& level = l1_kernels<float>();
+  const int64_t block = kTokenBlock * level.panel_x * level.panel_y;
+  const int64_t calls = ceil_div(pairs, block * num_threads);
+#pragma omp parallel num_threads(num_threads)
+  {
+    // Both panels and the tile stay in the first-level cache.
+    std::vector<float> x(kTokenBlock * level.panel_x), y(kTokenBlock * level.panel_y);
+    std::vector<float> tile(level.panel_x * level.panel_y);
+    for (int64_t call = 0; call < calls; ++call) {
+      level.tile(kTokenBlock, x.data(), y.data(), 1.0f, tile.data(), level.panel_y);
+    }
   }
 }
 

@@ -74,6 +74,8 @@ PYBIND11_MODULE(_cpp, module) {
       py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("rows"), py::arg("x"),
       py::arg("y"), py::arg("out"), py::arg("mirrored"), py::arg("accumulate"), py::arg("scale"),
       py::arg("steps"), py::arg("num_threads"));
+  module.def("l1_tile_alone", &l1_tile_alone, py::call_guard<py::gil_scoped_release>(),
+             py::arg("pairs"), py::arg("num_threads"));
   module.def(
       "quantize",
       [](int64_t batch, const Activations& x, int64_t tokens, uintptr_t token, uintptr_t low,

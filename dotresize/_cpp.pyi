@@ -28,6 +28,7 @@ def l1_cost(
     steps: int,
     num_threads: int,
 ) -> None: ...
+def l1_tile_alone(pairs: int, num_threads: int) -> None: ...
 def quantize(
     batch: int,
     x: Activations,

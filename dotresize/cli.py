@@ -1,4 +1,4 @@
-"""Command line: ``dotresize compress | eval | info``.
+"""Command line: ``dotresize compress | eval | bench | info``.
 
 Exit codes: 0 done, 2 bad usage or bad input, 1 anything else; each failure is one line.
 """
@@ -70,6 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("eval", nargs="+", metavar="FILE", help="text or .jsonl")
     _add_common(evaluate)
 
+    bench = verbs.add_parser("bench", help="time the CPU operators beside every installed peer")
+    bench.add_argument(
+        "what", nargs="*", metavar="WHAT", help="l1, sinkhorn, scaling (l1 and sinkhorn)"
+    )
+    bench.add_argument("--sizes", default="small", help="small or all (small)")
+    bench.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
+    bench.add_argument("--threads", type=int, help="for everyone alike (as torch has)")
+    bench.add_argument(
+        "--limit", type=float, default=20.0, help="seconds a call may take to be timed (20)"
+    )
+    bench.add_argument("--out", metavar="FILE", help="append the rows as JSON lines")
+    bench.add_argument("--plot", metavar="FILE", help="draw time against size (needs matplotlib)")
+    bench.add_argument("--quiet", action="store_true", help="the tables only")
+
     verbs.add_parser("info", help="backends, devices and versions")
     return parser
 
@@ -94,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         for kill in (signal.SIGTERM, signal.SIGHUP):  # polite ones clean up like Ctrl-C does
             signal.signal(kill, signal.default_int_handler)
     try:
+        if args.verb == "bench":
+            from dotresize.benchmarks import command
+
+            return command.run(args)
         from dotresize import commands  # transformers is slow to import; mistakes above are not
 
         return commands.run(args)

@@ -1,0 +1,137 @@
+"""``dotresize bench``: this project's CPU operators and every installed peer, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import harness, l1, plot, rows, scaling, sinkhorn
+from .workload import Case, NotHere, need
+
+_OPERATORS = {"l1": l1, "sinkhorn": sinkhorn}
+# Small: a few minutes in all. Pairs of activations, and entries times iterations.
+_SMALL = {"l1": 5e9, "sinkhorn": 1e9}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time what ``args.what`` names; prints tables, appends rows, draws the chart."""
+    what, threads = _checked(args)
+    where = rows.where(threads)
+    out = None if args.out is None else Path(args.out)
+    sys.stdout.write(f"{where['device']} ({where['simd']}), medians of {args.rounds} rounds\n")
+    measured: list[dict[str, Any]] = []
+    for cases, peers in _plan(what, args.sizes):
+        for case in cases:
+            found = harness.measure(
+                case,
+                _OPERATORS[case.operator].build,
+                rounds=args.rounds,
+                threads=threads,
+                limit_s=args.limit,
+                peers=peers,
+                say=_quiet if args.quiet else _say,
+            )
+            found = [where | {"threads": threads} | row for row in found]
+            measured += found
+            if out is not None:
+                rows.append(out, found)
+            _say("") if not args.quiet else None
+            sys.stdout.write(table(case, found))
+            sys.stdout.flush()
+    if "scaling" in what:
+        fitted = [where | {"threads": threads} | fit for fit in scaling.fits(measured, l1.OURS)]
+        if out is not None:
+            rows.append(out, fitted)
+        sys.stdout.write(exponents(fitted))
+    if args.plot is not None:
+        plot.chart(measured, Path(args.plot))
+        sys.stdout.write(f"chart: {args.plot}\n")
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
+    """What to time and the number of threads; ValueError for anything that cannot be."""
+    what = args.what or ["l1", "sinkhorn"]
+    for word in what:
+        if word not in (*_OPERATORS, "scaling"):
+            raise ValueError(f"bench {word!r}: must be l1, sinkhorn or scaling")
+    if args.sizes not in ("small", "all"):
+        raise ValueError(f"--sizes {args.sizes!r}: must be small or all")
+    if args.rounds < 2:
+        raise ValueError(f"--rounds {args.rounds}: must be at least 2 (7 to be quoted)")
+    if not args.limit > 0:
+        raise ValueError(f"--limit {args.limit}: must be a positive number of seconds")
+    available = torch.get_num_threads()
+    threads = available if args.threads is None else args.threads
+    if not 1 <= threads <= available:
+        raise ValueError(f"--threads {threads}: must be from 1 to {available}")
+    for option, name in (("--out", args.out), ("--plot", args.plot)):
+        if name is not None and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+            raise ValueError(f"{option} {name}: must be a file in a folder that exists")
+    if args.plot is not None:
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
+        try:
+            need("matplotlib", "matplotlib")
+        except NotHere as reason:
+            raise ValueError(f"--plot: matplotlib is {reason}") from None
+    return what, threads
+
+
+def _plan(what: list[str], sizes: str) -> list[tuple[list[Case], bool]]:
+    """Cases, and whether the peers take part."""
+    plan = []
+    for word in what:
+        if word == "scaling":
+            plan += [(cases, False) for _, _, cases in scaling.sweeps()]
+        else:
+            cases = _OPERATORS[word].CASES
+            plan.append(([c for c in cases if sizes == "all" or c.work <= _SMALL[word]], True))
+    return plan
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"\r{text:<78.78}\r")
+    sys.stderr.flush()
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def table(case: Case, found: list[dict[str, Any]]) -> str:
+    """The rows of one case as text, fastest first, then whoever was not timed and why."""
+    timed = sorted((r for r in found if "median_s" in r), key=lambda r: r["median_s"])
+    ours = [r["median_s"] for r in timed if (r["name"], r["allocator"]) == (l1.OURS, "default")]
+    unit, scale = ("G pairs/s", 1e-9) if case.operator == "l1" else ("M entries/s", 1e-6)
+    lines = [
+        "",
+        f"{case.label}",
+        f"  {'':38} {'median':>11}  {'quartiles':>19}  {'x ours':>7}  {unit:>12}",
+    ]
+    for row in timed:
+        name = row["name"] + ("" if row["allocator"] == "default" else f" ({row['allocator']})")
+        low, high = (f"{v * 1e3:.1f}" for v in row["quartiles_s"])
+        ratio = f"{row['median_s'] / ours[0]:.2f}" if ours else "-"
+        lines.append(
+            f"  {name:38} {row['median_s'] * 1e3:8.1f} ms  {low + ' to ' + high:>19}  {ratio:>7}  "
+            f"{case.work / row['median_s'] * scale:12.1f}"
+        )
+    for row in found:
+        why = row.get("missing") or row.get("failed")
+        if why and row.get("allocator", "default") == "default":
+            lines.append(f"  {row['name']:38} {why}")
+    return "\n".join(lines) + "\n"
+
+
+def exponents(fitted: list[dict[str, Any]]) -> str:
+    """Time grows as size to the power of ..., one line per sweep."""
+    lines = ["", "time grows as a power of each size (1 = in proportion)"]
+    for fit in fitted:
+        span = f"{fit['size']} {fit['from']} to {fit['to']}"
+        lines.append(f"  {fit['operator']:9} {span:28} {fit['exponent']:.2f}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,60 @@
+"""``python -m benchmarks.octets``: the error of ``precision="u8"`` on real activations.
+
+The residual stream of the demo's model at every norm, on the demo's calibration text: 4096 tokens
+of each location, unnormalised, massive activations included. With ``--out FILE`` one JSON line per
+location is appended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dotresize import l1_cost
+from dotresize.calibration import random_windows, residual_stream, tokenize
+from dotresize.checkpoint import load
+
+from .rows import append, where
+from .texts import model_file, write_texts
+
+WINDOWS, WINDOW = 8, 512
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
+    out = parser.parse_args().out
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(level=logging.ERROR)
+    model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=False)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration, _ = write_texts(Path(folder))
+        streams = [tokenize(path, tokenizer) for path in calibration]
+    windows = random_windows(streams, WINDOWS, WINDOW, seed=0)
+    with torch.no_grad():
+        locations = residual_stream(model, windows)
+    about = where(torch.get_num_threads()) | {"model": model_file().stem}
+    rows = []
+    for number, x in enumerate(locations):
+        exact, bytes_ = l1_cost(x), l1_cost(x, precision="u8")
+        used = ~torch.eye(len(exact), dtype=torch.bool)
+        error = ((bytes_ - exact).abs() / exact)[used]
+        row = {"location": number, "tokens": len(x), "neurons": x.shape[1]}
+        row |= {"median": float(error.median()), "p99": float(error.quantile(0.99))}
+        row |= {"max": float(error.max()), "largest_activation": float(x.abs().max())}
+        rows.append(about | row)
+        print(*(f"{key} {value:.2g}" for key, value in row.items()), sep="  ")
+    for key in ("median", "p99", "max"):
+        print(f"worst {key} over {len(rows)} locations: {max(r[key] for r in rows):.1e}")
+    if out is not None:
+        append(out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""Sinkhorn: this project's backends, and its peers, for a fixed number of iterations.
+
+Uniform marginals, costs uniform in [0, 1), reg 0.05. Everyone returns the plans.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dotresize import BackendError, sinkhorn
+from dotresize.ops.backends import choose
+
+from .workload import Case, Competitor, NotHere, Workload, need, need_installed
+
+OURS = "dotresize cpp"
+SINGLES = "dotresize cpp, one call each"
+REG = 0.05
+
+
+def _case(problems: int, n: int, m: int, iterations: int) -> Case:
+    return Case("sinkhorn", {"problems": problems, "n": n, "m": m, "iterations": iterations})
+
+
+CASES = [
+    _case(1, 576, 468, 100),
+    _case(1, 1024, 768, 100),
+    _case(30, 576, 464, 100),
+    _case(1, 2048, 1536, 100),
+    _case(1, 4096, 3072, 100),
+    _case(30, 1536, 1152, 50),
+]
+
+
+def build(case: Case, *, peers: bool = True) -> Workload:
+    torch.manual_seed(0)
+    s = case.sizes
+    cost = torch.rand(s["problems"], s["n"], s["m"])
+    # The first problem is checked: all of them were solved by the same code.
+    truth = _plain(cost[:1].double(), s["iterations"])
+
+    def error(result: Any) -> float:
+        plan = torch.as_tensor(result).reshape(cost.shape)[:1]
+        return float((plan.double() - truth).norm() / truth.norm())
+
+    work = Workload(error)
+    for backend in ("cpp", "triton", "torch"):
+        work.add(f"dotresize {backend}", functools.partial(_ours, cost, s["iterations"], backend))
+    if len(cost) > 1:
+        work.add(SINGLES, lambda: _singles(cost, s["iterations"]))
+    if peers:
+        for name, peer in PEERS.items():
+            work.add(name, functools.partial(peer, cost, s["iterations"]))
+    return work
+
+
+def _ours(cost: Tensor, iterations: int, backend: str) -> Competitor:
+    try:
+        choose(backend, cost.device)
+    except BackendError as error:
+        raise NotHere(str(error)) from None
+    return Competitor(
+        lambda: sinkhorn(cost, REG, tol=0, max_iter=iterations, backend=backend).plan,
+        temporaries=True,
+    )
+
+
+def _singles(cost: Tensor, iterations: int) -> Competitor:
+    return Competitor(
+        lambda: torch.stack(
+            [sinkhorn(c, REG, tol=0, max_iter=iterations, backend="cpp").plan for c in cost]
+        ),
+        temporaries=True,
+    )
+
+
+def _step(k: Tensor, g: Tensor, log_a: float, log_b: float) -> Tensor:
+    f = log_a - torch.logsumexp(g[:, None, :] - k, 2)
+    return log_b - torch.logsumexp(f[:, :, None] - k, 1)
+
+
+def _plain(cost: Tensor, iterations: int, step: Callable[..., Tensor] = _step) -> Tensor:
+    """The textbook loop of two log-sum-exps."""
+    k, g = cost / REG, torch.zeros_like(cost[:, 0])
+    log_a, log_b = -math.log(cost.shape[1]), -math.log(cost.shape[2])
+    for _ in range(iterations):
+        g = step(k, g, log_a, log_b)
+    f = log_a - torch.logsumexp(g[:, None, :] - k, 2)
+    return (f[:, :, None] + g[:, None, :] - k).exp()
+
+
+def _loop(cost: Tensor, iterations: int) -> Competitor:
+    return Competitor(lambda: _plain(cost, iterations), temporaries=True)
+
+
+def _compiled_loop(cost: Tensor, iterations: int) -> Competitor:
+    step = torch.compile(_step, dynamic=False)
+    return Competitor(lambda: _plain(cost, iterations, step), temporaries=True)
+
+
+def _pot(cost: Tensor, iterations: int, as_numpy: bool) -> Competitor:
+    ot = need("ot", "POT")
+    convert = (lambda v: v.numpy()) if as_numpy else (lambda v: v)
+    a, b = (convert(torch.full((size,), 1 / size)) for size in cost.shape[1:])
+    costs = [convert(c) for c in cost]
+    options = {"method": "sinkhorn_log", "numItermax": iterations, "stopThr": 0, "warn": False}
+    return Competitor(
+        lambda: torch.stack([torch.as_tensor(ot.sinkhorn(a, b, c, REG, **options)) for c in costs]),
+        temporaries=True,
+    )
+
+
+def _pot_batch(cost: Tensor, iterations: int) -> Competitor:
+    solve = need("ot.batch", "POT").solve_batch
+    a, b = (torch.full((len(cost), size), 1 / size) for size in cost.shape[1:])
+    return Competitor(
+        lambda: solve(cost, REG, a, b, max_iter=iterations, tol=0.0, grad="detach").plan,
+        temporaries=True,
+    )
+
+
+def _geomloss(cost: Tensor, iterations: int) -> Competitor:
+    solve = need("geomloss.ot", "geomloss").solve
+    return Competitor(
+        lambda: torch.stack([solve(c, reg=REG, max_iter=iterations).plan for c in cost]),
+        temporaries=True,
+    )
+
+
+def _ott(cost: Tensor, iterations: int) -> Competitor:
+    need("ott", "ott-jax")
+    jax = need("jax", "jax")
+    from ott.geometry.geometry import Geometry
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    # threshold -1 is never reached; all iterations between two checks, so that it checks once.
+    options = {"threshold": -1.0, "min_iterations": iterations, "max_iterations": iterations}
+    solver = Sinkhorn(inner_iterations=iterations, **options)
+
+    def plan(c: Any) -> Any:
+        return solver(LinearProblem(Geometry(cost_matrix=c, epsilon=REG))).matrix
+
+    run, costs = jax.jit(jax.vmap(plan) if len(cost) > 1 else plan), jax.numpy.asarray(cost.numpy())
+    costs = costs if len(cost) > 1 else costs[0]
+
+    # The copy waits for the result; a view of it would not be writable.
+    return Competitor(lambda: np.array(run(costs)), temporaries=True)
+
+
+def _keops(cost: Tensor, iterations: int) -> Competitor:
+    need_installed("pykeops")
+    raise NotHere("computes costs from points by a formula; an explicit cost cannot be given")
+
+
+def _flash(cost: Tensor, iterations: int) -> Competitor:
+    need_installed("flash-sinkhorn")
+    raise NotHere("computes squared Euclidean costs from points on a GPU; no explicit cost")
+
+
+PEERS: dict[str, Callable[[Tensor, int], Competitor]] = {
+    "torch logsumexp loop": _loop,
+    "torch logsumexp loop, torch.compile": _compiled_loop,
+    "POT sinkhorn_log, numpy": functools.partial(_pot, as_numpy=True),
+    "POT sinkhorn_log, torch": functools.partial(_pot, as_numpy=False),
+    "POT ot.batch": _pot_batch,
+    "GeomLoss": _geomloss,
+    "OTT-JAX, jit": _ott,
+    "KeOps": _keops,
+    "flash-sinkhorn": _flash,
+}

@@ -1,0 +1,181 @@
+// The C++ operators against plain loops in double, without Python: for emulators and for machines
+// of another architecture. Prints the SIMD level and the largest errors; exits 1 if one is too big.
+//
+//   g++ -std=c++17 -O2 -Icsrc tests/native_check.cpp csrc/dispatch.cpp csrc/l1_cost.cpp
+//       csrc/sinkhorn.cpp level_*.o -o native_check      (level_*.cpp with setup.py's flags)
+//   DOTRESIZE_SIMD=avx512 ./native_check
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "l1_cost.hpp"
+#include "sinkhorn.hpp"
+#include "threads.hpp"
+
+using namespace dotresize;
+
+namespace {
+
+bool failed = false;
+
+void report(const char* what, double error, double accepted) {
+  const bool good = error <= accepted;  // false for NaN
+  failed |= !good;
+  std::printf("%-34s %.2e (accepted %.0e)%s\n", what, error, accepted, good ? "" : "  WRONG");
+}
+
+uint64_t state = 1;
+double uniform() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<double>(state >> 11) * 0x1p-53;
+}
+
+std::vector<float> activations(int64_t count) {
+  std::vector<float> values(count);
+  for (float& v : values) v = static_cast<float>(uniform() * 4 - 2);
+  return values;
+}
+
+// What the kernels should sum: values of the tokens [0, tokens).
+double l1_error(const std::vector<float>& x, const std::vector<float>& y, int64_t tokens, int64_t n,
+                int64_t m, const std::vector<float>& cost) {
+  double worst = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) {
+      double truth = 0;
+      for (int64_t t = 0; t < tokens; ++t) {
+        truth += std::abs(static_cast<double>(x[t * n + i]) - y[t * m + j]);
+      }
+      worst = std::max(worst, std::abs(cost[i * m + j] - truth) / (truth + 1e-30));
+    }
+  }
+  return worst;
+}
+
+void check_l1(int64_t tokens, int64_t n, int64_t m) {
+  const auto x = activations(tokens * n), y = activations(tokens * m);
+  std::vector<float> cost(n * m);
+  const Activations a = {x.data(), Dtype::kFloat32, tokens * n, n, n, nullptr};
+  const Activations b = {y.data(), Dtype::kFloat32, tokens * m, m, m, nullptr};
+  l1_cost(1, tokens, a, b, cost.data(), {0, false, 1.0, nullptr, 2});
+  report("l1 float32", l1_error(x, y, tokens, n, m, cost), 1e-5);
+
+  std::vector<float> self(n * n);
+  l1_cost(1, tokens, a, a, self.data(), {n, false, 1.0, nullptr, 2});
+  double worst = 0;
+  for (int64_t i = 0; i < n; ++i) worst = std::max<double>(worst, self[i * n + i]);
+  report("l1 float32, own diagonal", worst, 0.0);
+  report("l1 float32, mirrored", l1_error(x, x, tokens, n, n, self), 1e-5);
+
+  // Multiples of 1/64 in [-2, 2) are bytes exactly.
+  auto steps_x = x, steps_y = y;
+  for (auto* values : {&steps_x, &steps_y}) {
+    for (float& v : *values) v = std::floor(v * 64) / 64;
+  }
+  std::vector<int64_t> token(tokens);
+  for (int64_t t = 0; t < tokens; ++t) token[t] = tokens - 1 - t;
+  const std::vector<float> low(tokens, -2.0f), dither(tokens, 0.5f);
+  const std::vector<float> steps(tokens / kTokenBlock + 1, 1.0f / 64);
+  const Quantization plan = {tokens, token.data(), low.data(), dither.data(), steps.data()};
+  const int64_t octets = (tokens + 7) / 8;
+  std::vector<uint64_t> words_x(octets * n), words_y(octets * m);
+  quantize(1, {steps_x.data(), Dtype::kFloat32, 0, n, n, nullptr}, plan, words_x.data(), 2);
+  quantize(1, {steps_y.data(), Dtype::kFloat32, 0, m, m, nullptr}, plan, words_y.data(), 2);
+  l1_cost(1, octets, {words_x.data(), Dtype::kOctets, 0, n, n, nullptr},
+          {words_y.data(), Dtype::kOctets, 0, m, m, nullptr}, cost.data(),
+          {0, false, 1.0, steps.data(), 2});
+  report("l1 bytes", l1_error(steps_x, steps_y, tokens, n, m, cost), 1e-5);
+}
+
+void check_half() {
+  // Every finite half and bfloat16 as one token of its own neuron, against 0.
+  for (const Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+    const bool half = dtype == Dtype::kFloat16;
+    const int mantissa = half ? 10 : 7, bias = half ? 15 : 127, top = half ? 31 : 255;
+    std::vector<uint16_t> bits;
+    std::vector<double> truth;
+    for (int v = 0; v < 65536; ++v) {
+      const int exponent = v >> mantissa & top, fraction = v & ((1 << mantissa) - 1);
+      if (exponent == top) continue;
+      const double scale = std::ldexp(1.0, (exponent == 0 ? 1 : exponent) - bias - mantissa);
+      bits.push_back(static_cast<uint16_t>(v));
+      truth.push_back((fraction + (exponent == 0 ? 0 : 1 << mantissa)) * scale);
+    }
+    const int64_t n = static_cast<int64_t>(bits.size());
+    const uint16_t zero = 0;
+    std::vector<float> cost(n);
+    l1_cost(1, 1, {bits.data(), dtype, n, n, n, nullptr}, {&zero, dtype, 1, 1, 1, nullptr},
+            cost.data(), {0, false, 1.0, nullptr, 1});
+    double worst = 0;
+    for (int64_t i = 0; i < n; ++i) worst = std::max(worst, std::abs(cost[i] - truth[i]));
+    report(half ? "every float16" : "every bfloat16", worst, 0.0);
+  }
+}
+
+template <typename T>
+void check_exp2(double smallest, double accepted) {
+  constexpr int64_t count = 64 * 256;
+  std::vector<T> z(count), zeros(count), out(count);
+  double worst = 0;
+  for (const double shift : {0.0, 17.0, -300.0}) {
+    for (T& v : z) v = static_cast<T>(uniform() * 120 + smallest + 2 - shift);
+    sinkhorn_kernels<T>().row_exp2(count, static_cast<T>(shift), z.data(), zeros.data(),
+                                   out.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const long double truth = std::exp2(static_cast<long double>(z[i]) + shift);
+      const T rounded = static_cast<T>(truth);
+      const long double ulp = std::nextafter(rounded, T(INFINITY)) - rounded;
+      worst = std::max(worst, static_cast<double>(std::abs(out[i] - truth) / ulp));
+    }
+  }
+  report(sizeof(T) == 4 ? "exp2 float32, ulp" : "exp2 float64, ulp", worst, accepted);
+  std::fill(z.begin(), z.end(), -static_cast<T>(INFINITY));
+  sinkhorn_kernels<T>().row_exp2(count, T(0), z.data(), zeros.data(), out.data());
+  report("exp2(-inf)", static_cast<double>(*std::max_element(out.begin(), out.end())), 0.0);
+}
+
+template <typename T>
+void check_sinkhorn(int64_t n, int64_t m, double accepted) {
+  std::vector<T> cost(n * m);
+  for (T& v : cost) v = static_cast<T>(uniform());
+  if (n * m > 1) cost[n * m / 2] = static_cast<T>(INFINITY);
+  std::vector<double> a(n, 1.0 / n), b(m, 1.0 / m), f(n), g(m, 0.0), error(1);
+  std::vector<int64_t> n_iter(1), status(1);
+  const double reg = 0.05;
+  const SinkhornProblems problems = {
+      1,        n,        m,        cost.data(),   &reg,         a.data(),
+      b.data(), f.data(), g.data(), n_iter.data(), error.data(), status.data()};
+  sinkhorn<T>(problems, {5000, accepted, 2});
+  double rows = 0, columns = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < m; ++j) sum += std::exp(f[i] + g[j] - cost[i * m + j] / reg);
+    rows += std::abs(sum - a[i]);
+  }
+  for (int64_t j = 0; j < m; ++j) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += std::exp(f[i] + g[j] - cost[i * m + j] / reg);
+    columns += std::abs(sum - b[j]);
+  }
+  report(sizeof(T) == 4 ? "sinkhorn float32, rows" : "sinkhorn float64, rows", rows, accepted);
+  report("                  columns", columns, 2 * accepted);
+}
+
+}  // namespace
+
+int main() {
+  std::printf("level %s\n", kernels().name);
+  check_l1(1, 1, 1);
+  check_l1(7, 5, 3);
+  check_l1(517, 67, 101);
+  check_l1(40, 301, 523);
+  check_half();
+  check_exp2<float>(-126, 2);
+  check_exp2<double>(-1022, 2);
+  check_sinkhorn<float>(1, 1, 1e-6);
+  check_sinkhorn<float>(37, 61, 1e-5);
+  check_sinkhorn<float>(300, 259, 1e-5);
+  check_sinkhorn<double>(130, 67, 1e-11);
+  return failed;
+}
