@@ -13,10 +13,10 @@ from setuptools.errors import CompileError, LinkError
 # import, so that a wheel built anywhere runs everywhere (no -march=native). No -ffast-math:
 # infinities carry meaning here.
 X86_LEVELS = {
-    "csrc/level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/level_avx2.cpp": ["-mavx2", "-mfma"],
     "csrc/level_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
     ],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -30,6 +30,9 @@ class BuildExt(build_ext):
             for extension in self.extensions:
                 extension.extra_compile_args.append("-fopenmp")
                 extension.extra_link_args.append("-fopenmp")
+        else:
+            for extension in self.extensions:
+                extension.extra_compile_args.append("-Wno-unknown-pragmas")
         if IS_X86:
             compile_one = self.compiler._compile
 

@@ -20,6 +20,8 @@ _GROWTH = {
     ("sinkhorn", "problems"): (1, 2, 4, 8, 16),
     ("sinkhorn", "iterations"): (25, 50, 100, 200, 400),
 }
+# Both widths together, as the models grow.
+_SQUARES = ((512, 384), (1024, 768), (2048, 1536), (4096, 3072))
 
 
 def sweeps() -> Iterable[tuple[str, str, list[Case]]]:
@@ -27,6 +29,8 @@ def sweeps() -> Iterable[tuple[str, str, list[Case]]]:
     for (operator, size), values in _GROWTH.items():
         base = _L1 if operator == "l1" else _SINKHORN
         yield operator, size, [Case(operator, base | {size: value}) for value in values]
+    for operator, base in (("l1", _L1), ("sinkhorn", _SINKHORN | {"iterations": 100})):
+        yield operator, "n", [Case(operator, base | {"n": n, "m": m}) for n, m in _SQUARES]
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> float:
@@ -48,5 +52,7 @@ def fits(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         if len(points) > 2:
             sizes, seconds = [p[size] for p in points], [p["median_s"] for p in points]
             fit = {"operator": operator, "size": size, "from": sizes[0], "to": sizes[-1]}
+            if points[0]["m"] != points[-1]["m"] and size == "n":
+                fit["size"] = "n and m"
             out.append(fit | {"name": name, "exponent": exponent(sizes, seconds)})
     return out

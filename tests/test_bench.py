@@ -159,9 +159,10 @@ def test_exponents_of_known_growth():
             rows.append(row | {"name": "x", "allocator": "default", "median_s": seconds})
             rows.append(row | {"name": "x", "allocator": "heap", "median_s": 1.0})
     fits = scaling.fits(rows, "x")
-    assert len(fits) == 8
+    assert len(fits) == 10
     for fit in fits:
-        assert fit["exponent"] == pytest.approx(1.0 if fit["operator"] == "l1" else 1.5)
+        expected = (1.0 if fit["operator"] == "l1" else 1.5) * (1 + (fit["size"] == "n and m"))
+        assert fit["exponent"] == pytest.approx(expected)
     assert "tokens 512 to 8192" in command.exponents(fits)
     assert scaling.fits(rows, "nobody") == []
 
