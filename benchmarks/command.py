@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
             measured += found
             if out is not None:
                 rows.append(out, found)
-            _say("") if not args.quiet else None
+            if not args.quiet:
+                _say("")
             sys.stdout.write(table(case, found))
             sys.stdout.flush()
     if "scaling" in what:
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         if out is not None:
             rows.append(out, fitted)
         sys.stdout.write(exponents(fitted))
+    if args.plot is not None and not any("median_s" in row for row in measured):
+        raise ValueError("--plot: nothing was timed, so there is nothing to draw")
     if args.plot is not None:
         plot.chart(measured, Path(args.plot))
         sys.stdout.write(f"chart: {args.plot}\n")
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     """What to time and the number of threads; ValueError for anything that cannot be."""
-    what = args.what or ["l1", "sinkhorn"]
+    what = list(dict.fromkeys(args.what or ["l1", "sinkhorn"]))
     for word in what:
         if word not in (*_OPERATORS, "scaling"):
             raise ValueError(f"bench {word!r}: must be l1, sinkhorn or scaling")
@@ -86,8 +89,9 @@ def _plan(what: list[str], sizes: str) -> list[tuple[list[Case], bool]]:
     """Cases, and whether the peers take part."""
     plan = []
     for word in what:
-        if word == "scaling":
-            plan += [(cases, False) for _, _, cases in scaling.sweeps()]
+        if word == "scaling":  # sweeps share cases; each is measured once
+            shared = {case.label: case for _, _, cases in scaling.sweeps() for case in cases}
+            plan.append((list(shared.values()), False))
         else:
             cases = _OPERATORS[word].CASES
             plan.append(([c for c in cases if sizes == "all" or c.work <= _SMALL[word]], True))
@@ -106,7 +110,7 @@ def _quiet(_: str) -> None:
 def table(case: Case, found: list[dict[str, Any]]) -> str:
     """The rows of one case as text, fastest first, then whoever was not timed and why."""
     timed = sorted((r for r in found if "median_s" in r), key=lambda r: r["median_s"])
-    ours = [r["median_s"] for r in timed if (r["name"], r["allocator"]) == (l1.OURS, "default")]
+    ours = {r["allocator"]: r["median_s"] for r in timed if r["name"] == l1.OURS}
     unit, scale = ("G pairs/s", 1e-9) if case.operator == "l1" else ("M entries/s", 1e-6)
     lines = [
         "",
@@ -116,7 +120,8 @@ def table(case: Case, found: list[dict[str, Any]]) -> str:
     for row in timed:
         name = row["name"] + ("" if row["allocator"] == "default" else f" ({row['allocator']})")
         low, high = (f"{v * 1e3:.1f}" for v in row["quartiles_s"])
-        ratio = f"{row['median_s'] / ours[0]:.2f}" if ours else "-"
+        mine = ours.get(row["allocator"], ours.get("default"))
+        ratio = "-" if mine is None else f"{row['median_s'] / mine:.2f}"
         lines.append(
             f"  {name:38} {row['median_s'] * 1e3:8.1f} ms  {low + ' to ' + high:>19}  {ratio:>7}  "
             f"{case.work / row['median_s'] * scale:12.1f}"
@@ -130,7 +135,7 @@ def table(case: Case, found: list[dict[str, Any]]) -> str:
 
 def exponents(fitted: list[dict[str, Any]]) -> str:
     """Time grows as size to the power of ..., one line per sweep."""
-    lines = ["", "time grows as a power of each size (1 = in proportion)"]
+    lines = ["", "time grows as a power of each size (1 = in proportion; 2 for n and m together)"]
     for fit in fitted:
         span = f"{fit['size']} {fit['from']} to {fit['to']}"
         lines.append(f"  {fit['operator']:9} {span:28} {fit['exponent']:.2f}")

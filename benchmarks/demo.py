@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.rows import device_name
-from benchmarks.texts import model_file, write_texts
+from .rows import device_name
+from .texts import model_file, write_texts
 
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"

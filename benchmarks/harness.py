@@ -8,15 +8,17 @@ and takes large temporaries does not pay for page faults anew. Only one of them 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .workload import Case, Workload
+from .workload import Case, Workload, one_line
 
 # Between two timings: a neighbour's thread pool spins for a few milliseconds after its work.
 PAUSE_S = 0.02
@@ -31,18 +33,28 @@ class Worker:
     """A process that holds one workload and does what it is told, one call at a time."""
 
     def __init__(self, build: Callable[..., Workload], arguments: dict, threads: int, heap: str):
+        self._arguments = (build, arguments, threads)
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        self._environment = ALLOCATORS[heap] | counts | {"JAX_PLATFORMS": "cpu"}
+        self.competitors: dict[str, bool] = {}
+        self.missing: dict[str, str] = {}
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        with _environment(ALLOCATORS[heap] | counts):  # read when the process starts
-            self._process = context.Process(target=_serve, args=(theirs, build, arguments, threads))
+        with _environment(self._environment):  # read when the process starts
+            self._process = context.Process(target=_serve, args=(theirs, *self._arguments))
             self._process.start()
         theirs.close()
-        self.competitors: dict[str, bool]
-        self.competitors, self.missing = self._receive()
+        try:
+            self.competitors, self.missing = self._receive()
+        except BaseException:
+            self.close()
+            raise
 
-    def check(self, name: str) -> tuple[float, float, float]:
-        """Seconds of a first call, its relative error, and the error that is accepted."""
+    def check(self, name: str) -> tuple[float, float | None, float]:
+        """Seconds of a call, its relative error (None for a bound), and what is accepted."""
         return self._ask("check", name)
 
     def seconds(self, name: str) -> float:
@@ -55,15 +67,18 @@ class Worker:
         self._process.join()
 
     def _ask(self, what: str, name: str) -> Any:
+        if not self._process.is_alive():
+            self.close()
+            self._start()
         self._pipe.send((what, name))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
-            raise RuntimeError(f"worker died, exit code {self._process.exitcode}") from None
+            raise RuntimeError(f"its process died, code {self._process.exitcode}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -72,24 +87,27 @@ class Worker:
 def _serve(pipe: Connection, build: Callable[..., Workload], arguments: dict, threads: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    os.environ.pop("TRITON_INTERPRET", None)  # a kernel in the interpreter is not worth timing
     torch.set_num_threads(threads)
     workload = build(**arguments)
     pipe.send(({n: c.temporaries for n, c in workload.competitors.items()}, workload.missing))
     with contextlib.suppress(EOFError):
         while True:
             what, name = pipe.recv()
-            competitor = workload.competitors[name]
             try:
+                competitor = workload.competitors[name]
                 start = time.perf_counter()
                 result = competitor.call()
                 seconds = time.perf_counter() - start
                 if what == "check":
-                    pipe.send((seconds, workload.error(result), competitor.accepted))
+                    error = workload.error(result) if competitor.checked else None
+                    pipe.send((seconds, error, competitor.accepted))
                 else:
                     pipe.send(seconds)
                 del result
             except Exception as error:  # a peer that fails is a row, not the end
-                pipe.send(RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+                pipe.send(RuntimeError(one_line(error)))
 
 
 @contextlib.contextmanager
@@ -156,11 +174,16 @@ def measure(
                         runs[name, heap] = row
         times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for round_ in range(rounds):
-            for name, heap in runs:
+            order = list(runs)
+            start = round_ % max(1, len(order))  # not always behind the same neighbour
+            for name, heap in order[start:] + order[:start]:
                 say(f"round {round_ + 1} of {rounds}: {name} ({heap})")
-                times[name, heap].append(workers[heap].seconds(name))
+                try:
+                    times[name, heap].append(workers[heap].seconds(name))
+                except RuntimeError as failure:
+                    runs.pop((name, heap))["failed"] = str(failure)
     for key, row in runs.items():
-        low, median, high = statistics.quantiles(times[key], n=4)
+        low, median, high = statistics.quantiles(times[key], n=4, method="inclusive")
         row |= {"rounds": rounds, "median_s": median, "quartiles_s": [low, high]}
         row |= {"best_s": min(times[key])}
     return [{"case": case.label, "operator": case.operator} | case.sizes | row for row in rows]
@@ -174,8 +197,9 @@ def _checked(worker: Worker, name: str, limit_s: float) -> dict[str, Any]:
             seconds, error, accepted = worker.check(name)
     except RuntimeError as failure:
         return {"failed": str(failure)}
-    if not error <= accepted:
-        return {"error": error, "failed": f"relative error {error:.1e}, accepted {accepted:.0e}"}
+    if error is not None and not error <= accepted:
+        shown = error if math.isfinite(error) else None
+        return {"error": shown, "failed": f"relative error {error:.1e}, accepted {accepted:.0e}"}
     if seconds > limit_s:
         return {"error": error, "once_s": seconds, "failed": f"{seconds:.0f} s a call, not timed"}
     return {"error": error}

@@ -49,6 +49,7 @@ def where(threads: int) -> dict[str, Any]:
     cpp = dotresize.backends()["cpp"]
     return {
         "date": datetime.date.today().isoformat(),
+        "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": f"{processor()}, {threads} threads",
         "simd": cpp.get("simd"),
         "versions": versions(),

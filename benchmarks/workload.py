@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class NotHere(Exception):
@@ -15,7 +21,8 @@ class NotHere(Exception):
 
 def need(module: str, install: str) -> Any:
     """The module, or NotHere with the way to install it."""
-    need_installed(install)
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        raise NotHere(f"not installed: pip install {install}")
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -61,6 +68,7 @@ class Competitor:
     call: Callable[[], Any]
     accepted: float = 1e-4  # relative error against float64
     temporaries: bool = False  # allocates and frees large arrays, so that malloc's choices count
+    checked: bool = True  # False only for a bound, which computes nothing of use
 
 
 @dataclass
@@ -76,3 +84,5 @@ class Workload:
             self.competitors[name] = build()
         except NotHere as reason:
             self.missing[name] = str(reason)
+        except Exception as error:  # a peer that changed must not end the run
+            self.missing[name] = f"cannot be prepared: {one_line(error)}"

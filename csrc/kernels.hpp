@@ -45,7 +45,8 @@ template <typename Packed>
 struct L1Kernels {
   int panel_x;  // neurons of x in a register tile
   int panel_y;  // neurons of y in a register tile
-  // out[(p * rows + t) * panel + lane] = column p * panel + lane of row t; missing columns are 0
+  // out[(p * rows + t) * panel + lane] = column p * panel + lane of row t; missing columns are 0.
+  // pack_y may put the columns of a panel in another order, which is the tile's affair.
   void (*pack_x)(const Block& block, Packed* out);
   void (*pack_y)(const Block& block, Packed* out);
   // tile[r * stride + s] += step * sum_t |x_panel[t * panel_x + r] - y_panel[t * panel_y + s]|
@@ -72,6 +73,8 @@ struct SinkhornKernels {
   // k[j] = (cost[j] - row_min - column_min[j]) per_reg
   void (*scale_row)(int64_t m, const T* cost, double row_min, const double* column_min,
                     double per_reg, T* k);
+  // plan[j] = 2^(f + g[j] - cost[j] per_reg), in double until it is stored
+  void (*plan_row)(int64_t m, double f, const double* g, const T* cost, double per_reg, T* plan);
 };
 
 struct Kernels {

@@ -6,7 +6,7 @@
 //
 // A tile of the output is owned by one thread over all tokens. Per block of kTokenBlock tokens the
 // tile's columns of x and y are packed into panels as wide as the register tile; a panel of y
-// (16 to 32 KiB) stays in the first-level cache while the panels of x stream past it.
+// (32 KiB at most) stays in the first-level cache while the panels of x stream past it.
 #include "l1_cost.hpp"
 
 #include <algorithm>
@@ -34,9 +34,9 @@ struct Grid {
   template <typename Packed>
   Grid(int64_t problems, int64_t n, int64_t m, const L1Kernels<Packed>& level, int threads)
       : batch(problems), tall(ceil_div(n, kHeight)), wide(ceil_div(m, kWidth)) {
-    while (batch * tall * wide < kTilesPerThread * threads && ceil_div(n, tall) > kHeight / 4) {
-      ++tall;
-    }
+    const int64_t wanted = kTilesPerThread * threads;
+    while (batch * tall * wide < wanted && ceil_div(n, tall) > kHeight / 4) ++tall;
+    while (batch * tall * wide < wanted && ceil_div(m, wide) > kWidth / 4) ++wide;
     height = ceil_div(ceil_div(n, tall), level.panel_x) * level.panel_x;
     width = ceil_div(ceil_div(m, wide), level.panel_y) * level.panel_y;
     tall = ceil_div(n, height);
@@ -185,19 +185,24 @@ void l1_cost(int64_t batch, int64_t rows, const Activations& x, const Activation
   }
 }
 
-void l1_tile_alone(int64_t pairs, int num_threads) {
+int64_t l1_tile_alone(int64_t pairs, int num_threads) {
   const L1Kernels<float>& level = l1_kernels<float>();
   const int64_t block = kTokenBlock * level.panel_x * level.panel_y;
   const int64_t calls = ceil_div(pairs, block * num_threads);
+  // All of it stays in the first-level cache. The panels are only read; each thread has its tile.
+  const std::vector<float> x(kTokenBlock * level.panel_x), y(kTokenBlock * level.panel_y);
+  std::vector<std::vector<float>> tiles(num_threads);
+  for (auto& tile : tiles) tile.resize(level.panel_x * level.panel_y);
+  std::atomic<int64_t> done{0};
 #pragma omp parallel num_threads(num_threads)
   {
-    // Both panels and the tile stay in the first-level cache.
-    std::vector<float> x(kTokenBlock * level.panel_x), y(kTokenBlock * level.panel_y);
-    std::vector<float> tile(level.panel_x * level.panel_y);
+    float* tile = tiles[thread_index()].data();
     for (int64_t call = 0; call < calls; ++call) {
-      level.tile(kTokenBlock, x.data(), y.data(), 1.0f, tile.data(), level.panel_y);
+      level.tile(kTokenBlock, x.data(), y.data(), 1.0f, tile, level.panel_y);
     }
+    done += calls * block;
   }
+  return done;
 }
 
 void quantize(int64_t batch, const Activations& x, const Quantization& plan, uint64_t* out,

@@ -33,8 +33,8 @@ void l1_cost(int64_t batch, int64_t rows, const Activations& x, const Activation
              const L1Options& options);
 
 // The bound of the float32 path, to be timed: the register tile alone, on panels that never leave
-// the first-level cache, for as many pairs of activations.
-void l1_tile_alone(int64_t pairs, int num_threads);
+// the first-level cache. Returns the pairs of activations done, at least as many as asked for.
+int64_t l1_tile_alone(int64_t pairs, int num_threads);
 
 // How tokens become bytes. Arrays are (batch, tokens) in the order given by `token`, steps as
 // above.

@@ -150,10 +150,29 @@ void scale_row(int64_t m, const T* cost, double row_min, const double* column_mi
   }
 }
 
+// In double whatever T is: f, g and the scaled cost may be large numbers that nearly cancel.
+template <typename T>
+void plan_row(int64_t m, double f, const double* g, const T* cost, double per_reg, T* plan) {
+  using V = Simd<double>::V;
+  constexpr int kChunk = 4 * kInStep * kLanes<double>;
+  double z[kChunk] = {};
+  for (int64_t j0 = 0; j0 < m; j0 += kChunk) {
+    const int64_t count = m - j0 < kChunk ? m - j0 : kChunk;
+    for (int64_t j = 0; j < count; ++j) z[j] = (f + g[j0 + j]) - cost[j0 + j] * per_reg;
+    for (int64_t j = 0; j < kChunk; j += kInStep * kLanes<double>) {
+      V v[kInStep];
+      std::memcpy(v, z + j, sizeof v);
+      exp2_in_step<double, kInStep>(v, 0.0, v);
+      std::memcpy(z + j, v, sizeof v);
+    }
+    for (int64_t j = 0; j < count; ++j) plan[j0 + j] = static_cast<T>(z[j]);
+  }
+}
+
 template <typename T>
 constexpr SinkhornKernels<T> kSinkhorn = {kLanes<T>,        row_exp2<T>,    row_max<T>,
                                           add_four_rows<T>, row_minimum<T>, column_minima<T>,
-                                          scale_row<T>};
+                                          scale_row<T>,     plan_row<T>};
 
 }  // namespace
 }  // namespace dotresize

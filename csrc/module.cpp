@@ -93,6 +93,23 @@ PYBIND11_MODULE(_cpp, module) {
            py::arg("reg"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
            py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"));
   module.def(
+      "plan",
+      [](int64_t n, int64_t m, uintptr_t cost, int64_t stride, double reg, uintptr_t f, uintptr_t g,
+         uintptr_t out, bool use_float64, int num_threads) {
+        const auto* rows = at<const double>(f);
+        const auto* columns = at<const double>(g);
+        if (use_float64) {
+          plan(n, m, at<const double>(cost), stride, reg, rows, columns, at<double>(out),
+               num_threads);
+        } else {
+          plan(n, m, at<const float>(cost), stride, reg, rows, columns, at<float>(out),
+               num_threads);
+        }
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("n"), py::arg("m"), py::arg("cost"),
+      py::arg("stride"), py::arg("reg"), py::arg("f"), py::arg("g"), py::arg("out"),
+      py::arg("use_float64"), py::arg("num_threads"));
+  module.def(
       "exp2",
       [](int64_t count, double shift, uintptr_t z, uintptr_t out, bool use_float64) {
         use_float64 ? exp2<double>(count, shift, z, out) : exp2<float>(count, shift, z, out);

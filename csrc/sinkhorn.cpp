@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "sinkhorn_problem.hpp"
 #include "threads.hpp"
@@ -93,10 +94,9 @@ void solve(const SinkhornProblems& problems, int64_t index, int team,
 
 template <typename T>
 void sinkhorn(const SinkhornProblems& problems, const SinkhornOptions& options) {
-  const int64_t entries = problems.n * problems.m;
-  if (problems.batch < options.num_threads) {
-    const int64_t useful = std::max<int64_t>(1, entries / kEntriesPerThread);
-    const int team = static_cast<int>(std::min<int64_t>(options.num_threads, useful));
+  const int64_t useful = std::max<int64_t>(1, problems.n * problems.m / kEntriesPerThread);
+  const int team = static_cast<int>(std::min<int64_t>(options.num_threads, useful));
+  if (problems.batch < options.num_threads && team > 1) {
     for (int64_t index = 0; index < problems.batch; ++index) {
       solve<T>(problems, index, team, options);
     }
@@ -115,6 +115,23 @@ void sinkhorn(const SinkhornProblems& problems, const SinkhornOptions& options) 
   if (out_of_memory) throw std::bad_alloc();
 }
 
+template <typename T>
+void plan(int64_t n, int64_t m, const T* cost, int64_t stride, double reg, const double* f,
+          const double* g, T* out, int num_threads) {
+  const auto& level = sinkhorn_kernels<T>();
+  std::vector<double> columns(g, g + m);
+  for (double& value : columns) value /= kLn2;
+  const double per_reg = 1 / (reg * kLn2);
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < n; ++i) {
+    level.plan_row(m, f[i] / kLn2, columns.data(), cost + i * stride, per_reg, out + i * m);
+  }
+}
+
+template void plan<float>(int64_t, int64_t, const float*, int64_t, double, const double*,
+                          const double*, float*, int);
+template void plan<double>(int64_t, int64_t, const double*, int64_t, double, const double*,
+                           const double*, double*, int);
 template void sinkhorn<float>(const SinkhornProblems&, const SinkhornOptions&);
 template void sinkhorn<double>(const SinkhornProblems&, const SinkhornOptions&);
 

@@ -29,4 +29,10 @@ struct SinkhornOptions {
 template <typename T>
 void sinkhorn(const SinkhornProblems& problems, const SinkhornOptions& options);
 
+// plan_ij = exp(f_i + g_j - cost_ij / reg) of one problem, rows of the cost `stride` apart, into a
+// contiguous (n, m) of the same type.
+template <typename T>
+void plan(int64_t n, int64_t m, const T* cost, int64_t stride, double reg, const double* f,
+          const double* g, T* out, int num_threads);
+
 }  // namespace dotresize

@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels.hpp"
@@ -40,8 +41,9 @@ constexpr double kLargestShift = 1 << 20;
 // Rows whose column sums are added in T before they join a double: a single float32 sum over 1e6
 // rows is wrong in the third digit.
 constexpr int64_t kRowBlock = 256;
-// A column sum below this may have lost terms that underflowed.
-constexpr double kTinyColumn = 1e-25;
+// A column sum below this, unless its marginal is as small, may have lost terms that underflowed;
+// below the second it has.
+constexpr double kTinyColumn = 1e-25, kLostColumn = 1e-33;
 
 // One problem and the team of threads that works on it: each member owns a share of the rows and
 // its own copy of g, which all of them update alike from the same column sums. The calls of an
@@ -63,7 +65,7 @@ class Problem {
         stride_((m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes),
         k_(make_buffer<T>(n_ * stride_)),
         base_(n_, 0.0),
-        weight_(n_, 1.0),
+        sum_(n_, 1.0),
         row_min_(n_, 0.0),
         column_min_(m_, kInf),
         log_sum_(m_, 0.0),
@@ -73,6 +75,7 @@ class Problem {
       member.rows = make_buffer<T>(5 * stride_);
       for (auto& columns : member.columns) columns = make_buffer<double>(stride_);
       member.total = make_buffer<double>(stride_);
+      member.f = make_buffer<double>(n_);
     }
     for (int64_t j = 0; j < m_; ++j) used_columns_ += b_[j] > 0;
   }
@@ -184,7 +187,7 @@ class Problem {
   bool has_tiny_columns(int index) const {
     const double* total = members_[index].total.get();
     for (int64_t j = 0; j < m_; ++j) {
-      if (!(total[j] > kTinyColumn) && b_[j] > 0) return true;
+      if (underflowed(total[j], j)) return true;
     }
     return false;
   }
@@ -192,10 +195,10 @@ class Problem {
   // This member's share of the columns that underflowed: log2 sum_i 2^(f_i - k_ij).
   void redo_columns(int index) {
     const double* total = members_[index].total.get();
-    std::vector<double> f(n_);
+    double* f = members_[index].f.get();
     for (int64_t i = 0; i < n_; ++i) f[i] = row_potential(i);
     for (int64_t j = m_ * index / team_; j < m_ * (index + 1) / team_; ++j) {
-      if (total[j] > kTinyColumn || b_[j] == 0) continue;
+      if (!underflowed(total[j], j)) continue;
       double best = -kInf, sum = 0;
       for (int64_t i = 0; i < n_; ++i) best = std::max(best, f[i] - k_[i * stride_ + j]);
       for (int64_t i = 0; i < n_; ++i) sum += std::exp2(f[i] - k_[i * stride_ + j] - best);
@@ -212,8 +215,8 @@ class Problem {
     centre /= used_columns_;
     for (int64_t j = 0; j < m_; ++j) {
       if (b_[j] == 0) continue;  // stays at -inf
-      const double update = total[j] > kTinyColumn ? g[j] + std::log2(b_[j] / total[j])
-                                                   : std::log2(b_[j]) - log_sum_[j];
+      const double update = underflowed(total[j], j) ? std::log2(b_[j]) - log_sum_[j]
+                                                     : g[j] + std::log2(b_[j] / total[j]);
       g[j] = static_cast<T>(update - centre);
     }
   }
@@ -230,24 +233,24 @@ class Problem {
     std::fill_n(g_out_, m_, value);
   }
 
-  double mass() const {
-    double total = 0;
-    for (int64_t i = 0; i < n_; ++i) total += a_[i];
-    return total;
-  }
+  double mass() const { return std::accumulate(a_, a_ + n_, 0.0); }
 
  private:
   struct Member {
     Buffer<T> g;
     Buffer<T> rows;  // four rows of the plan, and a block of column sums
-    Buffer<double> columns[2], total;
+    Buffer<double> columns[2], total, f;
     Status state = Status::kMaxIter;
   };
 
   int64_t first_row(int index) const { return n_ * index / team_; }
 
   double row_potential(int64_t i) const {
-    return a_[i] == 0 ? -kInf : std::log2(weight_[i]) + base_[i];
+    return a_[i] == 0 ? -kInf : std::log2(a_[i] / sum_[i]) + base_[i];
+  }
+
+  bool underflowed(double sum, int64_t j) const {
+    return b_[j] > 0 && !(sum > std::clamp(1e-3 * b_[j], kLostColumn, kTinyColumn));
   }
 
   // Returns the factor that turns e into the row of the plan.
@@ -257,16 +260,17 @@ class Problem {
       return 0;
     }
     const T* k = k_.get() + i * stride_;
-    double base = std::clamp(base_[i] + exponent(weight_[i]), -kLargestShift, kLargestShift);
+    // The shift under which the previous sum would have been between 1 and 2.
+    double base = std::clamp(base_[i] - exponent(sum_[i]), -kLargestShift, kLargestShift);
     double sum = kernels_.row_exp2(stride_, static_cast<T>(base), g, k, e);
-    if (!(sum > kSafeLow * a_[i] && sum < kSafeHigh * a_[i])) {
+    if (!(sum > kSafeLow && sum < kSafeHigh)) {
       base = -std::nearbyint(kernels_.row_max(stride_, g, k));
       for (int64_t j = 0; j < stride_; ++j) e[j] = g[j] + static_cast<T>(base);
       sum = kernels_.row_exp2(stride_, T(0), e, k, e);
     }
     base_[i] = base;
-    weight_[i] = a_[i] / sum;
-    return static_cast<T>(weight_[i]);
+    sum_[i] = sum;
+    return static_cast<T>(a_[i] / sum);
   }
 
   // floor(log2(value)) of a positive normal number.
@@ -285,8 +289,8 @@ class Problem {
   double *f_out_, *g_out_;
   const int64_t stride_;
   Buffer<T> k_;
-  // The row's integer shift, and its mass over its sum under that: f_i = base_i + log2 weight_i.
-  std::vector<double> base_, weight_;
+  // The row's integer shift, and its sum under that: f_i = base_i + log2(a_i / sum_i).
+  std::vector<double> base_, sum_;
   std::vector<double> row_min_, column_min_, log_sum_;
   std::vector<Member> members_;
   int64_t used_columns_ = 0;

@@ -28,7 +28,7 @@ def l1_cost(
     steps: int,
     num_threads: int,
 ) -> None: ...
-def l1_tile_alone(pairs: int, num_threads: int) -> None: ...
+def l1_tile_alone(pairs: int, num_threads: int) -> int: ...
 def quantize(
     batch: int,
     x: Activations,
@@ -60,5 +60,17 @@ class SinkhornProblems:
 
 def sinkhorn(
     problems: SinkhornProblems, use_float64: bool, max_iter: int, tol: float, num_threads: int
+) -> None: ...
+def plan(
+    n: int,
+    m: int,
+    cost: int,
+    stride: int,
+    reg: float,
+    f: int,
+    g: int,
+    out: int,
+    use_float64: bool,
+    num_threads: int,
 ) -> None: ...
 def exp2(count: int, shift: float, z: int, out: int, use_float64: bool) -> None: ...

@@ -1,9 +1,9 @@
 // The C++ operators against plain loops in double, without Python: for emulators and for machines
 // of another architecture. Prints the SIMD level and the largest errors; exits 1 if one is too big.
 //
-//   g++ -std=c++17 -O2 -Icsrc tests/native_check.cpp csrc/dispatch.cpp csrc/l1_cost.cpp
-//       csrc/sinkhorn.cpp level_*.o -o native_check      (level_*.cpp with setup.py's flags)
-//   DOTRESIZE_SIMD=avx512 ./native_check
+//   g++ -std=c++17 -O3 -fno-math-errno -Icsrc tests/native_check.cpp csrc/dispatch.cpp
+//       csrc/l1_cost.cpp csrc/sinkhorn.cpp level_*.o      (level_*.cpp with setup.py's flags)
+//   DOTRESIZE_SIMD=avx512 ./a.out
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -37,7 +37,7 @@ std::vector<float> activations(int64_t count) {
   return values;
 }
 
-// What the kernels should sum: values of the tokens [0, tokens).
+// Largest relative distance from the plain sum over tokens.
 double l1_error(const std::vector<float>& x, const std::vector<float>& y, int64_t tokens, int64_t n,
                 int64_t m, const std::vector<float>& cost) {
   double worst = 0;
@@ -67,6 +67,29 @@ void check_l1(int64_t tokens, int64_t n, int64_t m) {
   for (int64_t i = 0; i < n; ++i) worst = std::max<double>(worst, self[i * n + i]);
   report("l1 float32, own diagonal", worst, 0.0);
   report("l1 float32, mirrored", l1_error(x, x, tokens, n, n, self), 1e-5);
+
+  // Two problems of the same x, their targets by index, in two chunks; a permuted x.
+  std::vector<int64_t> targets(2 * m), order(2 * n);
+  std::vector<float> chosen[2] = {std::vector<float>(tokens * m), std::vector<float>(tokens * m)};
+  for (int64_t i = 0; i < 2 * n; ++i) order[i] = i < n ? n - 1 - i : i - n;
+  for (int64_t j = 0; j < 2 * m; ++j) {
+    targets[j] = (j * 7 + 3) % n;
+    for (int64_t t = 0; t < tokens; ++t) {
+      chosen[j / m][t * m + j % m] = x[t * n + targets[j]];
+    }
+  }
+  std::vector<float> both(2 * n * m);
+  const int64_t first = std::min(tokens, kTokenBlock);
+  for (const int64_t start : {int64_t{0}, first}) {
+    const Activations part = {x.data() + start * n, Dtype::kFloat32, 0, n, n, order.data()};
+    const Activations selected = {part.data, Dtype::kFloat32, 0, n, m, targets.data()};
+    l1_cost(2, start == 0 ? first : tokens - first, part, selected, both.data(),
+            {0, start > 0, 1.0, nullptr, 2});
+  }
+  for (int64_t b = 0; b < 2; ++b) {
+    const std::vector<float> one(both.begin() + b * n * m, both.begin() + (b + 1) * n * m);
+    report("l1 float32, index and chunks", l1_error(x, chosen[b], tokens, n, m, one), 1e-5);
+  }
 
   // Multiples of 1/64 in [-2, 2) are bytes exactly.
   auto steps_x = x, steps_y = y;

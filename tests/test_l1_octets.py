@@ -73,6 +73,13 @@ def test_equal_neurons_and_constant_tokens(host):
 
 
 @pytest.mark.parametrize("host", HOSTS)
+def test_ranges_without_a_step(host):
+    cost = l1_cost(torch.randn(300, 4) * 1e-38, precision="u8", backend=host)
+    assert torch.isfinite(cost).all()
+    assert cost.max() < 1e-36
+
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_activations_are_named(host, value):
     x = torch.randn(3, 600, 6)

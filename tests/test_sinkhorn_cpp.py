@@ -103,6 +103,30 @@ def test_a_team_redoes_its_rows_and_columns(count):
     assert (bad.status, worse.status) == ("infeasible", "invalid")
 
 
+def test_tiny_masses_are_exact():
+    """A row of mass 1e-35 keeps its shape, and columns of 1e-30 their sums."""
+    cost = torch.rand(40, 1000)
+    a, b = torch.rand(40, dtype=torch.float64), torch.rand(1000, dtype=torch.float64)
+    a[3], b[::2] = 1e-35, 1e-30
+    a, b = a / a.sum(), b / b.sum()
+    settings = {"tol": 0, "max_iter": 100}
+    truth = sinkhorn(cost.double(), 0.05, a, b, backend="torch", **settings).plan
+    plan = sinkhorn(cost, 0.05, a, b, backend="cpp", **settings).potentials
+    f, g = sinkhorn(cost.double(), 0.05, a, b, backend="torch", **settings).potentials
+    assert (plan[0].double() - f).abs().max() < 1e-3
+    assert (plan[1].double() - g).abs().max() < 1e-3
+    solved = sinkhorn(cost, 0.05, a, b, backend="cpp", **settings).plan
+    assert l1(solved, truth) < 1e-5
+
+
+def test_small_batches_use_the_threads_and_agree():
+    costs = torch.rand(3, 50, 40)
+    with threads(1):
+        one = sinkhorn(costs, 0.1, backend="cpp").plan
+    with threads(8):
+        assert torch.equal(sinkhorn(costs, 0.1, backend="cpp").plan, one)
+
+
 @pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
 def test_every_simd_level(level, run_at_simd_level):
     code = """

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dotresize import reference
-from dotresize.ops.backends import choose
 from dotresize.ops.l1_cost import (
     batched_index,
     check_activations,
@@ -14,14 +13,15 @@ from dotresize.ops.l1_cost import (
     check_targets,
     operands,
 )
-from dotresize.ops.l1_launch import launch
+from dotresize.ops.l1_launch import choose_for, launch
 
 
 class L1CostAccumulator:
     """``l1_cost`` over activations that arrive in chunks and are never all resident.
 
     Chunks may have any length: tokens are regrouped into blocks of 256, so the result is the one
-    of a single call over all tokens, to the last bit.
+    of a single call over all tokens, to the last bit. With "u8" each chunk is quantised by itself
+    and the result depends on the chunks; its error is stated for chunks of thousands of tokens.
 
     Args:
         n: number of source neurons.
@@ -53,7 +53,7 @@ class L1CostAccumulator:
         self.tokens = 0
         self._n, self._m, self._batch = n, m, batch
         self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        choose(backend, self._device)
+        choose_for(precision, backend, self._device)
         self._targets = targets
         problems = 1 if batch is None else batch
         if targets is not None:

@@ -13,6 +13,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OCTETS = 3  # Dtype::kOctets in csrc/kernels.hpp
 
 
+def choose_for(precision: str, backend: str, device: torch.device) -> str:
+    """The backend to run on; BackendError if it cannot, or not with this precision."""
+    chosen = choose(backend, device)
+    if precision == "u8" and chosen == "triton":
+        raise BackendError("precision 'u8' is not built for the triton backend: use 'fp32'")
+    return chosen
+
+
 def launch(
     x: Tensor,
     y: Tensor | None,
@@ -25,9 +33,7 @@ def launch(
     backend: str,
 ) -> None:
     """out (+)= sum over tokens / scale. x (B, T, n), y (B, T, m) or index (B, m), out (B, n, m)."""
-    chosen = choose(backend, x.device)
-    if precision == "u8" and chosen == "triton":
-        raise BackendError("precision 'u8' is not built for the triton backend: use 'fp32'")
+    chosen = choose_for(precision, backend, x.device)
     if out.numel() == 0:
         return
     if precision == "u8":

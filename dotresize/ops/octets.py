@@ -55,7 +55,8 @@ def plan(x: Tensor, y: Tensor | None) -> Plan:
     last = [min(start + TOKEN_BLOCK, count) - 1 for start in range(0, count, TOKEN_BLOCK)]
     widest = spread[:, last]
     # A token that is not finite sorts last and makes its block's step, and so the cost, not finite.
-    steps = torch.where(widest == 0, 1.0, widest / _LEVELS)
+    # Ranges so small that their step has no reciprocal are as good as none.
+    steps = torch.where(widest < 1e-30, 1.0, widest / _LEVELS)
     dither = (torch.arange(count, dtype=torch.float64) * _GOLDEN % 1.0).float()
     dither = dither.expand(len(x), -1).to(x.device).contiguous()
     return Plan(token, low.gather(1, token), dither, steps.contiguous(), exact)

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dotresize.ops.backends import cpp
+
 STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
 
 
@@ -98,7 +100,13 @@ class SinkhornResult:
 
     @cached_property
     def plan(self) -> Tensor | tuple[Tensor, ...]:
-        return self._gather([problem.plan() for problem in self._problems])
+        if self._layout != "batch":
+            return self._gather([problem.plan() for problem in self._problems])
+        first = self._problems[0]
+        plans = first.cost.new_empty(len(self), *first.cost.shape, dtype=first.dtype)
+        for problem, out in zip(self._problems, plans, strict=True):
+            problem.plan(out)
+        return plans
 
     @property
     def value_linear(self) -> float | Tensor:
@@ -123,6 +131,7 @@ class _Problem:
     n_iter: int
     marginal_error: float
     status: str
+    backend: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,11 +155,28 @@ class _Problem:
             scaled = self.cost[block].to(torch.float64, copy=True).div_(self.reg)
             yield block, (self.f[block, None] + self.g).sub_(scaled).exp_()
 
-    def plan(self) -> Tensor:
-        plan = torch.empty(self.cost.shape, dtype=self.dtype, device=self.cost.device)
+    def plan(self, out: Tensor | None = None) -> Tensor:
+        """The plan in the result's dtype, into ``out`` if there is one."""
+        if out is None:
+            out = self.cost.new_empty(self.cost.shape, dtype=self.dtype)
+        as_is = self.cost.dtype == self.dtype and self.cost.stride(1) == 1
+        if self.backend == "cpp" and as_is and self.status != "invalid":
+            cpp().plan(
+                n=self.cost.shape[0],
+                m=self.cost.shape[1],
+                cost=self.cost.data_ptr(),
+                stride=self.cost.stride(0),
+                reg=self.reg,
+                f=self.f.contiguous().data_ptr(),
+                g=self.g.contiguous().data_ptr(),
+                out=out.data_ptr(),
+                use_float64=self.dtype == torch.float64,
+                num_threads=torch.get_num_threads(),
+            )
+            return out
         for block, values in self._blocks():
-            plan[block] = values
-        return plan
+            out[block] = values
+        return out
 
     @cached_property
     def values(self) -> tuple[float, float]:

@@ -212,7 +212,7 @@ def _solve_batch(
         n_iter.tolist(), error.tolist(), status.tolist(), reg.tolist(), cost, f, g, strict=True
     )
     return [
-        _Problem(cost_i, reg_i, f_i, g_i, n_iter_i, error_i, STATUS_WORDS[status_i])
+        _Problem(cost_i, reg_i, f_i, g_i, n_iter_i, error_i, STATUS_WORDS[status_i], chosen)
         for n_iter_i, error_i, status_i, reg_i, cost_i, f_i, g_i in problems
     ]
 
