@@ -45,7 +45,7 @@ def build(case: Case, *, peers: bool = True) -> Workload:
         return float((value.double() - truth).norm() / truth.norm())
 
     work = Workload(error)
-    for backend in ("cpp", "triton", "torch"):
+    for backend in ("cpp", "triton", "torch") if peers else ("cpp",):
         work.add(f"dotresize {backend}", functools.partial(_ours, x, y, backend, "fp32"))
     work.add("dotresize cpp, u8", functools.partial(_ours, x, y, "cpp", "u8"))
     work.add(LIMIT, lambda: _limit(case.work))

@@ -77,7 +77,7 @@ def solvers() -> str:
         f'its register tile\'s rate, and `precision="u8"` takes {bytes_ / fp32:.2f} of its time. '
         f"torch {versions['torch']}, POT {versions['POT']}, OTT-JAX {versions['ott-jax']},",
         f"faiss {versions['faiss-cpu']}. All rows: `{RESULTS / 'cpu.jsonl'}`; yours: "
-        "`pip install '.[bench]'`, then `dotresize bench`.",
+        "`pip install -c constraints.txt '.[bench]'`, then `dotresize bench`.",
     ]
     return "\n".join(lines)
 

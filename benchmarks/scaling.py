@@ -26,11 +26,11 @@ _SQUARES = ((512, 384), (1024, 768), (2048, 1536), (4096, 3072))
 
 def sweeps() -> Iterable[tuple[str, str, list[Case]]]:
     """Operator, the size that grows, and the cases."""
+    for operator, base in (("l1", _L1), ("sinkhorn", _SINKHORN | {"iterations": 100})):
+        yield operator, "n", [Case(operator, base | {"n": n, "m": m}) for n, m in _SQUARES]
     for (operator, size), values in _GROWTH.items():
         base = _L1 if operator == "l1" else _SINKHORN
         yield operator, size, [Case(operator, base | {size: value}) for value in values]
-    for operator, base in (("l1", _L1), ("sinkhorn", _SINKHORN | {"iterations": 100})):
-        yield operator, "n", [Case(operator, base | {"n": n, "m": m}) for n, m in _SQUARES]
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> float:

@@ -51,7 +51,7 @@ def build(case: Case, *, peers: bool = True) -> Workload:
         return float(((plan - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)).max())
 
     work = Workload(error)
-    for backend in ("cpp", "triton", "torch"):
+    for backend in ("cpp", "triton", "torch") if peers else ("cpp",):
         work.add(f"dotresize {backend}", functools.partial(_ours, cost, s["iterations"], backend))
     if len(cost) > 1:
         work.add(SINGLES, lambda: _singles(cost, s["iterations"]))

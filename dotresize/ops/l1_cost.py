@@ -33,11 +33,11 @@ def l1_cost(
         reduction: "mean" or "sum" over tokens.
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
             blocks; relative error about 1e-6 up to 1e5 tokens. "u8" (cpp and torch backends): most
-            tokens as bytes, see ``dotresize/ops/octets.py``; about three times as fast. On the
-            residual stream of SmolLM2-135M, 3584 tokens, layers 1 to 29: median relative error of
-            an entry at most 6.2e-4, largest 6.8e-3, errors independent from pair to pair. Costs of
-            equal neurons are exactly 0. Takes one more byte per activation, for at most 16384
-            tokens at a time.
+            tokens as bytes, see ``dotresize/ops/octets.py``; two to three times as fast. On the
+            unnormalised residual stream of SmolLM2-135M, 4096 tokens, the worst of its 61 norms
+            had a median relative error of 7.3e-4 over entries and a largest one of 8.1e-3
+            (``benchmarks/results/octets.jsonl``). Costs of equal neurons are exactly 0. Takes one
+            more byte per activation, for at most 16384 tokens at a time.
         out: float32 tensor of the result's shape to write into.
         backend: "auto", "triton", "cpp" or "torch".
 
