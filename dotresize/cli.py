@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return commands.run(args)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind", 1)
+        kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
+        return _fail(f"interrupted; {kept}", 1)
     except (ValueError, BackendError) as error:
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -339,11 +340,16 @@ def test_no_room_for_the_tokenizer(arguments, tmp_path, model_directory):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(arguments, how):
-    process = start([*arguments, "--windows", "100000"])
-    assert "width 24 -> 16" in process.stderr.readline()
-    time.sleep(0.5)
-    process.send_signal(how)
-    _, error = process.communicate(timeout=60)
+    # A shell starts its background jobs, this test perhaps among them, with SIGINT ignored.
+    wanted = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start([*arguments, "--windows", "100000"], preexec_fn=wanted)
+    try:
+        assert "width 24 -> 16" in process.stderr.readline()
+        time.sleep(0.5)
+        process.send_signal(how)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 1, error
     assert "interrupted" in error
     assert "Traceback" not in error
