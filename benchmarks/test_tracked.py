@@ -14,7 +14,7 @@ from .workload import Case
 _BUILDERS = {"l1": l1.build, "sinkhorn": sinkhorn.build}
 CASES = [
     l1.CASES[0],
-    Case("l1", {"tokens": 4096, "n": 1024, "m": 1024}),
+    l1.CASES[2],
     sinkhorn.CASES[1],
     Case("sinkhorn", {"problems": 30, "n": 576, "m": 464, "iterations": 20}),
 ]

@@ -45,12 +45,13 @@ def launch(
 
         kernel.l1_cost(x, y, index, out, accumulate=accumulate, scale=scale)
     else:
-        _launch_torch(x.float(), y, index, out, accumulate, scale)
+        _launch_torch(x, y, index, out, accumulate, scale)
 
 
 def _launch_torch(
     x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
 ) -> None:
+    x = x.float()
     if y is not None:
         columns = y.float()
     elif index is not None:
@@ -78,7 +79,8 @@ def _launch_octets(
         plan = octets.plan(xs, ys)
         if plan.token.shape[1]:
             if backend == "cpp":
-                _add_bytes_cpp(xs, ys, index, out, accumulate, plan)
+                words_y = None if ys is None else _words(ys, plan)
+                _sum_cpp(_words(xs, plan), words_y, index, out, accumulate, 1.0, plan.steps)
             else:
                 bytes_y = None if ys is None else octets.quantize(ys, plan)
                 _launch_torch(octets.quantize(xs, plan), bytes_y, index, out, accumulate, 1.0)
@@ -86,8 +88,6 @@ def _launch_octets(
         exact_x = octets.take(xs, plan.exact)
         exact_y = None if ys is None else octets.take(ys, plan.exact)
         sum_exact = _launch_cpp if backend == "cpp" else _launch_torch
-        if backend != "cpp":
-            exact_x = exact_x.float()
         sum_exact(exact_x, exact_y, index, out, accumulate, scale if last else 1.0)
         accumulate = True
 
@@ -99,18 +99,6 @@ def _launch_cpp(
     if y is not None:
         y = y if y.stride(2) == 1 else y.contiguous()
     _sum_cpp(x, y, index, out, accumulate, scale, None)
-
-
-def _add_bytes_cpp(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    accumulate: bool,
-    plan: octets.Plan,
-) -> None:
-    words_y = None if y is None else _words(y, plan)
-    _sum_cpp(_words(x, plan), words_y, index, out, accumulate, 1.0, plan.steps)
 
 
 def _words(x: Tensor, plan: octets.Plan) -> Tensor:
