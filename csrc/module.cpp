@@ -25,13 +25,14 @@ Activations operand(uintptr_t data, int dtype, int64_t batch_stride, int64_t tok
 }
 
 SinkhornProblems problems(int64_t batch, int64_t n, int64_t m, uintptr_t cost, uintptr_t reg,
-                          uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g, uintptr_t n_iter,
-                          uintptr_t marginal_error, uintptr_t status) {
+                          uintptr_t tol, uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g,
+                          uintptr_t n_iter, uintptr_t marginal_error, uintptr_t status) {
   return {batch,
           n,
           m,
           at<const void>(cost),
           at<double>(reg),
+          at<double>(tol),
           at<double>(a),
           at<double>(b),
           at<double>(f),
@@ -90,7 +91,7 @@ PYBIND11_MODULE(_cpp, module) {
 
   py::class_<SinkhornProblems>(module, "SinkhornProblems")
       .def(py::init(&problems), py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("cost"),
-           py::arg("reg"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
+           py::arg("reg"), py::arg("tol"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
            py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"));
   module.def(
       "plan",
@@ -117,11 +118,10 @@ PYBIND11_MODULE(_cpp, module) {
       py::arg("count"), py::arg("shift"), py::arg("z"), py::arg("out"), py::arg("use_float64"));
   module.def(
       "sinkhorn",
-      [](const SinkhornProblems& p, bool use_float64, int64_t max_iter, double tol,
-         int num_threads) {
-        const SinkhornOptions options = {max_iter, tol, num_threads};
-        use_float64 ? sinkhorn<double>(p, options) : sinkhorn<float>(p, options);
+      [](const SinkhornProblems& p, bool use_float64, int64_t max_iter, int num_threads) {
+        use_float64 ? sinkhorn<double>(p, max_iter, num_threads)
+                    : sinkhorn<float>(p, max_iter, num_threads);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("problems"), py::arg("use_float64"),
-      py::arg("max_iter"), py::arg("tol"), py::arg("num_threads"));
+      py::arg("max_iter"), py::arg("num_threads"));
 }

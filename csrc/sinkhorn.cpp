@@ -26,7 +26,7 @@ struct Outcome {
 // very plan, so the test comes before the column update and no closing pass is owed: with max_iter
 // updates of g there are max_iter + 1 sweeps.
 template <typename T>
-void work(Problem<T>& problem, int member, Barrier& barrier, const SinkhornOptions& options,
+void work(Problem<T>& problem, int member, Barrier& barrier, double tol, int64_t max_iter,
           Outcome& outcome) {
   problem.scan(member);
   barrier.wait();
@@ -38,8 +38,8 @@ void work(Problem<T>& problem, int member, Barrier& barrier, const SinkhornOptio
     problem.sweep(member, it);
     barrier.wait();
     const double error = problem.column_error(member, it);
-    const bool converged = options.tol > 0 && error <= options.tol;
-    if (converged || it == options.max_iter) {
+    const bool converged = tol > 0 && error <= tol;
+    if (converged || it == max_iter) {
       if (member == 0) outcome = {it, error, converged ? Status::kConverged : Status::kMaxIter};
       return;
     }
@@ -60,8 +60,7 @@ Outcome refuse(Problem<T>& problem) {
 }
 
 template <typename T>
-void solve(const SinkhornProblems& problems, int64_t index, int team,
-           const SinkhornOptions& options) {
+void solve(const SinkhornProblems& problems, int64_t index, int team, int64_t max_iter) {
   std::unique_ptr<Problem<T>> problem;
   std::unique_ptr<Barrier> barrier;
   Outcome outcome;
@@ -77,7 +76,9 @@ void solve(const SinkhornProblems& problems, int64_t index, int team,
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
-    if (!out_of_memory) work(*problem, thread_index(), *barrier, options, outcome);
+    if (!out_of_memory) {
+      work(*problem, thread_index(), *barrier, problems.tol[index], max_iter, outcome);
+    }
   }
   if (out_of_memory) throw std::bad_alloc();
   if (problem->state() == Status::kMaxIter) {
@@ -93,21 +94,21 @@ void solve(const SinkhornProblems& problems, int64_t index, int team,
 }  // namespace
 
 template <typename T>
-void sinkhorn(const SinkhornProblems& problems, const SinkhornOptions& options) {
+void sinkhorn(const SinkhornProblems& problems, int64_t max_iter, int num_threads) {
   const int64_t useful = std::max<int64_t>(1, problems.n * problems.m / kEntriesPerThread);
-  const int team = static_cast<int>(std::min<int64_t>(options.num_threads, useful));
-  if (problems.batch < options.num_threads && team > 1) {
+  const int team = static_cast<int>(std::min<int64_t>(num_threads, useful));
+  if (problems.batch < num_threads && team > 1) {
     for (int64_t index = 0; index < problems.batch; ++index) {
-      solve<T>(problems, index, team, options);
+      solve<T>(problems, index, team, max_iter);
     }
     return;
   }
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(options.num_threads)
+#pragma omp parallel num_threads(num_threads)
   for (int64_t index = next++; index < problems.batch && !out_of_memory; index = next++) {
     try {
-      solve<T>(problems, index, 1, options);
+      solve<T>(problems, index, 1, max_iter);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -132,7 +133,7 @@ template void plan<float>(int64_t, int64_t, const float*, int64_t, double, const
                           const double*, float*, int);
 template void plan<double>(int64_t, int64_t, const double*, int64_t, double, const double*,
                            const double*, double*, int);
-template void sinkhorn<float>(const SinkhornProblems&, const SinkhornOptions&);
-template void sinkhorn<double>(const SinkhornProblems&, const SinkhornOptions&);
+template void sinkhorn<float>(const SinkhornProblems&, int64_t, int);
+template void sinkhorn<double>(const SinkhornProblems&, int64_t, int);
 
 }  // namespace dotresize

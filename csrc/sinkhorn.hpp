@@ -12,7 +12,7 @@ enum class Status : int64_t { kConverged = 0, kMaxIter = 1, kInfeasible = 2, kIn
 struct SinkhornProblems {
   int64_t batch, n, m;
   const void* cost;  // float or double, as T
-  const double* reg;
+  const double *reg, *tol;
   const double *a, *b;
   double *f, *g;
   int64_t* n_iter;
@@ -20,14 +20,8 @@ struct SinkhornProblems {
   int64_t* status;
 };
 
-struct SinkhornOptions {
-  int64_t max_iter;
-  double tol;
-  int num_threads;
-};
-
 template <typename T>
-void sinkhorn(const SinkhornProblems& problems, const SinkhornOptions& options);
+void sinkhorn(const SinkhornProblems& problems, int64_t max_iter, int num_threads);
 
 // plan_ij = exp(f_i + g_j - cost_ij / reg) of one problem, rows of the cost `stride` apart, into a
 // contiguous (n, m) of the same type.

@@ -5,7 +5,7 @@ from typing import Any
 from dotresize.maps import Factors, factorize, transport_map
 from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
-from dotresize.ops.l1_cost import l1_cost
+from dotresize.ops.l1_cost import CostStatistics, l1_cost
 from dotresize.ops.result import SinkhornResult
 from dotresize.ops.sinkhorn import sinkhorn
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CostStatistics",
     "Factors",
     "L1CostAccumulator",
     "SinkhornResult",

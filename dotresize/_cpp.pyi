@@ -49,6 +49,7 @@ class SinkhornProblems:
         m: int,
         cost: int,
         reg: int,
+        tol: int,
         a: int,
         b: int,
         f: int,
@@ -59,7 +60,7 @@ class SinkhornProblems:
     ) -> None: ...
 
 def sinkhorn(
-    problems: SinkhornProblems, use_float64: bool, max_iter: int, tol: float, num_threads: int
+    problems: SinkhornProblems, use_float64: bool, max_iter: int, num_threads: int
 ) -> None: ...
 def plan(
     n: int,

@@ -30,11 +30,11 @@ def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def sinkhorn(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
+    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-domain Sinkhorn of a batch by plain log-sum-exps, in the cost's type.
 
-    cost (B, n, m); reg (B,); a (B, n); b (B, m); g (B, m) the initial column potentials. One
+    cost (B, n, m); reg, tol (B,); a (B, n); b (B, m); g (B, m) the initial column potentials. One
     iteration is ``f = log a - lse_j(g - C/reg)`` and ``g = log b - lse_i(f - C/reg)``; a problem
     stops when, after a row update, ``|P'1 - b|_1 <= tol`` (never, for tol = 0), or after
     ``max_iter`` updates of g. Rows are exact at exit.
@@ -43,7 +43,7 @@ def sinkhorn(
     NaN for a cost with NaN or -inf ("invalid"), and -inf where a row or column of positive mass
     has only +inf ("infeasible").
     """
-    a, b = a.to(cost), b.to(cost)
+    a, b, tol = a.to(cost), b.to(cost), tol.to(cost.device, torch.float64)
     row_min, column_min, status = minima(cost, a, b)
     wide_reg = reg.to(device=cost.device, dtype=torch.float64)[:, None]
     shift_f, shift_g = row_min.double() / wide_reg, column_min.double() / wide_reg
@@ -64,7 +64,7 @@ def sinkhorn(
         column = torch.where(used, (start + column_lse).exp(), 0.0)
         now = (column - b[active]).abs().sum(1).double()
         f[active], error[active], n_iter[active] = row, now, iteration
-        converged = (now <= tol) & (tol > 0)
+        converged = (now <= tol[active]) & (tol[active] > 0)
         status[active[converged]] = CONVERGED
         update = _centred(b[active].log() - column_lse, used)
         going = ~converged if iteration < max_iter else torch.zeros_like(converged)

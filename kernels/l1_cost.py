@@ -1,112 +1,71 @@
-"""Batched pairwise L1 cost on a GPU.
-
-    C[b, i, j] = sum_t |x[b, t, i] - y[b, t, j]|
-
-There is no matrix-multiply form, so this is a problem of the floating-point units: a subtraction
-and an addition with the absolute-value modifier, two instructions per pair. Bound: lanes * clock
-/ 2 pairs per second (H100: 14.8 T pairs/s at 1.755 GHz).
-
-Activations are token-major, so for one token a program loads BM contiguous neurons of x and BN of
-y and forms their outer difference in registers: no transpose and no reduction across threads.
-Sums have two levels, TOKEN_BLOCK tokens and then the total, as in every backend.
-
-Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
-"""
+"""Launches of the L1 cost kernel: configurations, the choice between them, statistics."""
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from dotresize.kernels.l1_tile import l1_cost_kernel
+from dotresize.ops.halves import GROUP
 from dotresize.reference import TOKEN_BLOCK
+
+# Pairs from which an unknown device is worth a second or two of tuning.
+TUNING_PAIRS = 10**12
+_TUNING_TOKENS = 2 * TOKEN_BLOCK
 
 
 @dataclass(frozen=True)
 class L1Config:
+    """A tile of ``block_m x block_n`` pairs; ``unroll`` tokens are loaded together."""
+
     block_m: int
     block_n: int
-    num_warps: int
+    thread: int
+    warps: tuple[int, int]
+    unroll: int
+
+    def constants(self, lanes: int = 32) -> dict[str, int]:
+        """The kernel's constants, on a device with so many lanes in a warp."""
+        return {
+            "BM": self.block_m,
+            "BN": self.block_n,
+            "T": self.thread,
+            "UNROLL": self.unroll,
+            "LANES_M": lanes // 8,
+            "WARPS_M": self.warps[0],
+            "WARPS_N": self.warps[1],
+        }
+
+    @property
+    def num_warps(self) -> int:
+        return self.warps[0] * self.warps[1]
 
 
-# Both tiles keep a block sum and a total in registers: 2 * 32 float32 a thread. 64 x 128 with 4
-# warps spilled in the ahead-of-time builds (tests/test_kernels_compile.py); these do not. The
-# narrow one is for problems too small to fill the device. Neither has been timed on a device yet.
-CONFIGS = {"wide": L1Config(64, 64, 4), "narrow": L1Config(32, 32, 1)}
-_FEW_TILES = 512
-
-
-@triton.jit
-def l1_cost_kernel(
-    p_x,
-    p_y,
-    p_index,
-    p_out,
-    tokens,
-    n,
-    m,
-    stride_xb,
-    stride_xt,
-    stride_yb,
-    stride_yt,
-    HAS_INDEX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    TOKEN_BLOCK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    # One grid axis: the others end at 65535, and there may be more problems.
-    tiles_n = tl.cdiv(m, BN)
-    tiles = tl.cdiv(n, BM) * tiles_n
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    i_tile = tl.program_id(0) % tiles
-    i_m = i_tile // tiles_n
-    i_n = i_tile % tiles_n
-    o_m = i_m * BM + tl.arange(0, BM)  # [BM]
-    o_n = i_n * BN + tl.arange(0, BN)  # [BN]
-    m_m = o_m < n
-    m_n = o_n < m
-    # Wholly below the diagonal: the mirror of another tile.
-    skip = SYMMETRIC and (i_n * BN + BN <= i_m * BM)
-    if not skip:
-        o_y = o_n.to(tl.int64)
-        if HAS_INDEX:
-            o_y = tl.load(p_index + i_b * m + o_n, mask=m_n, other=0)
-        p_xt = p_x + i_b * stride_xb + o_m
-        p_yt = p_y + i_b * stride_yb + o_y
-        # 64-bit up to the tile's corner, 32-bit inside: half the address registers.
-        o_rows = tl.arange(0, BM)[:, None]
-        o_columns = tl.arange(0, BN)[None, :]
-        p_tile = p_out + (i_b * n + i_m * BM) * m + i_n * BN + (o_rows * m + o_columns)
-        m_tile = m_m[:, None] & m_n[None, :]
-        if SYMMETRIC:
-            m_tile = m_tile & (o_n[None, :] >= o_m[:, None])
-        b_total = tl.zeros((BM, BN), dtype=tl.float32)
-        if ACCUMULATE:
-            b_total = tl.load(p_tile, mask=m_tile, other=0.0)
-        for start in range(0, tokens, TOKEN_BLOCK):
-            b_sum = tl.zeros((BM, BN), dtype=tl.float32)
-            for _ in range(start, tl.minimum(start + TOKEN_BLOCK, tokens)):
-                b_x = tl.load(p_xt, mask=m_m, other=0.0).to(tl.float32)  # [BM]
-                b_y = tl.load(p_yt, mask=m_n, other=0.0).to(tl.float32)  # [BN]
-                b_sum += tl.abs(b_x[:, None] - b_y[None, :])
-                p_xt += stride_xt
-                p_yt += stride_yt
-            b_total += b_sum
-        tl.store(p_tile, b_total, mask=m_tile)
-        if SYMMETRIC:
-            p_mirror = p_out + (i_b * n + i_n * BN) * m + i_m * BM + (o_columns * m + o_rows)
-            tl.store(p_mirror, b_total, mask=m_tile & (o_n[None, :] > o_m[:, None]))
-
-
-def choose_config(batch: int, n: int, m: int) -> L1Config:
-    wide = CONFIGS["wide"]
-    tiles = batch * triton.cdiv(n, wide.block_m) * triton.cdiv(m, wide.block_n)
-    return wide if tiles >= _FEW_TILES else CONFIGS["narrow"]
+# What is left of the tiles tried ahead of time: nothing in these spills on any target
+# (tests/test_kernels_compile.py). The first of each list is taken where nothing was tuned.
+CONFIGS = {
+    "float32": [
+        L1Config(64, 128, 8, (2, 2), 2),
+        L1Config(64, 128, 8, (2, 2), 4),
+        L1Config(64, 128, 8, (2, 2), 1),
+        L1Config(128, 128, 8, (4, 2), 2),
+        L1Config(64, 64, 8, (2, 1), 2),
+    ],
+    "packed": [
+        L1Config(64, 128, 8, (2, 2), 4),
+        L1Config(64, 128, 8, (2, 2), 2),
+        L1Config(64, 64, 8, (2, 1), 4),
+    ],
+}
+# For problems with too few tiles to fill a device.
+SMALL = {"float32": L1Config(32, 64, 4, (2, 2), 2), "packed": L1Config(32, 64, 4, (2, 2), 8)}
 
 
 def l1_cost(
@@ -116,41 +75,128 @@ def l1_cost(
     out: Tensor,
     *,
     accumulate: bool,
-    scale: float,
-) -> None:
-    """out (+)= sum over tokens / scale.
+    divisor: float | None,
+    scale: Tensor | None = None,
+) -> Tensor | None:
+    """out (+)= sum over tokens; then, unless ``divisor`` is None, out /= divisor.
 
-    x (B, T, n); y (B, T, m), or index (B, m), or neither: y = x. Shapes are the caller's
-    responsibility (dotresize.ops.l1_cost).
+    x (B, T, n); y (B, T, m), or index (B, m), or neither: y = x. With ``scale`` (B, T / GROUP),
+    x and y are float16, T is a multiple of GROUP, and each group's sum is multiplied by its scale.
+    Returns, with a divisor, the minimum, maximum and mean of each problem: float64 (B, 3), NaN if
+    an entry is. Shapes are the caller's responsibility (dotresize.ops.l1_cost).
     """
     x = x if x.stride(2) == 1 else x.contiguous()
     if y is not None:
         y = y if y.stride(2) == 1 else y.contiguous()
-    columns = x if y is None else y
+    config = choose_config(x, y, index, out, packed=scale is not None)
+    return _launch(l1_cost_kernel, config, x, y, index, scale, out, accumulate, divisor)
+
+
+def _launch(
+    kernel: Any,
+    config: L1Config | None,
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    divisor: float | None,
+) -> Tensor | None:
+    """``config`` None leaves the tile to the kernel, a tuner, and ``divisor`` must be None."""
     batch, tokens, n = x.shape
     m = out.shape[2]
-    config = choose_config(batch, n, m)
-    grid = (batch * triton.cdiv(n, config.block_m) * triton.cdiv(m, config.block_n),)
+    columns = x if y is None else y
+    tile, statistics = {}, out
+    if config is not None:
+        masked = n < config.block_m or m < config.block_n
+        tile = config.constants(_lanes(x)) | {"num_warps": config.num_warps, "MASKED": masked}
+        if divisor is not None:
+            statistics = x.new_empty(_tiles(batch, n, m, tile), 3, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        l1_cost_kernel[grid](
-            x,
-            columns,
-            out if index is None else index,
-            out,
-            tokens,
-            n,
-            m,
-            x.stride(0),
-            x.stride(1),
-            columns.stride(0),
-            columns.stride(1),
+        kernel[lambda constants: (_tiles(batch, n, m, constants),)](
+            *(x, columns, out if index is None else index, out if scale is None else scale),
+            *(out, statistics, tokens, n, m),
+            *(x.stride(0), x.stride(1), columns.stride(0), columns.stride(1)),
+            *(0 if scale is None else scale.shape[1], 1.0 if divisor is None else divisor),
             HAS_INDEX=index is not None,
             SYMMETRIC=y is None and index is None,
             ACCUMULATE=accumulate,
+            PACKED=scale is not None,
+            FINISH=divisor is not None,
             TOKEN_BLOCK=TOKEN_BLOCK,
-            BM=config.block_m,
-            BN=config.block_n,
-            num_warps=config.num_warps,
+            GROUP=GROUP,
+            **tile,
         )
-    if scale != 1.0:
-        out /= scale
+    if divisor is None:
+        return None
+    parts = statistics.view(batch, -1, 3).double()
+    mean = parts[:, :, 2].sum(1) * (tile["BM"] * tile["BN"] / (n * m))
+    return torch.stack([parts[:, :, 0].amin(1), parts[:, :, 1].amax(1), mean], 1)
+
+
+def _tiles(batch: int, n: int, m: int, constants: dict[str, Any]) -> int:
+    return batch * triton.cdiv(n, constants["BM"]) * triton.cdiv(m, constants["BN"])
+
+
+def _lanes(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).warp_size if x.is_cuda else 32
+
+
+def choose_config(
+    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, *, packed: bool
+) -> L1Config:
+    """The tile for one call: small for few pairs, tuned on this device for very many."""
+    kind = "packed" if packed else "float32"
+    batch, n, m = out.shape
+    first = CONFIGS[kind][0]
+    fits = n >= first.block_m and m >= first.block_n
+    processors = (
+        torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    )
+    if not fits or _tiles(batch, n, m, first.constants()) < 2 * processors:
+        return SMALL[kind]
+    if not x.is_cuda or x.numel() * m < TUNING_PAIRS:
+        return first
+    operands = "targets" if index is not None else "self" if y is None else "y"
+    strides = [x.stride(1), (x if y is None else y).stride(1)]
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in strides)
+    return tune(kind, x.dtype, operands, aligned, x.device)
+
+
+@functools.cache
+def tune(
+    kind: str, dtype: torch.dtype, operands: str, aligned: bool, device: torch.device
+) -> L1Config:
+    """The fastest configuration for this kind of operands; Triton keeps the answer on disk."""
+    width = 4096 if device.type == "cuda" else 128
+    x = torch.randn(1, _TUNING_TOKENS, width + (0 if aligned else 1), device=device).to(dtype)
+    y = x.flip(2) if operands == "y" else None
+    index = torch.arange(width, device=device)[None] if operands == "targets" else None
+    scale = (
+        x.new_ones(1, _TUNING_TOKENS // GROUP, dtype=torch.float32) if kind == "packed" else None
+    )
+    out = torch.empty(1, x.shape[2], width if index is not None else x.shape[2], device=device)
+    tuner = _tuner(kind, _lanes(x))
+    _launch(tuner, None, x, y, index, scale, out, False, None)
+    best = tuner.best_config.kwargs
+    same = (c for c in CONFIGS[kind] if c.constants(_lanes(x)).items() <= best.items())
+    return next(same)
+
+
+def _tuner(kind: str, lanes: int) -> Any:
+    configs = [
+        triton.Config(c.constants(lanes) | {"MASKED": False}, num_warps=c.num_warps)
+        for c in CONFIGS[kind]
+    ]
+    # The interpreter knows no device to take the time with.
+    clock = _stopwatch if triton.knobs.runtime.interpret else None
+    return triton.autotune(configs, key=["n", "m"], cache_results=True, do_bench=clock)(
+        l1_cost_kernel
+    )
+
+
+def _stopwatch(call: Callable[[], Any], quantiles: tuple[float, ...] = (0.5,)) -> list[float]:
+    start = time.perf_counter()
+    call()
+    return [time.perf_counter() - start] * len(quantiles)

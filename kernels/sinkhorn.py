@@ -7,221 +7,287 @@ With z_ij = g_j - (C_ij - r_i - c_j) / reg, where r and c are row and column min
 already at hand, so it is added into the column sums s; after the sweep g_j += log b_j - log s_j.
 Bound: one read of C per iteration (4096 x 3072 float32: 15 us on an H100 at 3.35 TB/s).
 
-Four launches an iteration: ``sweep`` (programs own whole rows, and one partial column sum each),
-``reduce`` (column sums and their distance from b), ``stop`` (decides, on the device) and ``update``
-(the new g). A problem that has stopped returns at once from all of them. The host looks only every
-CHECK_EVERY iterations.
+Two launches an iteration: the row sweep (programs own whole rows, and one partial column sum each)
+and the column kernel. Each problem stops on the device by itself, and its programs then return at
+once. CHECK_EVERY iterations are one CUDA graph; the host looks at the status of the last but one,
+so the device never waits for it. Potentials are in powers of two in here.
 
 Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from dotresize.kernels import sinkhorn_sweep
-from dotresize.kernels.sinkhorn_sweep import RUNNING, sinkhorn_sweep_kernel
-from dotresize.reference import CONVERGED, MAX_ITER, minima, restore
+from dotresize.kernels import sinkhorn_columns as column
+from dotresize.kernels import sinkhorn_layout as layout
+from dotresize.kernels import sinkhorn_prepare as prepare
+from dotresize.kernels.graph import Watch, iterate
+from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, TABLE, Tables, Tile
+from dotresize.kernels.sinkhorn_sweep import sinkhorn_sweep_kernel
+from dotresize.reference import CONVERGED, INFEASIBLE, INVALID, MAX_ITER
 
-# Programs over all problems: a few per multiprocessor of the largest devices.
-PROGRAMS = 512
-COLUMN_BLOCK = 128
-CHECK_EVERY = 16
-# Entries of cost whose minima are taken at once before the first iteration.
-MINIMA_ENTRIES = 2**26
-# A column sum below this may have lost terms that underflowed: it is redone with a shift.
-TINY_COLUMN = 1e-25
-
-
-@triton.jit
-def sinkhorn_reduce_kernel(
-    p_partial,
-    p_b,
-    p_g,
-    p_sum,
-    p_error,
-    p_g_sum,
-    p_status,
-    m,
-    programs,
-    blocks,
-    RUNNING: tl.constexpr,
-    BC: tl.constexpr,
-):
-    i_c = tl.program_id(0) % blocks
-    i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    if tl.load(p_status + i_b) == RUNNING:
-        o_c = i_c * BC + tl.arange(0, BC)
-        m_c = o_c < m
-        b_b = tl.load(p_b + i_b * m + o_c, mask=m_c, other=0.0)  # [BC]
-        b_sum = tl.zeros((BC,), dtype=b_b.dtype)
-        for i_p in range(0, programs):
-            b_sum += tl.load(p_partial + (i_b * programs + i_p) * m + o_c, mask=m_c, other=0.0)
-        tl.store(p_sum + i_b * m + o_c, b_sum, mask=m_c)
-        b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=0.0)
-        tl.store(p_error + i_b * blocks + i_c, tl.sum(tl.abs(b_sum - b_b), 0))
-        tl.store(p_g_sum + i_b * blocks + i_c, tl.sum(tl.where(b_b > 0, b_g, 0.0), 0))
-
-
-@triton.jit(do_not_specialize=["iteration", "max_iter"])
-def sinkhorn_stop_kernel(
-    p_error,
-    p_g_sum,
-    p_used,
-    p_tol,
-    p_centre,
-    p_status,
-    p_n_iter,
-    p_marginal_error,
-    blocks,
-    iteration,
-    max_iter,
-    RUNNING: tl.constexpr,
-    CONVERGED: tl.constexpr,
-    MAX_ITER: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """The stop of one problem. A launch of its own, as its writer must not race with readers."""
-    i_b = tl.program_id(0).to(tl.int64)
-    if tl.load(p_status + i_b) == RUNNING:
-        o_e = tl.arange(0, BLOCKS)
-        m_e = o_e < blocks
-        error = tl.sum(tl.load(p_error + i_b * blocks + o_e, mask=m_e, other=0.0), 0)
-        g_sum = tl.sum(tl.load(p_g_sum + i_b * blocks + o_e, mask=m_e, other=0.0), 0)
-        tl.store(p_centre + i_b, g_sum / tl.load(p_used + i_b))
-        tol = tl.load(p_tol)
-        converged = (error <= tol) & (tol > 0)
-        tl.store(p_n_iter + i_b, iteration)
-        tl.store(p_marginal_error + i_b, error)
-        tl.debug_barrier()  # every thread has read the status before one of them writes it
-        if converged | (iteration >= max_iter):
-            tl.store(p_status + i_b, tl.where(converged, CONVERGED, MAX_ITER))
-
-
-@triton.jit
-def sinkhorn_update_kernel(
-    p_cost,
-    p_inv_reg,
-    p_b,
-    p_row_min,
-    p_column_min,
-    p_f,
-    p_g,
-    p_sum,
-    p_centre,
-    p_status,
-    n,
-    m,
-    blocks,
-    RUNNING: tl.constexpr,
-    TINY: tl.constexpr,
-    BC: tl.constexpr,
-):
-    i_c = tl.program_id(0) % blocks
-    i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    if tl.load(p_status + i_b) == RUNNING:
-        o_c = i_c * BC + tl.arange(0, BC)
-        m_c = o_c < m
-        b_b = tl.load(p_b + i_b * m + o_c, mask=m_c, other=0.0)  # [BC]
-        b_s = tl.load(p_sum + i_b * m + o_c, mask=m_c, other=1.0)
-        b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=0.0)
-        b_tiny = (b_s < TINY) & (b_b > 0)
-        b_lse = tl.log(tl.where(b_tiny, 1.0, b_s)) - b_g
-        if tl.max(b_tiny.to(tl.int32), 0) > 0:
-            inv_reg = tl.load(p_inv_reg + i_b)
-            b_cmin = tl.load(p_column_min + i_b * m + o_c, mask=m_c, other=0.0)
-            b_max = tl.full((BC,), -float("inf"), dtype=b_g.dtype)
-            b_e = tl.zeros((BC,), dtype=b_g.dtype)
-            for row in range(0, n):
-                f = tl.load(p_f + i_b * n + row)
-                rmin = tl.load(p_row_min + i_b * n + row)
-                b_c = tl.load(p_cost + (i_b * n + row) * m + o_c, mask=m_c, other=0.0)
-                b_z = f - (b_c - rmin - b_cmin) * inv_reg
-                b_top = tl.maximum(b_max, b_z)
-                b_safe = tl.where(b_top == -float("inf"), 0.0, b_top)
-                b_e = b_e * tl.exp(b_max - b_safe) + tl.exp(b_z - b_safe)
-                b_max = b_top
-            b_lse = tl.where(b_tiny, tl.log(b_e) + b_max, b_lse)
-        # g is kept centred: its constant is free, and digits are lost far from 0.
-        b_new = tl.log(b_b) - b_lse - tl.load(p_centre + i_b)
-        tl.store(p_g + i_b * m + o_c, tl.where(b_b > 0, b_new, -float("inf")), mask=m_c)
-
-
-def _minima(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.minima`` over a few problems at a time: it makes copies of their costs."""
-    count = max(1, MINIMA_ENTRIES // (cost.shape[1] * cost.shape[2]))
-    chunks = zip(cost.split(count), a.split(count), b.split(count), strict=True)
-    parts = [minima(*chunk) for chunk in chunks]
-    row_min, column_min, status = (torch.cat(column) for column in zip(*parts, strict=True))
-    return row_min, column_min, torch.where(status == MAX_ITER, RUNNING, status).int()
+# Column minima are taken out entry by entry only where leaving them to g would cost digits.
+_NEAR = 16.0
+# Warps on a multiprocessor that the registers of a sweep leave room for.
+_WARPS_RESIDENT = 16
+_LOG2E = math.log2(math.e)
+# Largest 16-bit cost, and by how much an exponent may be off for 16-bit costs to be accepted.
+_STEPS = 65535
+_STORAGE_ERROR = 0.02
 
 
 def sinkhorn(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
+    costs: Sequence[Tensor],
+    reg: Tensor,
+    a: Tensor,
+    b: Tensor,
+    max_iter: int,
+    tol: Tensor,
+    g: Tensor,
+    storage: str,
+    labels: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and returns as ``dotresize.reference.sinkhorn``, computed in the cost's type.
+    """Solve problems of any shapes together, in the costs' type.
 
-    Shapes are the caller's responsibility (dotresize.ops.sinkhorn).
+    costs: 2-D, unit stride along rows, of one type and device; reg, tol: (B,) float64; a, b, g
+    float64, those of all problems joined; labels: the problems' numbers in messages. Returns f, g
+    (joined, float64), n_iter, marginal_error, status, as ``dotresize.reference.sinkhorn``. Problems
+    are grouped by how the sweep holds a row. Shapes are the caller's responsibility
+    (dotresize.ops.sinkhorn).
     """
-    batch, n, m = cost.shape
-    device, kind = cost.device, cost.dtype
-    a, b = a.to(kind), b.to(kind)
-    row_min, column_min, status = _minima(cost, a, b)
-    wide_reg = reg.to(device=device, dtype=torch.float64)[:, None]
-    inv_reg = (1 / wide_reg).to(kind)
-    shift_f, shift_g = row_min.double() / wide_reg, column_min.double() / wide_reg
-    g = torch.where(b > 0, g - shift_g, -torch.inf).to(kind)
-    f = torch.zeros(batch, n, dtype=kind, device=device)
-    block_r, block_c = sinkhorn_sweep.sweep_tile(m)
-    rows = max(block_r, triton.cdiv(n * batch, PROGRAMS))
-    programs = triton.cdiv(n, rows)
-    blocks = triton.cdiv(m, COLUMN_BLOCK)
+    groups: dict[tuple[bool, int, int], list[int]] = {}
+    for i, cost in enumerate(costs):
+        groups.setdefault(Tile(cost.shape[1], cost.dtype).key, []).append(i)
+    if len(groups) == 1:
+        return _Batch(costs, reg, a, b, tol, g, storage, labels).solve(max_iter)
+    rows = a.split([cost.shape[0] for cost in costs])
+    columns = [v.split([cost.shape[1] for cost in costs]) for v in (b, g)]
+    f_parts, g_parts = list(rows), list(columns[1])
+    scalars = [torch.empty(len(costs), dtype=d, device=a.device) for d in _SCALARS]
+    for members in groups.values():
+        batch = _Batch(
+            [costs[i] for i in members],
+            reg[members],
+            torch.cat([rows[i] for i in members]),
+            torch.cat([columns[0][i] for i in members]),
+            tol[members],
+            torch.cat([columns[1][i] for i in members]),
+            storage,
+            [labels[i] for i in members],
+        )
+        f_all, g_all, *found = batch.solve(max_iter)
+        for i, part in zip(members, f_all.split(batch.n), strict=True):
+            f_parts[i] = part
+        for i, part in zip(members, g_all.split(batch.m), strict=True):
+            g_parts[i] = part
+        for whole, part in zip(scalars, found, strict=True):
+            whole[members] = part
+    n_iter, error, status = scalars
+    return torch.cat(f_parts), torch.cat(g_parts), n_iter, error, status
 
-    def vector(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=kind, device=device)
 
-    partial, sums = vector(batch, programs, m), vector(batch, m)
-    errors, g_sums, centre = vector(batch, blocks), vector(batch, blocks), vector(batch)
-    n_iter = torch.zeros(batch, dtype=torch.int32, device=device)
-    error = torch.full((batch,), torch.nan, dtype=kind, device=device)
-    used, tolerance = (b > 0).sum(1).to(kind), torch.full((1,), tol, dtype=kind, device=device)
-    with torch.cuda.device_of(cost):
-        for iteration in range(max_iter + 1):
-            sinkhorn_sweep_kernel[(batch * programs,)](
-                *(cost, inv_reg, a, row_min, column_min, g, f, partial, status),
-                *(n, m, rows, programs),
-                RUNNING=RUNNING,
-                RESIDENT=m <= sinkhorn_sweep.MAX_RESIDENT,
-                BR=block_r,
-                BC=block_c,
-                num_warps=sinkhorn_sweep.WARPS[kind],
+_SCALARS = (torch.int64, torch.float64, torch.int64)  # n_iter, marginal_error, status
+
+
+class _Batch:
+    """Problems whose rows the sweep holds alike, their tables and buffers on the device."""
+
+    def __init__(
+        self,
+        costs: Sequence[Tensor],
+        reg: Tensor,
+        a: Tensor,
+        b: Tensor,
+        tol: Tensor,
+        g: Tensor,
+        storage: str,
+        labels: Sequence[int],
+    ) -> None:
+        self.costs = costs
+        first = costs[0]
+        self.device, self.kind = first.device, first.dtype
+        self.n, self.m = [c.shape[0] for c in costs], [c.shape[1] for c in costs]
+        self.tile = Tile(max(self.m), self.kind)
+        processors = 1  # in the interpreter
+        if first.is_cuda:
+            properties = torch.cuda.get_device_properties(first.device)
+            processors = properties.multi_processor_count
+        slots = processors * max(1, _WARPS_RESIDENT // self.tile.warps)
+        self.rows = layout.rows_per_program(self.n, slots, self.tile.rows)
+        self.a, self.b = a.to(self.kind), b.to(self.kind)
+        self.log_a = a.log2().to(self.kind)
+        self.tables = Tables(costs, self.rows)
+        self.reg = reg.to(self.device)
+        self.inv_reg = (_LOG2E / self.reg).to(self.kind)
+        self.tol = tol.to(self.device, self.kind)
+        self.row_problem = self._spread(self.n)
+        self.column_problem = self._spread(self.m)
+        self._buffers()
+        self._minima()
+        # What the iterations read, and of 16-bit costs the exponent's step.
+        self.stored, self.scale = first, self.inv_reg
+        if storage == "u16":
+            self._store_linear(labels)
+        start = torch.where(self.b > 0, g - self.shift_g, -torch.inf) * _LOG2E
+        self.g[0] = start.to(self.kind)
+        self.used = self._sums((self.b > 0).to(self.kind), self.m)
+        total = self._sums(torch.where(self.b > 0, self.g[0], 0.0), self.m)
+        self.g_sum[0][self.tables.problem[:, 7]] = total
+
+    def _spread(self, counts: list[int]) -> Tensor:
+        """The problem of each entry of a joined vector."""
+        repeats = torch.tensor(counts, device=self.device)
+        return torch.arange(len(counts), device=self.device).repeat_interleave(repeats)
+
+    def _sums(self, joined: Tensor, counts: list[int]) -> Tensor:
+        """The sum of each problem's part, always in the same order."""
+        return torch.segment_reduce(joined, "sum", lengths=torch.tensor(counts).to(self.device))
+
+    def _buffers(self) -> None:
+        t = self.tables
+
+        def empty(*shape: int, dtype: torch.dtype = self.kind) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=self.device)
+
+        count = len(self.costs)
+        self.row_min, self.f = empty(t.rows_total), empty(t.rows_total)
+        self.column_min = empty(t.columns_total)
+        self.g = empty(2, t.columns_total)
+        self.partial = empty(t.partial_total)
+        self.largest = empty(len(t.program))
+        self.error = torch.full_like(empty(len(t.block)), torch.inf)
+        self.g_sum = torch.zeros_like(empty(2, len(t.block)))
+        self.marginal_error = torch.full_like(empty(count), torch.nan)
+        self.status = torch.full_like(empty(count, dtype=torch.int32), RUNNING)
+        self.sweeps = torch.zeros_like(self.status)
+
+    def _minima(self) -> None:
+        t = self.tables
+        with torch.cuda.device_of(self.f):
+            prepare.row_minima_kernel[(len(t.program),)](
+                *(self.costs[0], t.problem, t.program, self.a, self.b),
+                *(self.row_min, self.largest, self.status, self.rows),
+                INFEASIBLE=INFEASIBLE,
+                INVALID=INVALID,
+                TABLE=TABLE,
+                BR=prepare.ROWS,
+                BC=prepare.COLUMNS,
             )
-            sinkhorn_reduce_kernel[(batch * blocks,)](
-                *(partial, b, g, sums, errors, g_sums, status),
-                *(m, programs, blocks),
-                RUNNING=RUNNING,
+            grid = (len(t.program), triton.cdiv(max(self.m), prepare.COLUMNS))
+            prepare.partial_minima_kernel[grid](
+                *(self.costs[0], t.problem, t.program, self.a),
+                *(self.row_min, self.partial, self.rows),
+                TABLE=TABLE,
+                BR=prepare.ROWS,
+                BC=prepare.COLUMNS,
+            )
+            prepare.column_minima_kernel[(len(t.block),)](
+                *(t.problem, t.block, self.b, self.partial),
+                *(self.column_min, self.status, self.rows),
+                INFEASIBLE=INFEASIBLE,
+                TABLE=TABLE,
+                BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
             )
-            sinkhorn_stop_kernel[(batch,)](
-                *(errors, g_sums, used, tolerance, centre, status, n_iter, error),
-                *(blocks, iteration, max_iter),
+        far = self.column_min.double() / self.reg[self.column_problem]
+        self.shifted = bool(far.max() > _NEAR)
+        if self.shifted:
+            self.tile = Tile(max(self.m), self.kind, shifted=True)
+        else:
+            self.column_min.zero_()
+        self.shift_f = self.row_min.double() / self.reg[self.row_problem]
+        self.shift_g = self.column_min.double() / self.reg[self.column_problem]
+
+    def _store_linear(self, labels: Sequence[int]) -> None:
+        """16-bit copies of the costs, minima taken off; refused where that is too coarse."""
+        t = self.tables
+        spans = torch.zeros(len(self.costs), dtype=self.kind, device=self.device)
+        spans.scatter_reduce_(0, t.program[:, 0], self.largest, "amax")
+        error = spans.double() / (2 * _STEPS * self.reg)
+        worst = int(error.argmax())
+        if not error[worst] <= _STORAGE_ERROR:
+            raise ValueError(
+                f"storage 'u16' would change cost / reg of problem {labels[worst]} by up to "
+                f"{error[worst]:.2g}: accepted is {_STORAGE_ERROR}; use storage 'exact', or a reg "
+                f"of at least {float(spans[worst]) / (2 * _STEPS * _STORAGE_ERROR):.3g}"
+            )
+        step = torch.where(spans > 0, spans, 1.0) / _STEPS
+        stride = [-(-m // 8) * 8 for m in self.m]
+        size = [n * s for n, s in zip(self.n, stride, strict=True)]
+        table = t.problem.clone()
+        ends = torch.tensor(size, device=self.device).cumsum(0)
+        table[1:, 0], table[0, 0] = ends[:-1], 0
+        table[:, 1] = torch.tensor(stride, device=self.device)
+        stored = torch.empty(sum(size), dtype=torch.uint16, device=self.device)
+        with torch.cuda.device_of(self.f):
+            prepare.store_linear_kernel[(len(t.program),)](
+                *(self.costs[0], t.problem, stored, table, t.program),
+                *(self.row_min, self.column_min, step, self.rows),
+                TABLE=TABLE,
+                BR=prepare.ROWS,
+                BC=prepare.COLUMNS,
+            )
+        self.stored, t.problem, t.align = stored, table, 8
+        self.scale = step * self.inv_reg
+
+    def solve(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        t = self.tables
+        iterate(self._iteration, max_iter + 1, Watch(self.status, RUNNING))
+        with torch.cuda.device_of(self.f):
+            column.sinkhorn_verdict_kernel[(len(self.costs),)](
+                *(t.problem, self.error, self.tol, self.status, self.marginal_error),
                 RUNNING=RUNNING,
                 CONVERGED=CONVERGED,
                 MAX_ITER=MAX_ITER,
-                BLOCKS=triton.next_power_of_2(blocks),
+                TABLE=TABLE,
+                COLUMN_BLOCK=COLUMN_BLOCK,
+                BLOCKS=t.blocks,
             )
-            sinkhorn_update_kernel[(batch * blocks,)](
-                *(cost, inv_reg, b, row_min, column_min, f, g, sums, centre, status),
-                *(n, m, blocks),
-                RUNNING=RUNNING,
-                TINY=TINY_COLUMN,
+        n_iter = (self.sweeps - 1).clamp(min=0).long()
+        error, status = self.marginal_error.double(), self.status.long()
+        buffer = (n_iter % 2)[self.column_problem]
+        f = self.f.double() / _LOG2E + self.shift_f
+        g = torch.where(buffer == 0, self.g[0], self.g[1]).double() / _LOG2E + self.shift_g
+        mass = self._sums(self.a.double(), self.n)
+        for code, value, share in ((INVALID, torch.nan, torch.nan), (INFEASIBLE, -torch.inf, 1.0)):
+            hit = status == code
+            f = torch.where(hit[self.row_problem], value, f)
+            g = torch.where(hit[self.column_problem], value, g)
+            error = torch.where(hit, mass * share, error)
+        return f, g, n_iter, error, status
+
+    def _iteration(self, parity: int) -> None:
+        t, kernel = self.tables, column.sinkhorn_column_kernel
+        now, new = (self.g[0], self.g[1]) if parity == 0 else (self.g[1], self.g[0])
+        sum_now, sum_new = self.g_sum[parity], self.g_sum[1 - parity]
+        common = {"RUNNING": RUNNING, "TABLE": TABLE, "BLOCKS": t.blocks}
+        with torch.cuda.device_of(self.f):
+            sinkhorn_sweep_kernel[(len(t.program),)](
+                *(self.stored, t.problem, t.program, self.inv_reg, self.scale, self.log_a),
+                *(self.row_min, self.column_min, now, self.f, self.partial, self.error),
+                *(self.tol, self.status, self.sweeps, self.marginal_error, self.rows),
+                CONVERGED=CONVERGED,
+                COLUMN_BLOCK=COLUMN_BLOCK,
+                ALIGN=t.align,
+                SHIFTED=self.shifted,
+                RESIDENT=self.tile.resident,
+                STAGES=layout.STAGES,
+                num_warps=self.tile.warps,
+                **self.tile.constants(),
+                **common,
+            )
+            kernel[(len(t.block),)](
+                *(self.stored, t.problem, t.block, self.inv_reg, self.scale, self.b, self.used),
+                *(self.row_min, self.column_min, self.f, now, new, self.partial, self.error),
+                *(sum_now, sum_new, self.status, self.rows),
+                TINY=column.TINY_COLUMN,
+                BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
+                **common,
             )
-            if iteration % CHECK_EVERY == CHECK_EVERY - 1 and not bool((status == RUNNING).any()):
-                break
-    wide_error, codes = error.double(), status.long()
-    wide_f, wide_g = restore(f, g, shift_f, shift_g, a, wide_error, codes)
-    return wide_f, wide_g, n_iter.long(), wide_error, codes

@@ -1,118 +1,259 @@
 """The row sweep of ``dotresize.kernels.sinkhorn``: row potentials, and partial column sums.
 
-Each program owns whole rows. Rows of up to MAX_RESIDENT columns are kept in registers: one read
-and one exponential per entry. Longer ones are walked twice, the second time out of the cache, with
-a second exponential.
+Each program owns a few whole rows of one problem. A row of up to MAX_RESIDENT columns is kept in
+registers, as one block or as three equal ones (a power of two of columns, or three times that):
+one read and one exponential per entry. Longer rows are walked twice, the second time out of the
+cache, with a second exponential.
+
+The tables of problems and programs are those of sinkhorn_layout.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-# Stands for "not stopped yet" in the status vector; the other codes are reference.py's.
-RUNNING = -1
-MAX_RESIDENT = 4096
-# Entries a sweep program holds at once: 32 float32 a thread with 4 warps, 16 float64 with 8; no
-# spills in the ahead-of-time builds (tests/test_kernels_compile.py).
-TILE = 4096
-STREAMED_COLUMNS = 1024
-WARPS = {torch.float32: 4, torch.float64: 8}
 
+@triton.jit
+def _goes_on(
+    p_error,
+    p_tol,
+    p_status,
+    p_sweeps,
+    p_marginal_error,
+    i_b,
+    i_block,
+    m,
+    leads,
+    RUNNING: tl.constexpr,
+    CONVERGED: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Whether the problem needs another sweep, by the errors of its last one.
 
-def sweep_tile(m: int) -> tuple[int, int]:
-    """Rows and columns that a sweep program holds at once for problems of m columns."""
-    block_c = triton.next_power_of_2(m) if m <= MAX_RESIDENT else STREAMED_COLUMNS
-    return max(1, TILE // block_c), block_c
+    Every program of the problem comes to the same answer by itself, so none waits for another, and
+    a program that already sees the status of this launch is not misled. The leading one writes.
+    """
+    running = tl.load(p_status + i_b) == RUNNING
+    if running:
+        o_e = tl.arange(0, BLOCKS)
+        m_e = o_e < tl.cdiv(m, COLUMN_BLOCK)
+        error = tl.sum(tl.load(p_error + i_block + o_e, mask=m_e, other=0.0), 0)
+        tol = tl.load(p_tol + i_b)
+        running = (tol == 0) | ~(error <= tol)  # never by an error that is NaN
+        if leads:
+            if running:
+                tl.store(p_sweeps + i_b, tl.load(p_sweeps + i_b) + 1)
+            else:
+                tl.store(p_status + i_b, CONVERGED)
+                tl.store(p_marginal_error + i_b, error)
+    return running
 
 
 @triton.jit
-def _exponents(p_row, p_g, p_column_min, b_rmin, m_r, o_c, m, inv_reg):
-    """z of a tile of streamed rows, -inf past the last column. -> [BR, BC]"""
-    m_c = o_c < m
-    b_g = tl.load(p_g + o_c, mask=m_c, other=-float("inf"))  # [BC]
-    b_cmin = tl.load(p_column_min + o_c, mask=m_c, other=0.0)
-    b_c = tl.load(p_row + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
-    return b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
+def _columns(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
+    """g, -inf past the last column, and the column minima. [BC] each"""
+    b_g = tl.load(p_g + o_c, mask=o_c < m, other=-float("inf"))
+    b_cmin = b_g
+    if SHIFTED:
+        b_cmin = tl.load(p_column_min + o_c, mask=o_c < m, other=0.0)
+    return b_g, b_cmin
+
+
+@triton.jit
+def _exponents(
+    p_rows, columns, b_rmin, m_c, inv_reg, scale, SHIFTED: tl.constexpr, MASKED: tl.constexpr
+):
+    """z = g - (C - r - c) / reg of a block, in powers of two; -inf past the edges. [BR, BC]
+
+    With uint16 storage, C - r - c is stored as a multiple of the scale.
+    """
+    b_g, b_cmin = columns
+    if p_rows.dtype.element_ty == tl.uint16:
+        if MASKED:
+            b_c = tl.load(p_rows, mask=m_c, other=0)
+        else:
+            b_c = tl.load(p_rows)
+        b_z = b_g[None, :] - b_c.to(tl.float32) * scale
+    else:
+        # Past the edge +inf, not 0: less a huge minimum that would become -inf, and then NaN.
+        if MASKED:
+            b_c = tl.load(p_rows, mask=m_c, other=float("inf")) - b_rmin[:, None]
+        else:
+            b_c = tl.load(p_rows) - b_rmin[:, None]
+        if SHIFTED:
+            b_c -= b_cmin[None, :]
+        b_z = b_g[None, :] - b_c * inv_reg
+    return b_z
+
+
+@triton.jit
+def _rows(p_log_a, p_row_min, o_r, m_r):
+    b_log_a = tl.load(p_log_a + o_r, mask=m_r, other=-float("inf"))  # [BR]
+    b_rmin = tl.load(p_row_min + o_r, mask=m_r, other=0.0)
+    return b_log_a, b_rmin
+
+
+@triton.jit
+def _finite(b_max):
+    return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
 def sinkhorn_sweep_kernel(
     p_cost,
+    p_problem,
+    p_program,
     p_inv_reg,
-    p_a,
+    p_scale,
+    p_log_a,
     p_row_min,
     p_column_min,
     p_g,
     p_f,
     p_partial,
+    p_error,
+    p_tol,
     p_status,
-    n,
-    m,
+    p_sweeps,
+    p_marginal_error,
     rows_per_program,
-    programs,
     RUNNING: tl.constexpr,
+    CONVERGED: tl.constexpr,
+    TABLE: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SHIFTED: tl.constexpr,
     RESIDENT: tl.constexpr,
+    PARTS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    i_p = tl.program_id(0) % programs
-    i_b = (tl.program_id(0) // programs).to(tl.int64)
-    if tl.load(p_status + i_b) == RUNNING:
+    """One program: its problem and first row are the program's line of p_program."""
+    i_b = tl.load(p_program + 2 * tl.program_id(0))
+    first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
+    p_line = p_problem + i_b * TABLE
+    # Rows, and so blocks of ALIGN entries of them, begin at multiples of 16 bytes.
+    p_cost += tl.multiple_of(tl.load(p_line), ALIGN)
+    stride = tl.multiple_of(tl.load(p_line + 1), ALIGN)
+    n = tl.load(p_line + 2).to(tl.int32)
+    m = tl.load(p_line + 3).to(tl.int32)
+    # Read to the end of the last block of ALIGN entries: where that is past m, 16-bit rows have
+    # something there, and g is -inf.
+    m_read = tl.cdiv(m, ALIGN) * ALIGN
+    i_row = tl.load(p_line + 4)
+    i_column = tl.load(p_line + 5)
+    i_block = tl.load(p_line + 7)
+    if _goes_on(
+        p_error,
+        p_tol,
+        p_status,
+        p_sweeps,
+        p_marginal_error,
+        i_b,
+        i_block,
+        m,
+        first == 0,
+        RUNNING,
+        CONVERGED,
+        COLUMN_BLOCK,
+        BLOCKS,
+    ):
         inv_reg = tl.load(p_inv_reg + i_b)
-        first = i_p * rows_per_program
+        scale = tl.load(p_scale + i_b)
         last = tl.minimum(first + rows_per_program, n)
-        p_part = p_partial + (i_b * programs + i_p) * m
+        p_part = p_partial + tl.load(p_line + 6) + (first // rows_per_program).to(tl.int64) * m
+        p_log_a += i_row
+        p_row_min += i_row
+        p_f += i_row
+        p_g += i_column
+        p_cmin = p_column_min + i_column
         o_c = tl.arange(0, BC)
         if RESIDENT:
-            m_c = o_c < m
-            b_g = tl.load(p_g + i_b * m + o_c, mask=m_c, other=-float("inf"))  # [BC]
-            b_cmin = tl.load(p_column_min + i_b * m + o_c, mask=m_c, other=0.0)
-            b_sum = tl.zeros((BC,), dtype=b_g.dtype)
-            for row in range(first, last, BR):
+            b_sum = tl.zeros((BR, BC), dtype=p_g.dtype.element_ty)
+            columns = _columns(p_g, p_cmin, o_c, m, SHIFTED)
+            if PARTS == 3:
+                columns1 = _columns(p_g, p_cmin, BC + o_c, m, SHIFTED)
+                columns2 = _columns(p_g, p_cmin, 2 * BC + o_c, m, SHIFTED)
+                b_sum1 = tl.zeros((BR, BC), dtype=p_g.dtype.element_ty)
+                b_sum2 = tl.zeros((BR, BC), dtype=p_g.dtype.element_ty)
+            for row in tl.range(first, last, BR, num_stages=STAGES):
                 o_r = row + tl.arange(0, BR)
                 m_r = o_r < last
-                b_rmin = tl.load(p_row_min + i_b * n + o_r, mask=m_r, other=0.0)  # [BR]
-                b_a = tl.load(p_a + i_b * n + o_r, mask=m_r, other=0.0)
-                p_tile = p_cost + (i_b * n + o_r[:, None]) * m + o_c[None, :]
-                b_c = tl.load(p_tile, mask=m_r[:, None] & m_c[None, :], other=0.0)  # [BR, BC]
-                b_z = b_g[None, :] - (b_c - b_rmin[:, None] - b_cmin[None, :]) * inv_reg
-                b_max = tl.max(b_z, 1)
-                b_max = tl.where(b_max == -float("inf"), 0.0, b_max)
-                b_e = tl.exp(b_z - b_max[:, None])
-                b_s = tl.sum(b_e, 1)
-                b_w = tl.where(b_a > 0, b_a / b_s, 0.0)
-                b_f = tl.where(b_a > 0, tl.log(b_a) - tl.log(b_s) - b_max, -float("inf"))
-                tl.store(p_f + i_b * n + o_r, b_f, mask=m_r)
-                b_sum += tl.sum(b_e * b_w[:, None], 0)
-            tl.store(p_part + o_c, b_sum, mask=m_c)
+                b_log_a, b_rmin = _rows(p_log_a, p_row_min, o_r, m_r)
+                p_r = p_cost + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+                # Of three parts the first two are within the row.
+                m_z = m_r[:, None] & (((PARTS - 1) * BC + o_c) < m_read)[None, :]
+                if PARTS == 3:
+                    m_01 = m_r[:, None] & (o_c >= 0)[None, :]
+                    b_z = _exponents(p_r, columns, b_rmin, m_01, inv_reg, scale, SHIFTED, BR > 1)
+                    b_z1 = _exponents(
+                        p_r + BC, columns1, b_rmin, m_01, inv_reg, scale, SHIFTED, BR > 1
+                    )
+                    b_z2 = _exponents(
+                        p_r + 2 * BC, columns2, b_rmin, m_z, inv_reg, scale, SHIFTED, True
+                    )
+                else:
+                    b_z = _exponents(p_r, columns, b_rmin, m_z, inv_reg, scale, SHIFTED, True)
+                b_top = b_z
+                if PARTS == 3:
+                    b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
+                b_max = _finite(tl.max(b_top, 1))
+                b_e = tl.exp2(b_z - b_max[:, None])
+                b_all = b_e
+                if PARTS == 3:
+                    b_e1 = tl.exp2(b_z1 - b_max[:, None])
+                    b_e2 = tl.exp2(b_z2 - b_max[:, None])
+                    b_all = b_e + b_e1 + b_e2
+                b_s = tl.sum(b_all, 1)
+                # A row without mass has log a = -inf: f = -inf and weight 0, though s may be 0 too.
+                b_log_w = b_log_a - tl.where(b_log_a == -float("inf"), 0.0, tl.log2(b_s))
+                b_f = b_log_w - b_max
+                b_w = tl.exp2(b_log_w)
+                tl.store(p_f + o_r, b_f, mask=m_r)
+                b_sum += b_e * b_w[:, None]
+                if PARTS == 3:
+                    b_sum1 += b_e1 * b_w[:, None]
+                    b_sum2 += b_e2 * b_w[:, None]
+            tl.store(p_part + o_c, tl.sum(b_sum, 0), mask=o_c < m)
+            if PARTS == 3:
+                o_c += BC
+                tl.store(p_part + o_c, tl.sum(b_sum1, 0), mask=o_c < m)
+                o_c += BC
+                tl.store(p_part + o_c, tl.sum(b_sum2, 0), mask=o_c < m)
         else:
-            p_gs = p_g + i_b * m
-            p_cmins = p_column_min + i_b * m
-            for start in range(0, m, BC):
-                tl.store(p_part + start + o_c, tl.zeros((BC,), tl.float32), mask=start + o_c < m)
             for row in range(first, last, BR):
-                tl.debug_barrier()  # the partial sums below are read back by other threads
                 o_r = row + tl.arange(0, BR)
                 m_r = o_r < last
-                b_rmin = tl.load(p_row_min + i_b * n + o_r, mask=m_r, other=0.0)  # [BR]
-                b_a = tl.load(p_a + i_b * n + o_r, mask=m_r, other=0.0)
-                p_row = p_cost + (i_b * n + o_r[:, None]) * m
-                b_max = tl.full((BR,), -float("inf"), dtype=b_a.dtype)
-                b_s = tl.zeros((BR,), dtype=b_a.dtype)
+                b_log_a, b_rmin = _rows(p_log_a, p_row_min, o_r, m_r)
+                p_r = p_cost + o_r.to(tl.int64)[:, None] * stride
+                b_max = tl.full((BR,), -float("inf"), dtype=b_log_a.dtype)
+                b_s = tl.zeros((BR,), dtype=b_log_a.dtype)
                 for start in range(0, m, BC):
-                    b_z = _exponents(p_row, p_gs, p_cmins, b_rmin, m_r, start + o_c, m, inv_reg)
+                    o_s = start + o_c
+                    columns = _columns(p_g, p_cmin, o_s, m, SHIFTED)
+                    m_z = m_r[:, None] & (o_s < m_read)[None, :]
+                    p_s = p_r + o_s[None, :]
+                    b_z = _exponents(p_s, columns, b_rmin, m_z, inv_reg, scale, SHIFTED, True)
                     b_new = tl.maximum(b_max, tl.max(b_z, 1))
-                    b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-                    b_s = b_s * tl.exp(b_max - b_safe) + tl.sum(tl.exp(b_z - b_safe[:, None]), 1)
+                    b_e = tl.exp2(b_z - _finite(b_new)[:, None])
+                    b_s = b_s * tl.exp2(b_max - _finite(b_new)) + tl.sum(b_e, 1)
                     b_max = b_new
-                b_max = tl.where(b_max == -float("inf"), 0.0, b_max)
-                b_f = tl.where(b_a > 0, tl.log(b_a) - tl.log(b_s) - b_max, -float("inf"))
-                tl.store(p_f + i_b * n + o_r, b_f, mask=m_r)
+                b_f = b_log_a - tl.log2(b_s) - _finite(b_max)
+                b_f = tl.where(b_log_a == -float("inf"), b_log_a, b_f)
+                tl.store(p_f + o_r, b_f, mask=m_r)
+                tl.debug_barrier()  # what other threads wrote of p_part is read back below
                 for start in range(0, m, BC):
-                    m_c = start + o_c < m
-                    b_z = _exponents(p_row, p_gs, p_cmins, b_rmin, m_r, start + o_c, m, inv_reg)
-                    b_p = tl.sum(tl.exp(b_f[:, None] + b_z), 0)
-                    b_old = tl.load(p_part + start + o_c, mask=m_c, other=0.0)
-                    tl.store(p_part + start + o_c, b_old + b_p, mask=m_c)
+                    o_s = start + o_c
+                    m_c = o_s < m
+                    columns = _columns(p_g, p_cmin, o_s, m, SHIFTED)
+                    m_z = m_r[:, None] & (o_s < m_read)[None, :]
+                    p_s = p_r + o_s[None, :]
+                    b_z = _exponents(p_s, columns, b_rmin, m_z, inv_reg, scale, SHIFTED, True)
+                    b_p = tl.sum(tl.exp2(b_f[:, None] + b_z), 0)
+                    if row > first:
+                        b_p += tl.load(p_part + o_s, mask=m_c, other=0.0)
+                    tl.store(p_part + o_s, b_p, mask=m_c)

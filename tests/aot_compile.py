@@ -1,111 +1,71 @@
 """Compiles every shipped kernel configuration for every target, without a GPU.
 
-Run as a script (the interpreter must not be on); prints one JSON line per kernel with what the
-vendor's tools say about registers and spills.
+Run as a script (the interpreter must not be on); prints one JSON line per kernel and target with
+what the vendor's tools say about registers and spills, and, for NVIDIA, what the busiest loop of
+the machine code is made of. A word on the command line keeps the kernels that have it in their
+name.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # its default is to change
 
 import triton
+from aot_cases import cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from dotresize.kernels import l1_cost, sinkhorn, sinkhorn_sweep
-from dotresize.reference import TOKEN_BLOCK
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def build(function, types, constants, target, num_warps):
-    """Compile with pointers aligned to 16 bytes, as torch allocates them."""
-    names = function.arg_names
-    types = dict(zip([n for n in names if n not in constants], types.split(), strict=True))
-    source = ASTSource(
-        fn=function,
+def build(case, target):
+    """Compile with pointers, and strides as the case says, known to be multiples of 16."""
+    names = case.function.arg_names
+    constants = case.constants(target.warp_size)
+    types = dict(zip([n for n in names if n not in constants], case.types.split(), strict=True))
+    source = (GluonASTSource if case.function.is_gluon() else ASTSource)(
+        fn=case.function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if types.get(name, "").startswith("*")
+            if types.get(name, "").startswith("*") or name in case.aligned
         },
     )
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options={"num_warps": case.warps})
 
 
-def cases():
-    """(name, function, types of the non-constexpr arguments, constants, warps)."""
-    for config_name, c in l1_cost.CONFIGS.items():
-        for kind in ("fp32", "fp16", "bf16"):
-            for operands in ("y", "targets", "self"):
-                yield (
-                    f"l1_cost/{config_name}/{kind}/{operands}",
-                    l1_cost.l1_cost_kernel,
-                    f"*{kind} *{kind} *i64 *fp32 i32 i32 i32 i64 i64 i64 i64",
-                    {
-                        "HAS_INDEX": operands == "targets",
-                        "SYMMETRIC": operands == "self",
-                        "ACCUMULATE": True,
-                        "TOKEN_BLOCK": TOKEN_BLOCK,
-                        "BM": c.block_m,
-                        "BN": c.block_n,
-                    },
-                    c.num_warps,
-                )
-    running = {"RUNNING": sinkhorn_sweep.RUNNING}
-    columns = {"BC": sinkhorn.COLUMN_BLOCK}
-    for kind, warps in {"fp32": 4, "fp64": 8}.items():
-        p = f"*{kind}"
-        for m in (64, 512, 2048, sinkhorn_sweep.MAX_RESIDENT, 2 * sinkhorn_sweep.MAX_RESIDENT):
-            rows, block = sinkhorn_sweep.sweep_tile(m)
-            resident = m <= sinkhorn_sweep.MAX_RESIDENT
-            yield (
-                f"sinkhorn_sweep/{kind}/{m}",
-                sinkhorn_sweep.sinkhorn_sweep_kernel,
-                " ".join([p] * 8 + ["*i32 i32 i32 i32 i32"]),
-                running | {"RESIDENT": resident, "BR": rows, "BC": block},
-                warps,
-            )
-        yield (
-            f"sinkhorn_reduce/{kind}",
-            sinkhorn.sinkhorn_reduce_kernel,
-            " ".join([p] * 6 + ["*i32 i32 i32 i32"]),
-            running | columns,
-            4,
-        )
-        yield (
-            f"sinkhorn_stop/{kind}",
-            sinkhorn.sinkhorn_stop_kernel,
-            " ".join([p] * 5 + ["*i32 *i32", p, "i32 i32 i32"]),
-            running | {"CONVERGED": 0, "MAX_ITER": 1, "BLOCKS": 128},
-            4,
-        )
-        yield (
-            f"sinkhorn_update/{kind}",
-            sinkhorn.sinkhorn_update_kernel,
-            " ".join([p] * 9 + ["*i32 i32 i32 i32"]),
-            running | columns | {"TINY": sinkhorn.TINY_COLUMN},
-            4,
-        )
+def tool(name: str, kernel, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(NVIDIA_TOOLS / name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def resources(kernel) -> dict[str, int]:
+def resources(kernel) -> dict:
     """Registers, bytes spilled to local memory, bytes of shared memory, as built."""
+    shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
 
@@ -113,23 +73,66 @@ def resources(kernel) -> dict[str, int]:
             return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text))
 
         spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
-        return {"registers": field("vgpr_count"), "spilled": spilled}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {"registers": field("vgpr_count"), "spilled": spilled, "shared": shared}
+    text = tool("cuobjdump", kernel, "-res-usage")
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
+    spilled = numbers["STACK"] + numbers["LOCAL"]
+    code = tool("nvdisasm", kernel, "-c")
+    # A stack frame alone is room for a call's return address; spilling shows as loads from it.
+    spilled = spilled if re.search(r"\b(LDL|STL)\b", code) else 0
+    return {
+        "registers": numbers["REG"],
+        "spilled": spilled,
+        "shared": shared,
+        "loop": busiest_loop(code),
+    }
 
+
+def busiest_loop(code: str) -> dict[str, int]:
+    """Instructions of the innermost loop with the most arithmetic in it, by name."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    found: list[tuple[int, int]] = []
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if jump and jump[1] in labels:
+            found.append((labels[jump[1]], i))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    counts = [
+        Counter(
+            match[1]
+            for line in lines[first : last + 1]
+            if (match := re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)", line))
+        )
+        for first, last in inner
+    ]
+    arithmetic = re.compile(r"FADD|FFMA|FMUL|HADD2|HFMA2|MUFU|DADD|DFMA")
+
+    def work(count: Counter[str]) -> int:
+        return sum(number for name, number in count.items() if arithmetic.match(name))
+
+    return dict(max(counts, key=work, default=Counter()))
+
+
+def row(task: tuple[str, str]) -> dict:
+    name, target = task
+    case = CASES[name]
+    found: dict = {"kernel": case.name, "target": target, "elements": case.elements}
+    try:
+        found |= resources(build(case, TARGETS[target]))
+    except Exception as error:  # the report has a row for everything
+        found["error"] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
+CASES = {case.name: case for case in cases()}  # kernels cannot be pickled; their names can
 
 if __name__ == "__main__":
-    for name, function, types, constants, warps in cases():
-        for target_name, target in TARGETS.items():
-            row: dict = {"kernel": name, "target": target_name}
-            try:
-                row |= resources(build(function, types, constants, target, warps))
-            except Exception as error:  # the report has a row for everything
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
-            sys.stdout.write(json.dumps(row) + "\n")
+    wanted = [name for name in CASES if all(word in name for word in sys.argv[1:])]
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for found in pool.map(row, itertools.product(wanted, TARGETS), chunksize=4):
+            sys.stdout.write(json.dumps(found | {"triton": triton.__version__}) + "\n")
             sys.stdout.flush()

@@ -167,9 +167,9 @@ void check_sinkhorn(int64_t n, int64_t m, double accepted) {
   std::vector<int64_t> n_iter(1), status(1);
   const double reg = 0.05;
   const SinkhornProblems problems = {
-      1,        n,        m,        cost.data(),   &reg,         a.data(),
+      1,        n,        m,        cost.data(),   &reg,         &accepted,    a.data(),
       b.data(), f.data(), g.data(), n_iter.data(), error.data(), status.data()};
-  sinkhorn<T>(problems, {5000, accepted, 2});
+  sinkhorn<T>(problems, 5000, 2);
   double rows = 0, columns = 0;
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;

@@ -252,9 +252,9 @@ def test_equal_neurons_get_equal_rows(backend):
 
 def test_long_rows_are_streamed(monkeypatch):
     """The Triton path for rows that do not fit in registers, at a size the interpreter can do."""
-    from dotresize.kernels import sinkhorn_sweep as kernel
+    from dotresize.kernels import sinkhorn_layout as kernel
 
-    monkeypatch.setattr(kernel, "MAX_RESIDENT", 8)
+    monkeypatch.setattr(kernel, "MAX_WARPS", {torch.float32: 0})
     monkeypatch.setattr(kernel, "STREAMED_COLUMNS", 16)
     cost, a, b = (v.to(device_of("triton")) for v in problem(19, 53))
     cost[3, 5:30] = INF

@@ -20,8 +20,9 @@ class L1CostAccumulator:
     """``l1_cost`` over activations that arrive in chunks and are never all resident.
 
     Chunks may have any length: tokens are regrouped into blocks of 256, so the result is the one
-    of a single call over all tokens, to the last bit. With "u8" each chunk is quantised by itself
-    and the result depends on the chunks; its error is stated for chunks of thousands of tokens.
+    of a single call over all tokens, to the last bit. With "fp16" and "u8" a
+    chunk is converted by itself and the result depends on the chunks; the error of "u8" is stated
+    for chunks of thousands of tokens.
 
     Args:
         n: number of source neurons.
@@ -139,7 +140,7 @@ class L1CostAccumulator:
             index,
             total,
             accumulate=True,
-            scale=1.0,
+            divisor=None,
             precision=self.precision,
             backend=self.backend,
         )

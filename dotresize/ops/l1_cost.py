@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
 import torch
 from torch import Tensor
 
-from dotresize.ops.l1_launch import DTYPES, launch
+from dotresize.ops.l1_launch import DTYPES, PRECISIONS, launch
 
 _REDUCTIONS = ("mean", "sum")
-_PRECISIONS = ("fp32", "u8")
+
+
+class CostStatistics(NamedTuple):
+    """Of each problem's cost, as a regularisation is chosen by: numbers, or float64 ``(B,)``."""
+
+    minimum: float | Tensor
+    maximum: float | Tensor
+    mean: float | Tensor
+
+
+@overload
+def l1_cost(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    out: Tensor | None = None,
+    statistics: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def l1_cost(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    targets: Tensor | None = None,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    out: Tensor | None = None,
+    statistics: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, CostStatistics]: ...
 
 
 def l1_cost(
@@ -19,8 +56,9 @@ def l1_cost(
     reduction: str = "mean",
     precision: str = "fp32",
     out: Tensor | None = None,
+    statistics: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, CostStatistics]:
     r"""Pairwise L1 distance between the activations of neurons.
 
     .. math:: C_{ij} = \frac{1}{T} \sum_{t=1}^{T} |x_{ti} - y_{tj}|
@@ -32,17 +70,21 @@ def l1_cost(
             With neither, y = x and only half of the pairs are computed.
         reduction: "mean" or "sum" over tokens.
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
-            blocks; relative error about 1e-6 up to 1e5 tokens. "u8" (cpp and torch backends): most
-            tokens as bytes, see ``dotresize/ops/octets.py``; two to three times as fast. On the
-            unnormalised residual stream of SmolLM2-135M, 4096 tokens, the worst of its 61 norms
-            had a median relative error of 7.3e-4 over entries and a largest one of 8.1e-3
-            (``benchmarks/results/octets.jsonl``). Costs of equal neurons are exactly 0. Takes one
-            more byte per activation, for at most 16384 tokens at a time.
+            blocks; relative error about 1e-6 up to 1e5 tokens. "fp16" (triton and torch backends):
+            activations in float16 after an exact scaling of every 16 tokens, whose differences are
+            summed in float16 (``dotresize/ops/halves.py``). "u8" (cpp and torch backends): most
+            tokens as bytes (``dotresize/ops/octets.py``); two to three times as fast. On the
+            unnormalised residual stream of SmolLM2-135M, 4096 tokens, over its 61 norms, the worst
+            median relative error of an entry was HALF_MEDIAN for "fp16" and 7.3e-4 for "u8", the
+            largest of all HALF_MAX and 8.1e-3 (``benchmarks/results/precision.jsonl``). Costs of
+            equal neurons are exactly 0. Both take a copy of some thousand tokens at a time.
         out: float32 tensor of the result's shape to write into.
+        statistics: also return the cost's minimum, maximum and mean; on a GPU they come with the
+            cost, without another pass.
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
-        float32 ``(n, m)`` or ``(B, n, m)``.
+        float32 ``(n, m)`` or ``(B, n, m)``; with ``statistics`` that and a CostStatistics.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or indices; no tokens; activations that are not
@@ -58,22 +100,33 @@ def l1_cost(
         raise ValueError("x has no tokens: a mean over none is undefined")
     shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
     result = _check_out(out, shape, single, x.device)
-    scale = float(x3.shape[1]) if reduction == "mean" else 1.0
-    launch(
-        x3, y3, index, result, accumulate=False, scale=scale, precision=precision, backend=backend
+    divisor = float(x3.shape[1]) if reduction == "mean" else 1.0
+    found = launch(
+        *(x3, y3, index, result),
+        accumulate=False,
+        divisor=divisor,
+        precision=precision,
+        backend=backend,
     )
-    _check_finite(result, x3, y3)
-    if out is not None:
-        return out
-    return result[0] if single else result
+    assert found is not None  # there was a divisor
+    # The cost is finite if the activations are; only if not, look for the neuron at fault.
+    if result.numel() and not torch.isfinite(found).all():
+        check_activations(x3, "x")
+        if y3 is not None:
+            check_activations(y3, "y")
+        raise ValueError("the sum of absolute differences overflows float32")
+    cost = out if out is not None else result[0] if single else result
+    if not statistics:
+        return cost
+    return cost, CostStatistics(*(found[0].tolist() if single else found.unbind(1)))
 
 
 def check_options(reduction: str, precision: str) -> None:
     """ValueError for a word that is not an option."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction {reduction!r}: must be one of {', '.join(_REDUCTIONS)}")
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision {precision!r}: must be one of {', '.join(_PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
 
 
 def operands(
@@ -142,16 +195,6 @@ def _check_out(
 
 def _count(x: Tensor, y: Tensor | None, index: Tensor | None) -> int:
     return y.shape[2] if y is not None else x.shape[2] if index is None else index.shape[1]
-
-
-def _check_finite(cost: Tensor, x: Tensor, y: Tensor | None) -> None:
-    """The cost is finite if the activations are; only if not, look for the neuron at fault."""
-    if all(torch.isfinite(problem).all() for problem in cost):  # one by one: isfinite copies
-        return
-    check_activations(x, "x")
-    if y is not None:
-        check_activations(y, "y")
-    raise ValueError("the sum of absolute differences overflows float32")
 
 
 def check_activations(value: Tensor, name: str) -> None:

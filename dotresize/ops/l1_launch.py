@@ -6,18 +6,28 @@ import torch
 from torch import Tensor
 
 from dotresize import reference
-from dotresize.ops import octets
+from dotresize.ops import halves, octets
 from dotresize.ops.backends import BackendError, choose, cpp
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OCTETS = 3  # Dtype::kOctets in csrc/kernels.hpp
+_BUILT = {
+    "fp32": ("triton", "cpp", "torch"),
+    "fp16": ("triton", "torch"),
+    "u8": ("cpp", "torch"),
+}
+PRECISIONS = tuple(_BUILT)
 
 
 def choose_for(precision: str, backend: str, device: torch.device) -> str:
     """The backend to run on; BackendError if it cannot, or not with this precision."""
     chosen = choose(backend, device)
-    if precision == "u8" and chosen == "triton":
-        raise BackendError("precision 'u8' is not built for the triton backend: use 'fp32'")
+    built = _BUILT[precision]
+    if chosen not in built:
+        raise BackendError(
+            f"precision {precision!r} is built for {' and '.join(built)}, not for {chosen}: "
+            f"use {' or '.join(repr(p) for p, names in _BUILT.items() if chosen in names)}"
+        )
     return chosen
 
 
@@ -28,24 +38,76 @@ def launch(
     out: Tensor,
     *,
     accumulate: bool,
-    scale: float,
+    divisor: float | None,
     precision: str,
     backend: str,
-) -> None:
-    """out (+)= sum over tokens / scale. x (B, T, n), y (B, T, m) or index (B, m), out (B, n, m)."""
+) -> Tensor | None:
+    """out (+)= sum over tokens, then out /= divisor if there is one.
+
+    x (B, T, n), y (B, T, m) or index (B, m), out (B, n, m). With a divisor, returns the minimum,
+    maximum and mean of each problem: float64 (B, 3), not finite if an entry is not.
+    """
     chosen = choose_for(precision, backend, x.device)
     if out.numel() == 0:
-        return
+        return (
+            None if divisor is None else torch.full((len(out), 3), torch.nan).double().to(x.device)
+        )
+    if precision == "fp16":
+        return _launch_halves(chosen, x, y, index, out, accumulate, divisor)
+    if chosen == "triton":
+        from dotresize.kernels import l1_cost as kernel
+
+        return kernel.l1_cost(x, y, index, out, accumulate=accumulate, divisor=divisor)
+    scale = 1.0 if divisor is None else divisor
     if precision == "u8":
         _launch_octets(chosen, x, y, index, out, accumulate, scale)
     elif chosen == "cpp":
         _launch_cpp(x, y, index, out, accumulate, scale)
-    elif chosen == "triton":
-        from dotresize.kernels import l1_cost as kernel
-
-        kernel.l1_cost(x, y, index, out, accumulate=accumulate, scale=scale)
     else:
         _launch_torch(x, y, index, out, accumulate, scale)
+    return None if divisor is None else statistics(out)
+
+
+def statistics(cost: Tensor) -> Tensor:
+    """Minimum, maximum and mean of each problem: float64 (B, 3), not finite if an entry is not."""
+    flat = cost.flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    return torch.stack([low.double(), high.double(), flat.mean(1, dtype=torch.float64)], 1)
+
+
+def _launch_halves(
+    backend: str,
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    divisor: float | None,
+) -> Tensor | None:
+    """float16 copies of a few tokens at a time, added into out."""
+    found = None
+    step = halves.chunk_tokens(x, 0 if y is None and index is None else out.shape[2])
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        last = divisor if part.stop >= x.shape[1] else None
+        xs, ys = x[:, part], None if y is None else y[:, part]
+        scale = halves.scales(xs, ys)
+        half_x, half_y = halves.halve(xs, scale), None
+        if ys is not None or index is not None:
+            half_y = halves.halve(xs if ys is None else ys, scale, index)
+        if backend == "triton":
+            from dotresize.kernels import l1_cost as kernel
+
+            found = kernel.l1_cost(
+                half_x, half_y, None, out, accumulate=accumulate, divisor=last, scale=scale
+            )
+        else:
+            wide = scale.repeat_interleave(halves.GROUP, 1)[:, :, None]
+            half_y = None if half_y is None else half_y * wide
+            _launch_torch(half_x * wide, half_y, None, out, accumulate, last or 1.0)
+            found = None if last is None else statistics(out)
+        accumulate = True
+    return found
 
 
 def _launch_torch(

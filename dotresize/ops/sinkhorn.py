@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dotresize import reference
-from dotresize.ops.backends import choose, cpp
-from dotresize.ops.result import STATUS_WORDS, SinkhornResult, _Problem
+from dotresize.ops.backends import choose
+from dotresize.ops.result import SinkhornResult, _Problem
+from dotresize.ops.sinkhorn_launch import STORAGES, Group, solve
 
 # How far the masses of a and b may be apart, relative to the larger.
 _MASS_TOLERANCE = 1e-5
@@ -22,8 +22,9 @@ def sinkhorn(
     b: Tensor | Sequence[Tensor] | None = None,
     *,
     max_iter: int = 1000,
-    tol: float = 1e-5,
+    tol: float | Tensor = 1e-5,
     init: tuple | None = None,
+    storage: str = "exact",
     backend: str = "auto",
 ) -> SinkhornResult:
     r"""Solve entropic optimal transport problems in the log domain.
@@ -42,9 +43,13 @@ def sinkhorn(
             allowed and give exact zero rows.
         b: column marginals, likewise.
         max_iter: largest number of iterations per problem.
-        tol: marginal error to stop at; 0 runs exactly ``max_iter`` iterations.
+        tol: marginal error to stop at, a number or one per problem ``(B,)``; 0 runs exactly
+            ``max_iter`` iterations.
         init: potentials ``(f, g)`` to start from, as a result holds them; only g is used, as the
             first row update follows from it.
+        storage: "exact", or "u16" (triton): iterations read the cost as 65536 levels, half the
+            bytes of float32. An exponent is then off by up to ``range / (131070 reg)``, where the
+            range is the largest cost above its row's minimum; more than 0.02 is refused.
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
@@ -52,7 +57,7 @@ def sinkhorn(
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; reg not positive and finite; marginals that
-            are negative, not finite, or do not sum alike.
+            are negative, not finite, or do not sum alike; a cost too coarse in 16 bits.
         RuntimeError: the named backend cannot run here.
 
     References:
@@ -60,38 +65,46 @@ def sinkhorn(
     """
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter is {max_iter!r}: must be an integer from 0 up")
-    if not 0 <= tol < float("inf"):
-        raise ValueError(f"tol is {tol!r}: must be finite and not negative")
+    if storage not in STORAGES:
+        raise ValueError(f"storage {storage!r}: must be one of {', '.join(STORAGES)}")
     if not isinstance(cost, Tensor):
-        if len(cost) == 0:
-            raise ValueError("cost is an empty list: there must be problems with entries")
-        return _ragged(list(cost), reg, a, b, max_iter, tol, init, backend)
-    if cost.dim() not in (2, 3):
-        raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
-    if not cost.is_floating_point():
-        raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
-    single = cost.dim() == 2
-    batch = cost[None] if single else cost
-    regs = _check_reg(reg, len(batch))
-    problems = _solve_batch(batch, regs, a, b, init, max_iter, tol, backend, range(len(batch)))
-    return SinkhornResult.collect(problems, "single" if single else "batch")
+        groups = _ragged(list(cost), a, b, init, backend)
+        layout, count = "ragged", len(cost)
+    else:
+        if cost.dim() not in (2, 3):
+            raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
+        if not cost.is_floating_point():
+            raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
+        batch = cost[None] if cost.dim() == 2 else cost
+        groups = [_batch(batch, a, b, init, range(len(batch)))]
+        layout, count = "single" if cost.dim() == 2 else "batch", len(batch)
+    regs = _per_problem("reg", reg, count)
+    if not (regs > 0).all():
+        raise ValueError(f"reg is {reg}: must be positive and finite")
+    tols = _per_problem("tol", tol, count)
+    if not (tols >= 0).all():
+        raise ValueError(f"tol is {tol}: must be finite and not negative")
+    solved: dict[int, _Problem] = {}
+    for group in groups:
+        members = list(group.labels)
+        found = solve(group, regs[members], tols[members], max_iter, storage, backend)
+        solved.update(zip(members, found, strict=True))
+    return SinkhornResult.collect([solved[i] for i in range(count)], layout)
 
 
 def _ragged(
     costs: list[Tensor],
-    reg: float | Tensor,
     a: Tensor | Sequence[Tensor] | None,
     b: Tensor | Sequence[Tensor] | None,
-    max_iter: int,
-    tol: float,
     init: tuple | None,
     backend: str,
-) -> SinkhornResult:
-    """Problems of equal shape are solved together; the order of the list is kept."""
+) -> list[Group]:
+    """What is solved together: on a GPU any shapes, else problems of equal shape."""
+    if len(costs) == 0:
+        raise ValueError("cost is an empty list: there must be problems with entries")
     for i, cost in enumerate(costs):
         if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
             raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
-    regs = _check_reg(reg, len(costs))
     vectors: dict[str, list[Tensor] | None] = {}
     starts = None if init is None else init[1]
     for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
@@ -106,34 +119,52 @@ def _ragged(
     groups: dict[tuple, list[int]] = {}
     for i, cost in enumerate(costs):
         groups.setdefault((tuple(cost.shape), cost.dtype, cost.device), []).append(i)
-    solved: dict[int, _Problem] = {}
+    found = []
     for members in groups.values():
         stacked = {
             name: None if values is None else torch.stack([values[i] for i in members])
             for name, values in vectors.items()
         }
-        problems = _solve_batch(
-            torch.stack([costs[i] for i in members]),
-            regs[members],
-            stacked["a"],
-            stacked["b"],
-            None if init is None else (None, stacked["init g"]),
-            max_iter,
-            tol,
-            backend,
-            members,
-        )
-        solved.update(zip(members, problems, strict=True))
-    return SinkhornResult.collect([solved[i] for i in range(len(costs))], "ragged")
+        start = None if init is None else (None, stacked["init g"])
+        alike = [costs[i] for i in members]
+        found.append(_batch(alike, stacked["a"], stacked["b"], start, members))
+    together: dict[tuple, list[Group]] = {}
+    for group in found:
+        cost = group.costs[0]
+        mixed = choose(backend, cost.device) == "triton"
+        key = (cost.dtype, cost.device, None if mixed else tuple(cost.shape))
+        together.setdefault(key, []).append(group)
+    return [Group.joined(parts) for parts in together.values()]
 
 
-def _check_reg(reg: float | Tensor, batch: int) -> Tensor:
-    value = torch.as_tensor(reg, dtype=torch.float64, device="cpu")
-    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
-        raise ValueError(f"reg has shape {tuple(value.shape)}: must be a number or ({batch},)")
-    if not (torch.isfinite(value).all() and (value > 0).all()):
-        raise ValueError(f"reg is {reg}: must be positive and finite")
-    return value.expand(batch).contiguous()
+def _batch(
+    costs: Tensor | list[Tensor],
+    a: Tensor | Sequence[Tensor] | None,
+    b: Tensor | Sequence[Tensor] | None,
+    init: tuple | None,
+    labels: Sequence[int],
+) -> Group:
+    """Checked problems of one shape; ``labels`` are the caller's numbers of them, for messages."""
+    if len(costs) == 0 or costs[0].numel() == 0:
+        shape = tuple(costs.shape if isinstance(costs, Tensor) else costs[0].shape)
+        raise ValueError(f"cost has shape {shape}: there must be problems with entries")
+    like, (n, m) = costs[0], costs[0].shape
+    rows = _check_marginals("a", a, len(costs), n, like)
+    columns = _check_masses(rows, _check_marginals("b", b, len(costs), m, like), labels)
+    start = _check_init(init, len(costs), m, like)
+    whole = costs if isinstance(costs, Tensor) else None
+    parts = [cost.detach() for cost in costs]
+    return Group(labels, parts, whole, rows.flatten(), columns.flatten(), start.flatten())
+
+
+def _per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
+    """float64 (B,) on the CPU; ValueError unless finite numbers, one or one per problem."""
+    given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
+    if not torch.isfinite(given).all():
+        raise ValueError(f"{name} is {value}: must be finite")
+    return given.expand(batch).contiguous()
 
 
 def _check_marginals(
@@ -169,92 +200,15 @@ def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
     return b * (masses_a / masses_b)[:, None]
 
 
-def _check_init(init: tuple | None, cost: Tensor) -> Tensor:
+def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
     """Initial g, a new float64 (B, m)."""
-    batch, m = cost.shape[0], cost.shape[2]
     if init is None:
-        return torch.zeros(batch, m, dtype=torch.float64, device=cost.device)
+        return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
     g = init[1]
     if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
         raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
-    if g.device != cost.device:
-        raise ValueError(f"init: g is on {g.device}, the cost on {cost.device}")
+    if g.device != like.device:
+        raise ValueError(f"init: g is on {g.device}, the cost on {like.device}")
     # A column that had no mass before may have some now.
     g = torch.nan_to_num(g.detach().double(), nan=0.0, posinf=0.0, neginf=0.0)
     return g.expand(batch, m).clone(memory_format=torch.contiguous_format)
-
-
-def _solve_batch(
-    cost: Tensor,
-    reg: Tensor,
-    a: Tensor | Sequence[Tensor] | None,
-    b: Tensor | Sequence[Tensor] | None,
-    init: tuple | None,
-    max_iter: int,
-    tol: float,
-    backend: str,
-    labels: Sequence[int],
-) -> list[_Problem]:
-    """cost (B, n, m); ``labels`` are the caller's numbers of the problems, for messages."""
-    chosen = choose(backend, cost.device)
-    batch, n, m = cost.shape
-    if batch == 0 or n == 0 or m == 0:
-        raise ValueError(f"cost has shape {tuple(cost.shape)}: there must be problems with entries")
-    rows = _check_marginals("a", a, batch, n, cost)
-    columns = _check_masses(rows, _check_marginals("b", b, batch, m, cost), labels)
-    start = _check_init(init, cost)
-    cost = cost.detach()
-    work = cost if cost.dtype == torch.float64 else cost.float()
-    f, g, n_iter, error, status = _LAUNCH[chosen](
-        work.contiguous(), reg, rows, columns, max_iter, float(tol), start
-    )
-    problems = zip(
-        n_iter.tolist(), error.tolist(), status.tolist(), reg.tolist(), cost, f, g, strict=True
-    )
-    return [
-        _Problem(cost_i, reg_i, f_i, g_i, n_iter_i, error_i, STATUS_WORDS[status_i], chosen)
-        for n_iter_i, error_i, status_i, reg_i, cost_i, f_i, g_i in problems
-    ]
-
-
-def _launch_cpp(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
-) -> tuple[Tensor, ...]:
-    batch, n, m = cost.shape
-    f = torch.empty(batch, n, dtype=torch.float64)
-    n_iter = torch.empty(batch, dtype=torch.int64)
-    error = torch.empty(batch, dtype=torch.float64)
-    status = torch.empty(batch, dtype=torch.int64)
-    problems = cpp().SinkhornProblems(
-        batch=batch,
-        n=n,
-        m=m,
-        cost=cost.data_ptr(),
-        reg=reg.data_ptr(),
-        a=a.data_ptr(),
-        b=b.data_ptr(),
-        f=f.data_ptr(),
-        g=g.data_ptr(),
-        n_iter=n_iter.data_ptr(),
-        marginal_error=error.data_ptr(),
-        status=status.data_ptr(),
-    )
-    cpp().sinkhorn(
-        problems,
-        use_float64=cost.dtype == torch.float64,
-        max_iter=max_iter,
-        tol=tol,
-        num_threads=torch.get_num_threads(),
-    )
-    return f, g, n_iter, error, status
-
-
-def _launch_triton(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: float, g: Tensor
-) -> tuple[Tensor, ...]:
-    from dotresize.kernels import sinkhorn as kernel
-
-    return kernel.sinkhorn(cost, reg, a, b, max_iter, tol, g)
-
-
-_LAUNCH = {"torch": reference.sinkhorn, "cpp": _launch_cpp, "triton": _launch_triton}

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.octets``: the error of ``precision="u8"`` on real activations.
+"""``python -m benchmarks.precision u8|fp16``: the error of a faster precision on real activations.
 
 The residual stream of the demo's model at every norm, on the demo's calibration text: 4096 tokens
-of each location, unnormalised, massive activations included. With ``--out FILE`` one JSON line per
-location is appended.
+of each location, unnormalised, massive activations included. "fp16" is the Triton kernel's; where
+no GPU is, set TRITON_INTERPRET=1, and 128 of the neurons are taken. With ``--out FILE`` one JSON
+line per location is appended.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ WINDOWS, WINDOW = 8, 512
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("precision", choices=("u8", "fp16"))
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
-    out = parser.parse_args().out
+    arguments = parser.parse_args()
+    precision, out = arguments.precision, arguments.out
+    backend = "triton" if precision == "fp16" else "auto"
+    device = "cuda" if precision == "fp16" and torch.cuda.is_available() else "cpu"
     os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.ERROR)
     model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=False)
@@ -41,14 +46,19 @@ def main() -> int:
     about = where(torch.get_num_threads()) | {"model": model_file().stem}
     rows = []
     for number, x in enumerate(locations):
-        exact, bytes_ = l1_cost(x), l1_cost(x, precision="u8")
+        if precision == "fp16" and device == "cpu":
+            x = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:128]]
+        exact = l1_cost(x)
+        fast = l1_cost(x.to(device), precision=precision, backend=backend).cpu()
         used = ~torch.eye(len(exact), dtype=torch.bool)
-        error = ((bytes_ - exact).abs() / exact)[used]
-        row = {"location": number, "tokens": len(x), "neurons": x.shape[1]}
+        error = ((fast - exact).abs() / exact)[used]
+        row = {"precision": precision, "location": number}
+        row |= {"tokens": len(x), "neurons": x.shape[1]}
         row |= {"median": float(error.median()), "p99": float(error.quantile(0.99))}
         row |= {"max": float(error.max()), "largest_activation": float(x.abs().max())}
         rows.append(about | row)
-        print(*(f"{key} {value:.2g}" for key, value in row.items()), sep="  ")
+        shown = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(*shown, sep="  ")
     for key in ("median", "p99", "max"):
         print(f"worst {key} over {len(rows)} locations: {max(r[key] for r in rows):.1e}")
     if out is not None:

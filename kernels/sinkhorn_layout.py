@@ -1,0 +1,102 @@
+"""How Sinkhorn problems of any shapes are laid out for the kernels: tiles, programs, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+# Stands for "not stopped yet" in the status vector; the other codes are reference.py's.
+RUNNING = -1
+TABLE = 8
+# Entries a thread holds of a row, at most: three vectors of this length live through the loop, four
+# with column minima.
+THREAD_ENTRIES = {torch.float32: 24, torch.float64: 8}
+MAX_WARPS = {torch.float32: 16, torch.float64: 8}
+STREAMED_COLUMNS = 1024
+# Columns of one program of the column kernels.
+COLUMN_BLOCK = 32
+# The next rows are on their way while these are worked on. A third stage costs registers.
+STAGES = 2
+
+
+class Tile:
+    """How a sweep program holds rows of up to ``columns`` columns."""
+
+    def __init__(self, columns: int, dtype: torch.dtype, shifted: bool = False) -> None:
+        power = max(32, triton.next_power_of_2(columns))
+        self.parts = 3 if columns <= 3 * power // 4 and power >= 128 else 1
+        self.block = power // 4 if self.parts == 3 else power
+        entries = THREAD_ENTRIES[dtype] * 3 // (4 if shifted else 3)
+        width = self.parts * self.block
+        self.warps = max(4, triton.next_power_of_2(triton.cdiv(width, 32 * entries)))
+        self.resident = self.warps <= MAX_WARPS[dtype]
+        if self.resident:
+            fitting = 32 * self.warps * entries // width
+            self.rows = 1 << max(0, fitting.bit_length() - 1)
+        else:
+            self.parts, self.block, self.rows, self.warps = 1, STREAMED_COLUMNS, 4, 4
+
+    @property
+    def key(self) -> tuple[bool, int, int]:
+        return self.resident, self.parts, self.block
+
+    def constants(self) -> dict[str, int]:
+        return {"PARTS": self.parts, "BR": self.rows, "BC": self.block}
+
+
+def rows_per_program(rows: Sequence[int], slots: int, step: int) -> int:
+    """Rows of a sweep program, a multiple of step, so that ``slots`` programs at a time end soon.
+
+    Minimises waves * rows over one to eight waves of programs, the fewest waves first: each program
+    also costs a partial sum of every column.
+    """
+    best, best_time = max(rows), math.inf
+    for waves in (1, 2, 3, 4, 8):
+        count = -(-sum(rows) // (waves * slots * step)) * step
+        while sum(-(-n // count) for n in rows) > waves * slots and count < max(rows):
+            count += step
+        used = -(-sum(-(-n // count) for n in rows) // slots)
+        if used * count < best_time:
+            best, best_time = count, used * count
+    return best
+
+
+class Tables:
+    """What a program finds its work by; int64, on the costs' device.
+
+    problem (B, TABLE): where its cost begins (in entries, from the first cost), the entries from
+    row to row, rows, columns, and where its row vectors, its column vectors, its partial column
+    sums and its column blocks begin. program (P, 2) and block (Q, 2): problem and first row, or
+    first column, of each program of the sweep and of the column kernels.
+    """
+
+    def __init__(self, costs: Sequence[Tensor], rows: int) -> None:
+        size = costs[0].element_size()
+        lines, programs, blocks = [], [], []
+        row = column = partial = 0
+        for i, cost in enumerate(costs):
+            n, m = cost.shape
+            offset = (cost.data_ptr() - costs[0].data_ptr()) // size
+            lines.append([offset, cost.stride(0), n, m, row, column, partial, len(blocks)])
+            starts = range(0, n, rows)
+            programs += [(i, start) for start in starts]
+            blocks += [(i, start) for start in range(0, m, COLUMN_BLOCK)]
+            row, column, partial = row + n, column + m, partial + len(starts) * m
+        self.problem = torch.tensor(lines, device=costs[0].device)
+        self.program = torch.tensor(programs, device=costs[0].device)
+        self.block = torch.tensor(blocks, device=costs[0].device)
+        self.rows_total, self.columns_total, self.partial_total = row, column, partial
+        # The column blocks of the widest problem, for a block of all of them.
+        most = max(cost.shape[1] for cost in costs)
+        self.blocks = triton.next_power_of_2(triton.cdiv(most, COLUMN_BLOCK))
+        # Rows that begin at multiples of 16 bytes, and end there, are read 16 bytes at a time.
+        whole = 16 // size
+        aligned = all(
+            c.data_ptr() % 16 == 0 and c.stride(0) % whole == 0 and c.shape[1] % whole == 0
+            for c in costs
+        )
+        self.align = whole if aligned else 1

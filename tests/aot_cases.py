@@ -1,0 +1,165 @@
+"""What tests/aot_compile.py compiles: every configuration that the launchers can choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from dotresize.kernels import l1_cost, sinkhorn_columns, sinkhorn_prepare, sinkhorn_sweep
+from dotresize.kernels.l1_tile import l1_cost_kernel
+from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, STAGES, TABLE, Tile
+from dotresize.reference import TOKEN_BLOCK
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+RUN = {"RUNNING": RUNNING, "TABLE": TABLE}
+
+
+class AotCase(NamedTuple):
+    name: str
+    function: Any
+    types: str  # of the arguments that are not constants
+    constants: Callable[[int], dict[str, Any]]  # by the lanes of a warp
+    warps: int
+    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16
+    elements: int = 0  # pairs or entries that one trip through the busiest loop does in a thread
+
+
+def cases() -> Iterator[AotCase]:
+    yield from l1_cases()
+    yield from sinkhorn_cases()
+
+
+def l1_cases() -> Iterator[AotCase]:
+    """Every tile for float32 and packed float16; the first with the other kinds of operands too."""
+    strides = ("n", "m", "stride_xb", "stride_xt", "stride_yb", "stride_yt")
+    for precision, configs in l1_cost.CONFIGS.items():
+        for config in (*configs, l1_cost.SMALL[precision]):
+            yield l1_case(precision, config, "y", strides)
+    for precision in l1_cost.CONFIGS:
+        for operands in ("self", "targets") if precision == "float32" else ("self",):
+            yield l1_case(precision, l1_cost.CONFIGS[precision][0], operands, strides)
+            yield l1_case(precision, l1_cost.SMALL[precision], operands, strides, masked=True)
+    yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", ("n", "stride_xb", "stride_xt"))
+    yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", strides, kind="bf16")
+
+
+def l1_case(
+    precision: str,
+    config: l1_cost.L1Config,
+    operands: str,
+    aligned: tuple[str, ...],
+    kind: str | None = None,
+    masked: bool = False,
+) -> AotCase:
+    packed = precision == "packed"
+    kind = kind or ("fp16" if packed else "fp32")
+    name = f"l1_cost/{precision}/{kind}/{config.block_m}x{config.block_n}/{config.unroll}"
+    name += f"/{operands}" + ("/masked" if masked else "") + ("" if len(aligned) > 3 else "/odd")
+    # Targets and self by y's strides; what is symmetric finishes, too.
+    constants = {
+        "HAS_INDEX": operands == "targets",
+        "SYMMETRIC": operands == "self",
+        "ACCUMULATE": False,
+        "PACKED": packed,
+        "FINISH": True,
+        "MASKED": masked,
+        "TOKEN_BLOCK": TOKEN_BLOCK,
+        "GROUP": l1_cost.GROUP,
+    }
+    return AotCase(
+        name,
+        l1_cost_kernel,
+        f"*{kind} *{kind} *i64 *fp32 *fp32 *fp32 i32 i32 i32 i64 i64 i64 i64 i32 fp32",
+        lambda lanes: constants | config.constants(lanes),
+        config.num_warps,
+        aligned,
+        config.block_m * config.block_n // (32 * config.num_warps) * config.unroll,
+    )
+
+
+def sinkhorn_cases() -> Iterator[AotCase]:
+    """Every kind of row, every storage, aligned or not."""
+    for kind, dtype in DTYPES.items():
+        for columns in (64, 464, 768, 2048, 3072, 4096, 11469, 16384, 40000):
+            whole = 16 // dtype.itemsize
+            align = whole if columns % whole == 0 else 1
+            yield sweep_case(kind, columns, align, shifted=False)
+            if columns in (3072, 11469):
+                yield sweep_case(kind, columns, align, shifted=True)
+            if kind == "fp32" and columns in (464, 3072, 11469, 40000):
+                yield sweep_case(kind, columns, 8, shifted=False, stored="u16")
+        for stored in (kind,) if kind == "fp64" else (kind, "u16"):
+            yield column_case(kind, stored)
+        yield from small_cases(kind)
+
+
+def sweep_case(
+    kind: str, columns: int, align: int, *, shifted: bool, stored: str | None = None
+) -> AotCase:
+    tile = Tile(columns, DTYPES[kind], shifted)
+    stored = stored or kind
+    p = f"*{kind}"
+    width = tile.parts * tile.block
+    name = f"sinkhorn_sweep/{kind}/{columns}/{stored}" + ("/shifted" if shifted else "")
+    constants = RUN | {
+        "CONVERGED": 0,
+        "COLUMN_BLOCK": COLUMN_BLOCK,
+        "BLOCKS": 1 << (-(-columns // COLUMN_BLOCK) - 1).bit_length(),
+        "ALIGN": align,
+        "SHIFTED": shifted,
+        "RESIDENT": tile.resident,
+        "STAGES": STAGES,
+    }
+    return AotCase(
+        name + ("" if tile.resident else "/streamed"),
+        sinkhorn_sweep.sinkhorn_sweep_kernel,
+        f"*{stored} *i64 *i64" + f" {p}" * 10 + " *i32 *i32" + f" {p} i32",
+        lambda lanes: constants | tile.constants(),
+        tile.warps,
+        elements=tile.rows * width // (32 * tile.warps),
+    )
+
+
+def column_case(kind: str, stored: str) -> AotCase:
+    p = f"*{kind}"
+    constants = RUN | {
+        "BLOCKS": 128,
+        "TINY": sinkhorn_columns.TINY_COLUMN,
+        "BP": sinkhorn_columns.PROGRAM_BLOCK,
+        "BC": COLUMN_BLOCK,
+    }
+    return AotCase(
+        f"sinkhorn_column/{kind}/{stored}",
+        sinkhorn_columns.sinkhorn_column_kernel,
+        f"*{stored} *i64 *i64" + f" {p}" * 13 + " *i32 i32",
+        lambda lanes: constants,
+        4,
+    )
+
+
+def small_cases(kind: str) -> Iterator[AotCase]:
+    p = f"*{kind}"
+    table = {"TABLE": TABLE}
+    codes = {"INFEASIBLE": 2, "INVALID": 3}
+    rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
+    columns = {"BP": sinkhorn_columns.PROGRAM_BLOCK, "BC": COLUMN_BLOCK}
+    verdict = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
+    kernels = [
+        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", table | codes | rows),
+        ("partial_minima", f"{p} *i64 *i64 {p} {p} {p} i32", table | rows),
+        (
+            "column_minima",
+            f"*i64 *i64 {p} {p} {p} *i32 i32",
+            table | {"INFEASIBLE": 2} | columns,
+        ),
+    ]
+    if kind == "fp32":
+        kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", table | rows))
+    for name, types, constants in kernels:
+        function = getattr(sinkhorn_prepare, f"{name}_kernel")
+        yield AotCase(f"{name}/{kind}", function, types, lambda lanes, c=constants: c, 4)
+    function = sinkhorn_columns.sinkhorn_verdict_kernel
+    types = f"*i64 {p} {p} *i32 {p}"
+    yield AotCase(f"sinkhorn_verdict/{kind}", function, types, lambda lanes: verdict, 4)
