@@ -114,8 +114,12 @@ def _faiss(x: torch.Tensor, y: torch.Tensor) -> Competitor:
 
 
 def _cuvs(x: torch.Tensor, y: torch.Tensor) -> Competitor:
-    need("cupy", "cupy-cuda13x")
-    raise NotHere("computes on a GPU only; these are CPU tensors")
+    cupy = need("cupy", "cupy-cuda13x")
+    if not x.is_cuda:
+        raise NotHere("computes on a GPU only; these are CPU tensors")
+    cdist = need("cupyx.scipy.spatial.distance", "cupy-cuda13x").cdist
+    a, b = cupy.asarray(_rows(x)), cupy.asarray(_rows(y))
+    return Competitor(lambda: torch.as_tensor(cdist(a, b, "cityblock"), device=x.device))
 
 
 def _keops(x: torch.Tensor, y: torch.Tensor) -> Competitor:

@@ -12,6 +12,7 @@ from typing import Any
 from dotresize.report import label
 
 from . import l1
+from .gpu_summary import l1_table, sinkhorn_table
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -109,8 +110,25 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """Rates and ratios of the last run of ``benchmarks.gpu``, or that there was none."""
+    path = ROOT / RESULTS / "gpu.jsonl"
+    if not path.exists():
+        return (
+            "On a GPU: not measured yet. `python -m benchmarks.gpu --out DIR` measures it:\n"
+            "ceilings of the device, correctness against float64, times beside the peers."
+        )
+    table = read(path)
+    last = [row for row in table if row["run"] == table[-1]["run"]]
+    rates = next(r["rates"] for r in last if r["section"] == "ceiling")
+    lines = l1_table([r for r in last if r["section"] == "l1"], rates)
+    lines += ["", *sinkhorn_table([r for r in last if r["section"] == "sinkhorn"], rates)]
+    about = f"{last[0]['device']}, {last[0]['date']}"
+    return "\n".join([*lines, "", f"{about}. All rows: `{RESULTS / 'gpu.jsonl'}`."])
+
+
 def with_tables(text: str) -> str:
-    for name, table in (("solvers", solvers()), ("demo", demo())):
+    for name, table in (("solvers", solvers()), ("gpu", gpu()), ("demo", demo())):
         pattern = rf"(?s)(<!-- {name} -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], text)
         assert count == 1, f"README has {count} places for the table {name}"

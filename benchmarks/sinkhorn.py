@@ -43,7 +43,7 @@ def build(case: Case, *, peers: bool = True) -> Workload:
     s = case.sizes
     cost = torch.rand(s["problems"], s["n"], s["m"])
     some = sorted({0, len(cost) // 2, len(cost) - 1})
-    truth = _plain(cost[some].double(), s["iterations"])
+    truth = plain(cost[some].double(), s["iterations"])
 
     def error(result: Any) -> float:
         plan = result if isinstance(result, Tensor) else torch.from_numpy(np.array(result))
@@ -86,7 +86,7 @@ def _step(k: Tensor, g: Tensor, log_a: float, log_b: float) -> Tensor:
     return log_b - torch.logsumexp(f[:, :, None] - k, 1)
 
 
-def _plain(cost: Tensor, iterations: int, step: Callable[..., Tensor] = _step) -> Tensor:
+def plain(cost: Tensor, iterations: int, step: Callable[..., Tensor] = _step) -> Tensor:
     """The textbook loop of two log-sum-exps."""
     k, g = cost / REG, torch.zeros_like(cost[:, 0])
     log_a, log_b = -math.log(cost.shape[1]), -math.log(cost.shape[2])
@@ -97,12 +97,12 @@ def _plain(cost: Tensor, iterations: int, step: Callable[..., Tensor] = _step) -
 
 
 def _loop(cost: Tensor, iterations: int) -> Competitor:
-    return Competitor(lambda: _plain(cost, iterations), temporaries=True)
+    return Competitor(lambda: plain(cost, iterations), temporaries=True)
 
 
 def _compiled_loop(cost: Tensor, iterations: int) -> Competitor:
     step = torch.compile(_step, dynamic=False)
-    return Competitor(lambda: _plain(cost, iterations, step), temporaries=True)
+    return Competitor(lambda: plain(cost, iterations, step), temporaries=True)
 
 
 def _pot(cost: Tensor, iterations: int, as_numpy: bool) -> Competitor:
@@ -119,7 +119,7 @@ def _pot(cost: Tensor, iterations: int, as_numpy: bool) -> Competitor:
 
 def _pot_batch(cost: Tensor, iterations: int) -> Competitor:
     solve = need("ot.batch", "POT").solve_batch
-    a, b = (torch.full((len(cost), size), 1 / size) for size in cost.shape[1:])
+    a, b = (cost.new_full((len(cost), size), 1 / size) for size in cost.shape[1:])
     return Competitor(
         lambda: solve(cost, REG, a, b, max_iter=iterations, tol=0.0, grad="detach").plan,
         temporaries=True,
@@ -150,7 +150,7 @@ def _ott(cost: Tensor, iterations: int) -> Competitor:
     def plan(c: Any) -> Any:
         return solver(LinearProblem(Geometry(cost_matrix=c, epsilon=REG))).matrix
 
-    run, costs = jax.jit(jax.vmap(plan) if len(cost) > 1 else plan), jax.numpy.asarray(cost.numpy())
+    run, costs = jax.jit(jax.vmap(plan) if len(cost) > 1 else plan), jax.numpy.from_dlpack(cost)
     costs = costs if len(cost) > 1 else costs[0]
 
     return Competitor(lambda: run(costs).block_until_ready(), temporaries=True)

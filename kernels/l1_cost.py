@@ -17,7 +17,7 @@ from dotresize.ops.halves import GROUP
 from dotresize.reference import TOKEN_BLOCK
 
 # Pairs from which an unknown device is worth a second or two of tuning.
-TUNING_PAIRS = 10**12
+TUNING_PAIRS = 10**11
 _TUNING_TOKENS = 2 * TOKEN_BLOCK
 
 
@@ -53,19 +53,17 @@ class L1Config:
 CONFIGS = {
     "float32": [
         L1Config(64, 128, 8, (2, 2), 2),
-        L1Config(64, 128, 8, (2, 2), 4),
         L1Config(64, 128, 8, (2, 2), 1),
         L1Config(128, 128, 8, (4, 2), 2),
         L1Config(64, 64, 8, (2, 1), 2),
     ],
     "packed": [
         L1Config(64, 128, 8, (2, 2), 4),
-        L1Config(64, 128, 8, (2, 2), 2),
         L1Config(64, 64, 8, (2, 1), 4),
     ],
 }
 # For problems with too few tiles to fill a device.
-SMALL = {"float32": L1Config(32, 64, 4, (2, 2), 2), "packed": L1Config(32, 64, 4, (2, 2), 8)}
+SMALL = {"float32": L1Config(32, 64, 4, (2, 2), 1), "packed": L1Config(32, 64, 4, (2, 2), 8)}
 
 
 def l1_cost(

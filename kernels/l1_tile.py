@@ -114,7 +114,6 @@ def l1_cost_kernel(
     # BM divides BN: a tile wholly below the diagonal is the mirror of one wholly above it, and
     # those that cross the diagonal hold the rest.
     skip = SYMMETRIC and (i_n + BN <= i_m)
-    mirrored = SYMMETRIC and (i_n >= i_m + BM)
     if not skip:
         m_m = o_m < n
         m_n = o_n < m
@@ -163,17 +162,18 @@ def l1_cost_kernel(
             if FINISH:
                 b_total = b_total / divisor
                 gl.store(p_tile, b_total, mask=m_tile)
-            if mirrored:
-                p_corner = p_out + (i_b * n + first_n) * m + first_m
-                p_mirror = p_corner + ((o_columns - first_n) * m + (o_rows - first_m))
-                gl.store(p_mirror, b_total, mask=m_tile)
+            if SYMMETRIC:
+                if i_n >= i_m + BM:
+                    p_other = p_out + (i_b * n + first_n) * m + first_m
+                    p_mirror = p_other + ((o_columns - first_n) * m + (o_rows - first_m))
+                    gl.store(p_mirror, b_total, mask=m_tile)
             if FINISH:
                 b_low = gl.where(m_tile, b_total, float("inf"))
                 low = gl.min(gl.min(b_low, 1), 0)
                 high = gl.max(gl.max(b_total, 1), 0)  # 0 where masked, as no cost is below that
                 mean = gl.sum(gl.sum(b_total, 1), 0) / (BM * BN)
-                if mirrored:
-                    mean = 2 * mean
+                if SYMMETRIC:
+                    mean = gl.where(i_n >= i_m + BM, 2 * mean, mean)
                 _store_statistics(p_statistics, low, high, mean)
     elif FINISH:
         _store_statistics(p_statistics, float("inf"), 0.0, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 8, 256
+ROWS, COLUMNS = 8, 128
 
 
 @triton.jit
@@ -54,24 +54,26 @@ def row_minima_kernel(
         o_r = row + tl.arange(0, BR)
         m_r = o_r < last
         p_r = p_cost + o_r.to(tl.int64)[:, None] * stride
-        b_low = tl.full((BR,), float("inf"), dtype=b_largest.dtype)
-        b_high = tl.full((BR,), -float("inf"), dtype=b_largest.dtype)
-        b_bad = tl.zeros((BR,), dtype=tl.int32)
+        b_lows = tl.full((BR, BC), float("inf"), dtype=b_largest.dtype)
+        b_highs = tl.full((BR, BC), -float("inf"), dtype=b_largest.dtype)
+        b_bad = tl.zeros((BR, BC), dtype=tl.int1)
         for start in range(0, m, BC):
             o_c = start + tl.arange(0, BC)
             m_tile = m_r[:, None] & (o_c < m)[None, :]
             b_c = tl.load(p_r + o_c[None, :], mask=m_tile, other=float("inf"))
             b_b = tl.load(p_b + i_column + o_c, mask=o_c < m, other=0.0)
-            b_bad |= tl.max(((b_c != b_c) | (b_c == -float("inf"))).to(tl.int32), 1)
-            b_low = tl.minimum(b_low, tl.min(tl.where(b_b[None, :] > 0, b_c, float("inf")), 1))
-            b_high = tl.maximum(b_high, tl.max(tl.where(m_tile, b_c, -float("inf")), 1))
+            b_bad |= (b_c != b_c) | (b_c == -float("inf"))
+            b_lows = tl.where((b_b > 0)[None, :], tl.minimum(b_lows, b_c), b_lows)
+            b_highs = tl.where(m_tile, tl.maximum(b_highs, b_c), b_highs)
+        b_low = tl.min(b_lows, 1)
+        b_high = tl.max(b_highs, 1)
         b_a = tl.load(p_a + i_row + o_r, mask=m_r, other=0.0)
         b_stuck = (b_low == float("inf")) & (b_a > 0)
         b_low = tl.where(tl.abs(b_low) < float("inf"), b_low, 0.0)
         tl.store(p_row_min + i_row + o_r, b_low, mask=m_r)
         b_largest = tl.maximum(b_largest, tl.where(m_r, b_high - b_low, 0.0))
         b_code = tl.where(m_r & b_stuck, tl.maximum(b_code, INFEASIBLE), b_code)
-        b_code = tl.where(m_r & (b_bad > 0), INVALID, b_code)
+        b_code = tl.where(tl.max(b_bad.to(tl.int32), 1) > 0, INVALID, b_code)
     tl.store(p_largest + tl.program_id(0), tl.max(b_largest, 0))
     code = tl.max(b_code, 0)
     if code > -1:

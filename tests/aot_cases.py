@@ -13,6 +13,8 @@ from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, STAGES, TAB
 from dotresize.reference import TOKEN_BLOCK
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# Each way to hold a row, and a row that is not aligned; the last ones do not fit in registers.
+WIDTHS = {"fp32": (464, 768, 3072, 4096, 11469, 40000), "fp64": (768, 2048, 3073)}
 RUN = {"RUNNING": RUNNING, "TABLE": TABLE}
 
 
@@ -82,13 +84,13 @@ def l1_case(
 def sinkhorn_cases() -> Iterator[AotCase]:
     """Every kind of row, every storage, aligned or not."""
     for kind, dtype in DTYPES.items():
-        for columns in (64, 464, 768, 2048, 3072, 4096, 11469, 16384, 40000):
+        for columns in WIDTHS[kind]:
             whole = 16 // dtype.itemsize
             align = whole if columns % whole == 0 else 1
             yield sweep_case(kind, columns, align, shifted=False)
-            if columns in (3072, 11469):
+            if kind == "fp32" and columns in (3072, 11469):
                 yield sweep_case(kind, columns, align, shifted=True)
-            if kind == "fp32" and columns in (464, 3072, 11469, 40000):
+            if kind == "fp32" and columns in (3072, 11469, 40000):
                 yield sweep_case(kind, columns, 8, shifted=False, stored="u16")
         for stored in (kind,) if kind == "fp64" else (kind, "u16"):
             yield column_case(kind, stored)

@@ -1,0 +1,196 @@
+"""``python -m benchmarks.gpu --out DIR``: everything this project claims of a GPU, in one command.
+
+Ceilings of the device, correctness of every kernel against float64, out-of-range and race checks,
+times beside the peers, and memory; at most eight minutes on an H100, without a network. Every case
+is a row of DIR/gpu.jsonl, also one that fails; DIR/gpu.md is a summary. Exit code 1 if a
+correctness case fails. Without a GPU, TRITON_INTERPRET=1 rehearses all of it on tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before JAX is imported: it would take most of the memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import torch
+
+from . import gpu_checks, gpu_times, rows
+from .gpu_ceilings import ceilings
+from .gpu_summary import summary
+from .workload import one_line
+
+Row = dict[str, Any]
+_SANITIZERS = ("memcheck", "racecheck")
+_SANITIZER_S = 75
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "l1": [(16384, 4096, 3072), (4096, 14336, 11469)],
+        # Shape, and the two iteration counts whose difference gives the time of one.
+        "sinkhorn": [
+            ((1, 14336, 11469), (5, 15)),
+            ((1, 4096, 3072), (20, 60)),
+            ((32, 4096, 3072), (5, 15)),
+            ((64, 576, 464), (20, 60)),
+        ],
+        "batch": ((1, 4, 16, 64), 576, 464, 100),
+        "stopping": ((32, 4096, 3072), 50),
+        # Locations, sources, targets, tokens, tokens at a time, iterations.
+        "model": (64, 4096, 3072, 16384, 512, 100),
+    },
+    "tiny": {
+        "l1": [(20, 33, 70)],
+        "sinkhorn": [((2, 9, 17), (1, 2))],
+        "batch": ((1, 2), 9, 7, 2),
+        "stopping": ((2, 9, 7), 2),
+        "model": (1, 16, 12, 260, 256, 3),
+    },
+}
+
+
+class Report:
+    """Rows, written as they come; a case that raises is a row as well."""
+
+    def __init__(self, path: Path, about: Row) -> None:
+        self.path, self.about, self.rows = path, about, list[Row]()
+
+    def add(self, section: str, case: str, run: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        try:
+            found = run()
+            found = found if isinstance(found, list) else [found]
+        except Exception as error:  # the others go on
+            traceback.print_exc()
+            found = [{"failed": one_line(error)}]
+        found = [{"section": section, "case": case} | row for row in found]
+        self.rows += found
+        rows.append(self.path, [self.about | row for row in found])
+        state = "failed" if any("failed" in row for row in found) else "done"
+        print(f"{time.perf_counter() - start:7.1f} s  {state}  {section}: {case}", flush=True)
+
+
+def environment(device: torch.device) -> Row:
+    """The device, its clocks and what is installed."""
+    about = rows.where(torch.get_num_threads())
+    if device.type != "cuda":
+        return about | {"device": f"{rows.processor()}, interpreter"}
+    properties = torch.cuda.get_device_properties(device)
+    about |= {"device": properties.name, "multiprocessors": properties.multi_processor_count}
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        values = done.stdout.strip().split(", ")
+        about["nvidia_smi"] = dict(zip(fields.split(","), values, strict=False))
+    return about
+
+
+def check(test: gpu_checks.Check, device: torch.device) -> Row:
+    torch.manual_seed(0)
+    error, accepted = test(device)
+    row = {"error": error, "accepted": accepted}
+    if not error <= accepted:
+        row["failed"] = f"error {error:.2e}, accepted {accepted:.0e}"
+    return row
+
+
+def sanitize(tool: str) -> Row:
+    """The tiny correctness cases in a process of their own, under a sanitizer."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"missing": "compute-sanitizer is not installed"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
+    command += ["-m", "benchmarks.gpu", "--tiny-checks"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_SANITIZER_S
+        )
+    except subprocess.TimeoutExpired:
+        return {"missing": f"not finished after {_SANITIZER_S} s"}
+    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    row: Row = {"returncode": done.returncode, "last_line": "".join(last)[:200]}
+    if done.returncode:
+        row["failed"] = row["last_line"]
+    return row
+
+
+def run(out: Path, peers: bool) -> int:
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    size = "full" if on_gpu else "tiny"
+    sizes, clock = SIZES[size], gpu_times.Clock(device)
+    out.mkdir(parents=True, exist_ok=True)
+    report = Report(out / "gpu.jsonl", environment(device))
+    report.add("ceiling", "device", lambda: {"rates": ceilings(device, clock.median)})
+    for name, test in gpu_checks.checks(size):
+        report.add("check", name, lambda t=test: check(t, device))
+        clock.tidy()
+    for tool in _SANITIZERS if on_gpu else ():
+        report.add("sanitizer", tool, lambda t=tool: sanitize(t))
+    for shape in sizes["l1"]:
+        report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))
+    for shape, counts in sizes["sinkhorn"]:
+        report.add(
+            "sinkhorn",
+            str(shape),
+            lambda s=shape, c=counts: gpu_times.sinkhorn_rows(s, c, clock, peers),
+        )
+    report.add(
+        "batch", str(sizes["batch"][1:]), lambda: gpu_times.batch_rows(clock, *sizes["batch"])
+    )
+    report.add(
+        "stopping",
+        str(sizes["stopping"]),
+        lambda: gpu_times.stopping_row(clock, *sizes["stopping"]),
+    )
+    for precision in ("fp32", "fp16"):
+        # Once to compile what is new.
+        run_model = lambda p=precision: [  # noqa: E731
+            gpu_times.model_row(clock, p, *sizes["model"]) for _ in range(1 + on_gpu)
+        ][-1]
+        report.add("model", precision, run_model)
+    text = summary(report.about, report.rows)
+    (out / "gpu.md").write_text(text, encoding="utf-8")
+    print(text)
+    wrong = [r for r in report.rows if r["section"] in ("check", "sanitizer") and "failed" in r]
+    return 1 if wrong else 0
+
+
+def tiny_checks() -> int:
+    for name, test in gpu_checks.checks("tiny"):
+        row = check(test, torch.device("cuda"))
+        if "failed" in row:
+            print(name, row["failed"])
+            return 1
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for gpu.jsonl and gpu.md")
+    parser.add_argument("--no-peers", action="store_true", help="time this project only")
+    parser.add_argument("--tiny-checks", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch sees no GPU; set TRITON_INTERPRET=1 to rehearse on tiny sizes")
+    if arguments.tiny_checks:
+        return tiny_checks()
+    if arguments.out is None:
+        parser.error("--out: a folder is needed")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out {arguments.out}: is not a folder")
+    return run(arguments.out, peers=not arguments.no_peers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

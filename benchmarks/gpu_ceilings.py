@@ -1,0 +1,68 @@
+"""What the device can do at most: additions, exponentials and copied bytes per second, measured.
+
+Each kernel does one thing from registers, with sixteen independent chains in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+THREADS = 128
+BLOCK = 16 * THREADS
+UNROLL = 8
+
+
+@triton.jit
+def pairs_kernel(p_out, steps, HALF: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """sum += |x - y|: the two additions of a pair, float32, or float16 with two pairs in one."""
+    kind: tl.constexpr = tl.float16 if HALF else tl.float32
+    b_x = tl.load(p_out + tl.arange(0, BLOCK)).to(kind)
+    b_sum = tl.zeros((BLOCK,), dtype=kind)
+    y = tl.load(p_out).to(kind)
+    for _ in range(steps):
+        for _ in tl.static_range(UNROLL):
+            b_sum += tl.abs(b_x - y)
+            y += 1
+    tl.store(p_out + tl.arange(0, BLOCK), b_sum.to(tl.float32))
+
+
+@triton.jit
+def exponentials_kernel(p_out, steps, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    b_x = tl.load(p_out + tl.arange(0, BLOCK))
+    for _ in range(steps):
+        for _ in tl.static_range(UNROLL):
+            b_x = tl.exp2(-b_x)
+    tl.store(p_out + tl.arange(0, BLOCK), b_x)
+
+
+def ceilings(
+    device: torch.device, seconds: Callable[[Callable[[], Any]], float]
+) -> dict[str, float]:
+    """Per second: pairs in float32 and float16, exponentials, bytes read and written by a copy."""
+    on_gpu = device.type == "cuda"
+    programs, steps, size = 2, 1, 1 << 12
+    if on_gpu:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs, steps, size = 16 * processors, 4096, 1 << 30
+    out = torch.rand(BLOCK, device=device)
+    work = programs * steps * UNROLL * BLOCK
+
+    def rate(kernel: Any, **constants: bool) -> float:
+        # Every program writes the same numbers to the same place.
+        return work / seconds(
+            lambda: kernel[(programs,)](out, steps, BLOCK=BLOCK, UNROLL=UNROLL, **constants)
+        )
+
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return {
+        "pairs, float32": rate(pairs_kernel, HALF=False),
+        "pairs, float16": rate(pairs_kernel, HALF=True),
+        "exponentials": rate(exponentials_kernel),
+        "bytes copied": 2 * size / seconds(lambda: target.copy_(source)),
+    }

@@ -1,0 +1,59 @@
+"""The GPU evidence command, rehearsed in the interpreter on tiny sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dotresize.benchmarks import gpu, gpu_checks
+from dotresize.benchmarks.rows import read
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs for real")
+
+
+def test_every_section_makes_rows(tmp_path, capsys):
+    assert gpu.run(tmp_path / "new", peers=False) == 0
+    rows = read(tmp_path / "new" / "gpu.jsonl")
+    sections = {row["section"] for row in rows}
+    assert sections == {"ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model"}
+    assert [row for row in rows if "failed" in row] == []
+    assert all(row["error"] <= row["accepted"] for row in rows if row["section"] == "check")
+    assert sum(row["section"] == "check" for row in rows) >= 20
+    assert all(row["device"] and row["versions"] for row in rows)
+    text = (tmp_path / "new" / "gpu.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "dotresize fp16" in text
+    assert "dotresize u16" in text
+
+
+def test_a_wrong_result_is_a_row_and_an_exit_code(tmp_path, monkeypatch):
+    def broken(device):
+        raise RuntimeError("no such kernel\nand more")
+
+    checks = [("right", lambda d: (0.0, 1.0)), ("wrong", lambda d: (2.0, 1.0))]
+    monkeypatch.setattr(gpu_checks, "checks", lambda size: iter([*checks, ("broken", broken)]))
+    nothing = {"l1": [], "sinkhorn": [], "batch": ((), 1, 1, 1)}
+    monkeypatch.setitem(gpu.SIZES, "tiny", gpu.SIZES["tiny"] | nothing | {"model": (1, 3)})
+    assert gpu.run(tmp_path, peers=False) == 1
+    found = {row["case"]: row for row in read(tmp_path / "gpu.jsonl") if row["section"] == "check"}
+    assert "failed" not in found["right"]
+    assert found["wrong"]["failed"] == "error 2.00e+00, accepted 1e+00"
+    assert found["broken"]["failed"] == "RuntimeError: no such kernel"
+    model = [row for row in read(tmp_path / "gpu.jsonl") if row["section"] == "model"]
+    assert all("TypeError" in row["failed"] for row in model)  # and the summary was written still
+    assert (tmp_path / "gpu.md").exists()
+
+
+def test_it_says_that_there_is_no_gpu(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)],
+        env={"PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "torch sees no GPU; set TRITON_INTERPRET=1" in done.stderr
