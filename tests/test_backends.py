@@ -19,14 +19,10 @@ def test_report_says_what_runs():
 
 
 def test_auto_takes_cpp_on_a_cpu(monkeypatch):
-    from dotresize.ops import l1_cost as operator
     from dotresize.ops import l1_launch
 
-    called = []
-    monkeypatch.setattr(l1_launch, "_launch_cpp", lambda *args: called.append("cpp"))
-    monkeypatch.setattr(operator, "_check_finite", lambda *args: None)
-    l1_cost(torch.rand(3, 2))
-    assert called == ["cpp"]
+    monkeypatch.setattr(l1_launch, "_launch_cpp", lambda x, y, index, out, *_: out.fill_(7.0))
+    assert (l1_cost(torch.rand(3, 2)) == 7.0).all()
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")

@@ -76,6 +76,7 @@ def sinkhorn(
         if not cost.is_floating_point():
             raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
         batch = cost[None] if cost.dim() == 2 else cost
+        choose(backend, cost.device)  # raises before anything is computed
         groups = [_batch(batch, a, b, init, range(len(batch)))]
         layout, count = "single" if cost.dim() == 2 else "batch", len(batch)
     regs = _per_problem("reg", reg, count)
