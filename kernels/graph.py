@@ -17,12 +17,14 @@ def iterate(step: Callable[[int], None], total: int, watch: Watch) -> None:
     while done < total and not watch.stopped():
         # The first steps run by themselves: they compile the kernels.
         if watch.status.is_cuda and done and total - done >= CHECK_EVERY:
+            # What the first steps have finished is not worth a graph.
+            if graph is None and watch.stopped(latest=True):
+                break
             graph = graph or _captured(step, watch.status.device)
             graph.replay()
-            done += CHECK_EVERY
-            continue
-        for i in range(min(CHECK_EVERY, total - done)):
-            step(i % 2)
+        else:
+            for i in range(min(CHECK_EVERY, total - done)):
+                step(i % 2)
         done += CHECK_EVERY
 
 
@@ -44,17 +46,20 @@ class Watch:
 
     def __init__(self, status: Tensor, running: int) -> None:
         self.status, self.running = status, running
-        self.earlier: tuple[Tensor, torch.cuda.Event] | None = None
+        self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def stopped(self) -> bool:
+    def stopped(self, latest: bool = False) -> bool:
+        """``latest`` waits for all that was launched, and looks at the status after it."""
         if not self.status.is_cuda:
             return not bool((self.status == self.running).any())
         copy = torch.empty(self.status.shape, dtype=self.status.dtype, pin_memory=True)
         copy.copy_(self.status, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        earlier, self.earlier = self.earlier, (copy, event)
-        if earlier is None:
+        self._seen.append((copy, event))
+        if len(self._seen) == 1 and not latest:
             return False
-        earlier[1].synchronize()
-        return not bool((earlier[0] == self.running).any())
+        status, ready = self._seen[-1 if latest else -2]
+        ready.synchronize()
+        self._seen = self._seen[-1:]
+        return not bool((status == self.running).any())

@@ -11,7 +11,7 @@ least.
 Activations are token-major, so for one token a thread loads 8 neurons of x and 8 of y, 16 bytes at
 a time, and forms their 64 differences in registers: no transpose, no reduction across threads, no
 shared memory. The layout is explicit (Gluon); left to itself Triton passes every token through
-shared memory. As compiled, 2.25 instructions per pair, and 1.25 packed (tests/test_kernels_compile.py).
+shared memory. As compiled (tests/test_kernels_compile.py): 2.25 instructions per pair, packed 1.25.
 
 Sums have two levels, as in every backend: TOKEN_BLOCK tokens in registers, then the total in
 ``out`` itself, which stays in the cache; a second register per entry would halve the occupancy.

@@ -238,8 +238,8 @@ class _Batch:
 
     def solve(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         t = self.tables
-        iterate(self._iteration, max_iter + 1, Watch(self.status, RUNNING))
         with torch.cuda.device_of(self.f):
+            iterate(self._iteration, max_iter + 1, Watch(self.status, RUNNING))
             column.sinkhorn_verdict_kernel[(len(self.costs),)](
                 *(t.problem, self.error, self.tol, self.status, self.marginal_error),
                 RUNNING=RUNNING,
