@@ -5,6 +5,7 @@ Each kernel does one thing from registers, with sixteen independent chains in a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,8 +63,8 @@ def exponentials_kernel(p_out, steps, BLOCK: tl.constexpr, UNROLL: tl.constexpr)
 
 def ceilings(
     device: torch.device, seconds: Callable[[Callable[[], Any]], float]
-) -> dict[str, float]:
-    """Per second: pairs in float32 and float16, exponentials, bytes read and written by a copy."""
+) -> dict[str, Callable[[], float]]:
+    """What measures, per second: pairs of each kind, exponentials, bytes read and written."""
     on_gpu = device.type == "cuda"
     programs, steps, size = 2, 1, 1 << 12
     if on_gpu:
@@ -72,18 +73,24 @@ def ceilings(
     out = torch.rand(BLOCK, device=device)
     work = programs * steps * UNROLL * BLOCK
 
-    def rate(kernel: Any, **constants: bool) -> float:
+    def rate(kernel: Any, pairs: int, **constants: bool) -> Callable[[], float]:
         # Every program writes the same numbers to the same place.
-        return work / seconds(
-            lambda: kernel[(programs,)](out, steps, BLOCK=BLOCK, UNROLL=UNROLL, **constants)
+        launch = functools.partial(
+            kernel[(programs,)], out, steps, BLOCK=BLOCK, UNROLL=UNROLL, **constants
         )
+        return lambda: pairs * work / seconds(launch)
 
-    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    found = {} if not on_gpu or torch.version.hip else {"pairs, bytes": 4 * rate(bytes_kernel)}
-    return found | {
-        "pairs, float32": rate(pairs_kernel, HALF=False),
-        "pairs, float16": rate(pairs_kernel, HALF=True),
-        "exponentials": rate(exponentials_kernel),
-        "bytes copied": 2 * size / seconds(lambda: target.copy_(source)),
+    def copied() -> float:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * size / seconds(lambda: target.copy_(source))
+
+    found = {
+        "pairs, float32": rate(pairs_kernel, 1, HALF=False),
+        "pairs, float16": rate(pairs_kernel, 1, HALF=True),
+        "exponentials": rate(exponentials_kernel, 1),
+        "bytes copied": copied,
     }
+    if on_gpu and not torch.version.hip:
+        found["pairs, bytes"] = rate(bytes_kernel, 4)
+    return found

@@ -125,9 +125,10 @@ def sinkhorn_rows(
     works = [_sinkhorn_work(cost, count, peers) for count in counts]
     few, many = (clock.race(work) for work in works)
     found = []
-    for row, longer in zip(few, many, strict=True):
-        if "median_s" in row and "median_s" in longer:
-            seconds = (longer["median_s"] - row["median_s"]) / (counts[1] - counts[0])
+    shorter = {row["name"]: row["median_s"] for row in few if "median_s" in row}
+    for longer in many:
+        if longer["name"] in shorter and "median_s" in longer:
+            seconds = (longer["median_s"] - shorter[longer["name"]]) / (counts[1] - counts[0])
             longer = longer | {"iterations": list(counts), "per_iteration_s": seconds}
         found.append(longer)
     return found

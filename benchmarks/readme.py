@@ -12,7 +12,7 @@ from typing import Any
 from dotresize.report import label
 
 from . import l1
-from .gpu_summary import l1_table, sinkhorn_table
+from .gpu_summary import ceilings, l1_table, sinkhorn_table
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def gpu() -> str:
         )
     table = read(path)
     last = [row for row in table if row["run"] == table[-1]["run"]]
-    rates = next(r["rates"] for r in last if r["section"] == "ceiling")
+    rates = ceilings(last)
     lines = l1_table([r for r in last if r["section"] == "l1"], rates)
     lines += ["", *sinkhorn_table([r for r in last if r["section"] == "sinkhorn"], rates)]
     about = f"{last[0]['device']}, {last[0]['date']}"

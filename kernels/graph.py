@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -32,11 +33,14 @@ def _captured(step: Callable[[int], None], device: torch.device) -> torch.cuda.C
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # memory that is freed during the capture could end it
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(CHECK_EVERY):
-            step(i % 2)
-        graph.capture_end()
+        try:
+            for i in range(CHECK_EVERY):
+                step(i % 2)
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph
 
@@ -52,10 +56,12 @@ class Watch:
         """``latest`` waits for all that was launched, and looks at the status after it."""
         if not self.status.is_cuda:
             return not bool((self.status == self.running).any())
-        copy = torch.empty(self.status.shape, dtype=self.status.dtype, pin_memory=True)
+        copy = torch.empty(
+            self.status.shape, dtype=self.status.dtype, device="cpu", pin_memory=True
+        )
         copy.copy_(self.status, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.status.device))
         self._seen.append((copy, event))
         if len(self._seen) == 1 and not latest:
             return False

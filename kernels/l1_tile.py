@@ -161,7 +161,7 @@ def l1_cost_kernel(
         if SYMMETRIC or FINISH:
             b_total = gl.load(p_tile, mask=m_tile, other=0.0)
             if FINISH:
-                b_total = b_total / divisor
+                b_total = gl.div_rn(b_total, divisor)
                 gl.store(p_tile, b_total, mask=m_tile)
             if SYMMETRIC:
                 if i_n >= i_m + BM:

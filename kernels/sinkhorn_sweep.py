@@ -32,10 +32,11 @@ def _goes_on(
 ):
     """Whether the problem needs another sweep, by the errors of its last one.
 
-    Every program of the problem comes to the same answer by itself, so none waits for another, and
-    a program that already sees the status of this launch is not misled. The leading one writes.
+    Every program of the problem comes to the same answer by itself, so none waits for another. The
+    leading one writes; whether its CONVERGED is seen in this launch or RUNNING still must not
+    matter to any warp, so both look at the errors, which stay as they are.
     """
-    running = tl.load(p_status + i_b) == RUNNING
+    running = (tl.load(p_status + i_b) == RUNNING) | (tl.load(p_status + i_b) == CONVERGED)
     if running:
         o_e = tl.arange(0, BLOCKS)
         m_e = o_e < tl.cdiv(m, COLUMN_BLOCK)

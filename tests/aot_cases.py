@@ -23,9 +23,13 @@ class AotCase(NamedTuple):
     function: Any
     types: str  # of the arguments that are not constants
     constants: Callable[[int], dict[str, Any]]  # by the lanes of a warp
-    warps: int
+    warps: Callable[[int], int]  # by the lanes of a warp
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16
     elements: int = 0  # pairs or entries that one trip through the busiest loop does in a thread
+
+
+def four(lanes: int) -> int:
+    return 4
 
 
 def cases() -> Iterator[AotCase]:
@@ -41,7 +45,7 @@ def l1_cases() -> Iterator[AotCase]:
             yield l1_case(precision, config, "y", strides)
     for precision in l1_cost.CONFIGS:
         for operands in ("self", "targets") if precision == "float32" else ("self",):
-            yield l1_case(precision, l1_cost.CONFIGS[precision][0], operands, strides)
+            yield l1_case(precision, l1_cost.configs(precision, operands)[0], operands, strides)
             yield l1_case(precision, l1_cost.SMALL[precision], operands, strides, masked=True)
     yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", ("n", "stride_xb", "stride_xt"))
     yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", strides, kind="bf16")
@@ -77,7 +81,7 @@ def l1_case(
         lambda lanes: constants | config.constants(lanes),
         config.num_warps,
         aligned,
-        config.block_m * config.block_n // (32 * config.num_warps) * config.unroll,
+        config.block_m * config.block_n // (32 * config.num_warps()) * config.unroll,
     )
 
 
@@ -119,7 +123,7 @@ def sweep_case(
         sinkhorn_sweep.sinkhorn_sweep_kernel,
         f"*{stored} *i64 *i64" + f" {p}" * 10 + " *i32 *i32" + f" {p} i32",
         lambda lanes: constants | tile.constants(),
-        tile.warps,
+        lambda lanes: tile.warps,
         elements=tile.rows * width // (32 * tile.warps),
     )
 
@@ -137,7 +141,7 @@ def column_case(kind: str, stored: str) -> AotCase:
         sinkhorn_columns.sinkhorn_column_kernel,
         f"*{stored} *i64 *i64" + f" {p}" * 13 + " *i32 i32",
         lambda lanes: constants,
-        4,
+        four,
     )
 
 
@@ -161,7 +165,7 @@ def small_cases(kind: str) -> Iterator[AotCase]:
         kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", table | rows))
     for name, types, constants in kernels:
         function = getattr(sinkhorn_prepare, f"{name}_kernel")
-        yield AotCase(f"{name}/{kind}", function, types, lambda lanes, c=constants: c, 4)
+        yield AotCase(f"{name}/{kind}", function, types, lambda lanes, c=constants: c, four)
     function = sinkhorn_columns.sinkhorn_verdict_kernel
     types = f"*i64 {p} {p} *i32 {p}"
-    yield AotCase(f"sinkhorn_verdict/{kind}", function, types, lambda lanes: verdict, 4)
+    yield AotCase(f"sinkhorn_verdict/{kind}", function, types, lambda lanes: verdict, four)

@@ -13,7 +13,7 @@ from dotresize.ops.l1_cost import (
     check_targets,
     operands,
 )
-from dotresize.ops.l1_launch import choose_for, launch
+from dotresize.ops.l1_launch import choose_for, divide, launch
 
 
 class L1CostAccumulator:
@@ -114,7 +114,7 @@ class L1CostAccumulator:
         if self._pending_tokens:
             self._add(*self._joined(), total)
         if self.reduction == "mean":
-            total /= self.tokens
+            divide(total, float(self.tokens))
         if not torch.isfinite(total).all():
             raise ValueError("the sum of absolute differences overflows float32")
         return total[0] if self._batch is None else total

@@ -120,8 +120,13 @@ def _launch_torch(
         columns = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
     else:
         columns = x
-    total = reference.l1_cost(x, columns, out.clone() if accumulate else None)
-    out.copy_(total / scale)
+    out.copy_(reference.l1_cost(x, columns, out.clone() if accumulate else None))
+    divide(out, scale)
+
+
+def divide(cost: Tensor, divisor: float) -> None:
+    """In place and rounded correctly: by a number, CUDA would multiply with its reciprocal."""
+    cost /= torch.full((), divisor, device=cost.device)
 
 
 def _launch_octets(
