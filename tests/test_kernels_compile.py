@@ -78,7 +78,7 @@ def test_l1_takes_two_additions_a_pair_and_reads_16_bytes(rows):
 
 
 def test_packed_l1_takes_one_instruction_a_pair(rows):
-    for row in of(rows, "l1_cost/packed/fp16/64x128", "sm_80", "sm_90", "sm_100"):
+    for row in of(rows, "l1_cost/packed/fp16/64x128/4", "sm_80", "sm_90", "sm_100"):
         assert count(row, "HADD2", "HFMA2") == row["elements"], row
         assert sum(row["loop"].values()) <= 1.15 * row["elements"], row
         assert count(row, "LDG.E.128") == row["elements"] // 64 * 2, row
