@@ -105,9 +105,9 @@ def _sinkhorn(
 
 
 def _ragged(device: torch.device) -> tuple[float, float]:
-    shapes = [(33, 20), (70, 31), (9, 130), (33, 20), (5, 301), (1, 1)]
+    shapes = [(33, 20), (9, 130), (21, 20), (1, 1)]
     costs = [torch.rand(shape, device=device) for shape in shapes]
-    reg = torch.tensor([0.05, 0.1, 0.3, 1.0, 0.1, 0.1])
+    reg = torch.tensor([0.1, 0.2, 0.3, 1.0])
     result = sinkhorn(costs, reg, tol=1e-5, backend="triton")
     if not result.converged.all():
         return float("inf"), 1e-3
@@ -119,10 +119,10 @@ def _ragged(device: torch.device) -> tuple[float, float]:
 
 
 def _hard(device: torch.device) -> tuple[float, float]:
-    cost = torch.rand(3, 40, 30, device=device)
+    cost = torch.rand(3, 20, 13, device=device)
     cost[0, :, 3] += 60.0
-    cost[1, 2, :20] = torch.inf
-    a = torch.full((3, 40), 1 / 40, device=device)
+    cost[1, 2, :9] = torch.inf
+    a = torch.full((3, 20), 1 / 20, device=device)
     a[2, ::2] = 0
     a[2] /= a[2].sum()
     options: dict[str, Any] = {"tol": 0, "max_iter": 20}
@@ -132,7 +132,7 @@ def _hard(device: torch.device) -> tuple[float, float]:
 
 
 def _same_bits(device: torch.device) -> tuple[float, float]:
-    cost = torch.rand(4, 90, 70, device=device)
+    cost = torch.rand(2, 40, 33, device=device)
     options: dict[str, Any] = {"tol": 1e-4, "backend": "triton"}
     first, second = (sinkhorn(cost, 0.05, **options).plan for _ in range(2))
     return float((first - second).abs().max()), 0.0

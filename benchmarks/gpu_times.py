@@ -106,8 +106,10 @@ def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]
         call = lambda o=options: l1_cost(x, y, **o)  # noqa: E731
         work.add(f"dotresize {precision}", lambda c=call, a=accepted: Competitor(c, a))
     if peers:
-        names = ("torch.cdist(p=1)", "broadcast, torch.compile", "cuVS through cupy")
-        for name in names:
+        reference = functools.partial(l1_cost, x, y, reduction="sum", backend="torch")
+        work.add("dotresize torch", lambda: Competitor(reference, 1e-5))
+        compiled = ("reference, torch.compile", "broadcast, torch.compile")
+        for name in ("torch.cdist(p=1)", *compiled, "cuVS through cupy"):
             work.add(name, lambda p=l1.PEERS[name]: p(x, y))
     found = clock.race(work)
     for row in found:
@@ -151,6 +153,10 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
         call = lambda o=options: sinkhorn(cost, solver.REG, backend="triton", **o)  # noqa: E731
         work.add(f"dotresize {storage}", lambda c=call, a=accepted: Competitor(c, a))
     if peers:
+        reference = functools.partial(
+            sinkhorn, cost, solver.REG, tol=0, max_iter=count, backend="torch"
+        )
+        work.add("dotresize torch", lambda: Competitor(reference))
         names = ("torch logsumexp loop", "torch logsumexp loop, torch.compile", "POT ot.batch")
         for name in (*names, "OTT-JAX, jit"):
             # They end on a column update, we on a row update: apart until both have converged.

@@ -26,6 +26,11 @@ class AotCase(NamedTuple):
     warps: Callable[[int], int]  # by the lanes of a warp
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16
     elements: int = 0  # pairs or entries that one trip through the busiest loop does in a thread
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+# What is small, or float64, is compiled for one target of each vendor: it takes minutes in all.
+FEW = ("sm_90", "gfx942")
 
 
 def four(lanes: int) -> int:
@@ -125,6 +130,7 @@ def sweep_case(
         lambda lanes: constants | tile.constants(),
         lambda lanes: tile.warps,
         elements=tile.rows * width // (32 * tile.warps),
+        targets=FEW if kind == "fp64" else AotCase._field_defaults["targets"],
     )
 
 
@@ -165,7 +171,10 @@ def small_cases(kind: str) -> Iterator[AotCase]:
         kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", table | rows))
     for name, types, constants in kernels:
         function = getattr(sinkhorn_prepare, f"{name}_kernel")
-        yield AotCase(f"{name}/{kind}", function, types, lambda lanes, c=constants: c, four)
+        yield AotCase(
+            f"{name}/{kind}", function, types, lambda lanes, c=constants: c, four, targets=FEW
+        )
     function = sinkhorn_columns.sinkhorn_verdict_kernel
     types = f"*i64 {p} {p} *i32 {p}"
-    yield AotCase(f"sinkhorn_verdict/{kind}", function, types, lambda lanes: verdict, four)
+    name = f"sinkhorn_verdict/{kind}"
+    yield AotCase(name, function, types, lambda lanes: verdict, four, targets=FEW)

@@ -133,8 +133,9 @@ CASES = {case.name: case for case in cases()}  # kernels cannot be pickled; thei
 
 if __name__ == "__main__":
     wanted = [name for name in CASES if all(word in name for word in sys.argv[1:])]
+    tasks = [(n, t) for n, t in itertools.product(wanted, TARGETS) if t in CASES[n].targets]
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        for found in pool.map(row, itertools.product(wanted, TARGETS), chunksize=4):
+        for found in pool.map(row, tasks, chunksize=4):
             sys.stdout.write(json.dumps(found | {"triton": triton.__version__}) + "\n")
             sys.stdout.flush()

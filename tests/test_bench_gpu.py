@@ -15,15 +15,15 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs
 
 
 def test_every_section_makes_rows(tmp_path, capsys):
-    assert gpu.run(tmp_path / "new", peers=False) == 0
-    rows = read(tmp_path / "new" / "gpu.jsonl")
+    assert gpu.run(tmp_path, peers=False) == 0
+    rows = read(tmp_path / "gpu.jsonl")
     sections = {row["section"] for row in rows}
     assert sections == {"ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model"}
     assert [row for row in rows if "failed" in row] == []
     assert all(row["error"] <= row["accepted"] for row in rows if row["section"] == "check")
     assert sum(row["section"] == "check" for row in rows) >= 20
     assert all(row["device"] and row["versions"] for row in rows)
-    text = (tmp_path / "new" / "gpu.md").read_text(encoding="utf-8")
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "dotresize fp16" in text
     assert "dotresize u16" in text

@@ -262,6 +262,8 @@ def test_equal_neurons_get_equal_rows(backend):
         ({"cost": torch.zeros(2, 3), "a": torch.tensor([2.0, -1.0])}, "negative"),
         ({"cost": torch.zeros(2, 3), "a": torch.ones(2)}, r"sum to 2 \(a\) and 1 \(b\)"),
         ({"cost": torch.zeros(2, 3), "tol": -1.0}, "tol"),
+        ({"cost": torch.zeros(2, 3), "tol": None}, "tol is None: must be a number"),
+        ({"cost": torch.zeros(2, 3), "reg": "small"}, "reg is 'small': must be a number"),
         ({"cost": torch.zeros(2, 3), "max_iter": 1.5}, "max_iter"),
         ({"cost": torch.zeros(2, 3), "backend": "gpu"}, "must be one of"),
         ({"cost": [torch.zeros(2, 3)], "a": [torch.ones(2)] * 2}, "list as long"),

@@ -160,7 +160,10 @@ def _batch(
 
 def _per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     """float64 (B,) on the CPU; ValueError unless finite numbers, one or one per problem."""
-    given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: must be a number or ({batch},) of them") from None
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
         raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
     if not torch.isfinite(given).all():
