@@ -19,6 +19,7 @@ from dotresize import L1CostAccumulator, l1_cost, sinkhorn
 
 from . import l1
 from . import sinkhorn as solver
+from .gpu_checks import ROWS, relative
 from .workload import Competitor, Workload, one_line
 
 Row = dict[str, Any]
@@ -93,12 +94,11 @@ def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]
     tokens, n, m = shape
     x = torch.randn(tokens, n, device=clock.device)
     y = torch.randn(tokens, m, device=clock.device)
-    rows = torch.linspace(0, n - 1, min(n, 48), device=clock.device).long()
+    rows = torch.linspace(0, n - 1, min(n, ROWS), device=clock.device).long()
     truth = torch.cdist(x[:, rows].mT.double(), y.mT.double(), p=1)
 
     def error(result: Any) -> float:
-        value = torch.as_tensor(result).view(n, m)[rows].double()
-        return float((value - truth).norm() / truth.norm())
+        return relative(torch.as_tensor(result).view(n, m)[rows], truth)
 
     work = Workload(error)
     for precision, accepted in (("fp32", 1e-5), ("fp16", 5e-5 + 2e-3 / tokens**0.5)):
@@ -144,8 +144,7 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
             result = result[0].plan
         elif not isinstance(result, Tensor):
             result = torch.from_numpy(np.array(result)).to(cost.device)
-        plan = result.reshape(-1, *cost.shape[-2:])[:1].double()
-        return float((plan - truth).norm() / truth.norm())
+        return relative(result.reshape(-1, *cost.shape[-2:])[:1], truth)
 
     work = Workload(error)
     for storage, accepted in (("exact", 1e-4), ("u16", 5e-3)):

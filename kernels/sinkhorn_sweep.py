@@ -1,6 +1,6 @@
 """The row sweep of ``dotresize.kernels.sinkhorn``: row potentials, and partial column sums.
 
-Each program owns a few whole rows of one problem. A row of up to MAX_RESIDENT columns is kept in
+Each program owns a few whole rows of one problem. A row that fits (sinkhorn_layout.Tile) is kept in
 registers, as one block or as three equal ones (a power of two of columns, or three times that):
 one read and one exponential per entry. Longer rows are walked twice, the second time out of the
 cache, with a second exponential.

@@ -49,9 +49,7 @@ def launch(
     """
     chosen = choose_for(precision, backend, x.device)
     if out.numel() == 0:
-        return (
-            None if divisor is None else torch.full((len(out), 3), torch.nan).double().to(x.device)
-        )
+        return None if divisor is None else out.new_full((len(out), 3), torch.nan).double()
     if precision == "fp16":
         return _launch_halves(chosen, x, y, index, out, accumulate, divisor)
     if chosen == "triton":
@@ -121,7 +119,8 @@ def _launch_torch(
     else:
         columns = x
     out.copy_(reference.l1_cost(x, columns, out.clone() if accumulate else None))
-    divide(out, scale)
+    if scale != 1.0:
+        divide(out, scale)
 
 
 def divide(cost: Tensor, divisor: float) -> None:
