@@ -24,22 +24,25 @@ Activations operand(uintptr_t data, int dtype, int64_t batch_stride, int64_t tok
           at<const int64_t>(index)};
 }
 
-SinkhornProblems problems(int64_t batch, int64_t n, int64_t m, uintptr_t cost, uintptr_t reg,
-                          uintptr_t tol, uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g,
-                          uintptr_t n_iter, uintptr_t marginal_error, uintptr_t status) {
-  return {batch,
-          n,
-          m,
-          at<const void>(cost),
-          at<double>(reg),
-          at<double>(tol),
-          at<double>(a),
-          at<double>(b),
-          at<double>(f),
-          at<double>(g),
-          at<int64_t>(n_iter),
-          at<double>(marginal_error),
-          at<int64_t>(status)};
+// `table` is (batch, 4): address of the cost, stride, rows, columns. Marginals and potentials are
+// those of all problems joined.
+std::vector<SinkhornProblem> problems(int64_t batch, uintptr_t table, uintptr_t reg, uintptr_t tol,
+                                      uintptr_t momentum, uintptr_t a, uintptr_t b, uintptr_t f,
+                                      uintptr_t g, uintptr_t n_iter, uintptr_t marginal_error,
+                                      uintptr_t status) {
+  std::vector<SinkhornProblem> all;
+  int64_t row = 0, column = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t* line = at<const int64_t>(table) + 4 * i;
+    const int64_t n = line[2], m = line[3];
+    all.push_back({n, m, at<const void>(line[0]), line[1], at<double>(reg)[i], at<double>(tol)[i],
+                   at<bool>(momentum)[i], at<double>(a) + row, at<double>(b) + column,
+                   at<double>(f) + row, at<double>(g) + column, at<int64_t>(n_iter) + i,
+                   at<double>(marginal_error) + i, at<int64_t>(status) + i});
+    row += n;
+    column += m;
+  }
+  return all;
 }
 
 // The sweep's exponential alone, for its tests: out[i] = 2^(z[i] + shift); sizes are whole vectors.
@@ -89,10 +92,6 @@ PYBIND11_MODULE(_cpp, module) {
       py::arg("token"), py::arg("low"), py::arg("dither"), py::arg("steps"), py::arg("out"),
       py::arg("num_threads"));
 
-  py::class_<SinkhornProblems>(module, "SinkhornProblems")
-      .def(py::init(&problems), py::arg("batch"), py::arg("n"), py::arg("m"), py::arg("cost"),
-           py::arg("reg"), py::arg("tol"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
-           py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"));
   module.def(
       "plan",
       [](int64_t n, int64_t m, uintptr_t cost, int64_t stride, double reg, uintptr_t f, uintptr_t g,
@@ -118,10 +117,17 @@ PYBIND11_MODULE(_cpp, module) {
       py::arg("count"), py::arg("shift"), py::arg("z"), py::arg("out"), py::arg("use_float64"));
   module.def(
       "sinkhorn",
-      [](const SinkhornProblems& p, bool use_float64, int64_t max_iter, int num_threads) {
-        use_float64 ? sinkhorn<double>(p, max_iter, num_threads)
-                    : sinkhorn<float>(p, max_iter, num_threads);
+      [](int64_t batch, uintptr_t table, uintptr_t reg, uintptr_t tol, uintptr_t momentum,
+         uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g, uintptr_t n_iter,
+         uintptr_t marginal_error, uintptr_t status, bool use_float64, int64_t max_iter,
+         int num_threads) {
+        const auto all = problems(batch, table, reg, tol, momentum, a, b, f, g, n_iter,
+                                  marginal_error, status);
+        use_float64 ? sinkhorn<double>(all, max_iter, num_threads)
+                    : sinkhorn<float>(all, max_iter, num_threads);
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("problems"), py::arg("use_float64"),
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("table"), py::arg("reg"),
+      py::arg("tol"), py::arg("momentum"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
+      py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"), py::arg("use_float64"),
       py::arg("max_iter"), py::arg("num_threads"));
 }

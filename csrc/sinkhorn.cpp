@@ -47,7 +47,7 @@ void work(Problem<T>& problem, int member, Barrier& barrier, double tol, int64_t
       problem.redo_columns(member);
       barrier.wait();
     }
-    problem.update_columns(member);
+    problem.update_columns(member, error);
   }
 }
 
@@ -60,7 +60,7 @@ Outcome refuse(Problem<T>& problem) {
 }
 
 template <typename T>
-void solve(const SinkhornProblems& problems, int64_t index, int team, int64_t max_iter) {
+void solve(const SinkhornProblem& given, int team, int64_t max_iter) {
   std::unique_ptr<Problem<T>> problem;
   std::unique_ptr<Barrier> barrier;
   Outcome outcome;
@@ -71,13 +71,13 @@ void solve(const SinkhornProblems& problems, int64_t index, int team, int64_t ma
   {
 #pragma omp single
     try {
-      problem = std::make_unique<Problem<T>>(problems, index, team_size());
+      problem = std::make_unique<Problem<T>>(given, team_size());
       barrier = std::make_unique<Barrier>(team_size());
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
     if (!out_of_memory) {
-      work(*problem, thread_index(), *barrier, problems.tol[index], max_iter, outcome);
+      work(*problem, thread_index(), *barrier, given.tol, max_iter, outcome);
     }
   }
   if (out_of_memory) throw std::bad_alloc();
@@ -86,29 +86,41 @@ void solve(const SinkhornProblems& problems, int64_t index, int team, int64_t ma
   } else {
     outcome = refuse(*problem);
   }
-  problems.n_iter[index] = outcome.n_iter;
-  problems.marginal_error[index] = outcome.error;
-  problems.status[index] = static_cast<int64_t>(outcome.status);
+  *given.n_iter = outcome.n_iter;
+  *given.marginal_error = outcome.error;
+  *given.status = static_cast<int64_t>(outcome.status);
 }
+
+int64_t entries(const SinkhornProblem& problem) { return problem.n * problem.m; }
 
 }  // namespace
 
 template <typename T>
-void sinkhorn(const SinkhornProblems& problems, int64_t max_iter, int num_threads) {
-  const int64_t useful = std::max<int64_t>(1, problems.n * problems.m / kEntriesPerThread);
-  const int team = static_cast<int>(std::min<int64_t>(num_threads, useful));
-  if (problems.batch < num_threads && team > 1) {
-    for (int64_t index = 0; index < problems.batch; ++index) {
-      solve<T>(problems, index, team, max_iter);
-    }
-    return;
+void sinkhorn(const std::vector<SinkhornProblem>& problems, int64_t max_iter, int num_threads) {
+  std::vector<const SinkhornProblem*> order;
+  int64_t total = 0;
+  for (const SinkhornProblem& problem : problems) {
+    order.push_back(&problem);
+    total += entries(problem);
   }
-  std::atomic<int64_t> next{0};
+  // The largest first, so that no thread is left alone with one at the end.
+  std::stable_sort(order.begin(), order.end(), [](auto* left, auto* right) {
+    return entries(*left) > entries(*right);
+  });
+  // What is more than a thread's fair share is worked on by a team, the rest one by each thread.
+  size_t first_small = 0;
+  for (; first_small < order.size(); ++first_small) {
+    const int64_t size = entries(*order[first_small]);
+    const int64_t team = std::min<int64_t>(num_threads, size / kEntriesPerThread);
+    if (size <= total / num_threads || team < 2) break;
+    solve<T>(*order[first_small], static_cast<int>(team), max_iter);
+  }
+  std::atomic<size_t> next{first_small};
   std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(num_threads)
-  for (int64_t index = next++; index < problems.batch && !out_of_memory; index = next++) {
+  for (size_t index = next++; index < order.size() && !out_of_memory; index = next++) {
     try {
-      solve<T>(problems, index, 1, max_iter);
+      solve<T>(*order[index], 1, max_iter);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -133,7 +145,7 @@ template void plan<float>(int64_t, int64_t, const float*, int64_t, double, const
                           const double*, float*, int);
 template void plan<double>(int64_t, int64_t, const double*, int64_t, double, const double*,
                            const double*, double*, int);
-template void sinkhorn<float>(const SinkhornProblems&, int64_t, int);
-template void sinkhorn<double>(const SinkhornProblems&, int64_t, int);
+template void sinkhorn<float>(const std::vector<SinkhornProblem>&, int64_t, int);
+template void sinkhorn<double>(const std::vector<SinkhornProblem>&, int64_t, int);
 
 }  // namespace dotresize

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "momentum.hpp"
 #include "sinkhorn.hpp"
 #include "threads.hpp"
 
@@ -51,17 +52,19 @@ constexpr double kTinyColumn = 1e-25, kLostColumn = 1e-33;
 template <typename T>
 class Problem {
  public:
-  Problem(const SinkhornProblems& p, int64_t index, int team)
+  Problem(const SinkhornProblem& p, int team)
       : n_(p.n),
         m_(p.m),
         team_(team),
         kernels_(sinkhorn_kernels<T>()),
-        reg_(p.reg[index]),
-        a_(p.a + index * p.n),
-        b_(p.b + index * p.m),
-        cost_(static_cast<const T*>(p.cost) + index * p.n * p.m),
-        f_out_(p.f + index * p.n),
-        g_out_(p.g + index * p.m),
+        reg_(p.reg),
+        momentum_(p.momentum),
+        a_(p.a),
+        b_(p.b),
+        cost_(static_cast<const T*>(p.cost)),
+        cost_stride_(p.stride),
+        f_out_(p.f),
+        g_out_(p.g),
         stride_((m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes),
         k_(make_buffer<T>(n_ * stride_)),
         base_(n_, 0.0),
@@ -72,6 +75,7 @@ class Problem {
         members_(team) {
     for (Member& member : members_) {
       member.g = make_buffer<T>(stride_);
+      if (momentum_) member.before = make_buffer<double>(m_);
       member.rows = make_buffer<T>(5 * stride_);
       for (auto& columns : member.columns) columns = make_buffer<double>(stride_);
       member.total = make_buffer<double>(stride_);
@@ -92,7 +96,7 @@ class Problem {
     }
     for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
       T minimum;
-      if (!kernels_.row_minimum(m_, cost_ + i * m_, closed, &minimum)) {
+      if (!kernels_.row_minimum(m_, cost_ + i * cost_stride_, closed, &minimum)) {
         member.state = Status::kInvalid;
         return;
       }
@@ -101,7 +105,7 @@ class Problem {
         minimum = 0;
       }
       row_min_[i] = minimum;
-      if (a_[i] > 0) kernels_.column_minima(m_, cost_ + i * m_, minimum, minima);
+      if (a_[i] > 0) kernels_.column_minima(m_, cost_ + i * cost_stride_, minimum, minima);
     }
   }
 
@@ -132,13 +136,14 @@ class Problem {
     const double per_reg = 1.0 / (reg_ * kLn2);
     for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
       T* k = k_.get() + i * stride_;
-      kernels_.scale_row(m_, cost_ + i * m_, row_min_[i], column_min_.data(), per_reg, k);
+      kernels_.scale_row(m_, cost_ + i * cost_stride_, row_min_[i], column_min_.data(), per_reg, k);
       std::fill(k + m_, k + stride_, std::numeric_limits<T>::infinity());
     }
     T* g = members_[index].g.get();
     for (int64_t j = 0; j < m_; ++j) {
       const double start = g_out_[j] / kLn2 - column_min_[j] * per_reg;
       g[j] = b_[j] == 0 ? -std::numeric_limits<T>::infinity() : static_cast<T>(start);
+      if (momentum_) members_[index].before[j] = g[j];
     }
     std::fill(g + m_, g + stride_, T(0));
   }
@@ -207,18 +212,28 @@ class Problem {
   }
 
   // g is kept centred: its constant is free, and digits are lost far from 0.
-  void update_columns(int index) {
-    T* g = members_[index].g.get();
-    const double* total = members_[index].total.get();
-    double centre = 0;
+  void update_columns(int index, double error) {
+    Member& member = members_[index];
+    T* g = member.g.get();
+    const double* total = member.total.get();
+    double centre = 0, inner = 0;
     for (int64_t j = 0; j < m_; ++j) centre += b_[j] > 0 ? g[j] : 0.0;
     centre /= used_columns_;
+    const double factor = momentum_ ? member.momentum.next_factor() : 0.0;
     for (int64_t j = 0; j < m_; ++j) {
       if (b_[j] == 0) continue;  // stays at -inf
       const double update = underflowed(total[j], j) ? std::log2(b_[j]) - log_sum_[j]
                                                      : g[j] + std::log2(b_[j] / total[j]);
-      g[j] = static_cast<T>(update - centre);
+      double next = update - centre;
+      if (momentum_) {
+        const double change = next - member.before[j];
+        inner += b_[j] * (update - g[j]) * change;
+        member.before[j] = next;
+        next += factor * change;
+      }
+      g[j] = static_cast<T>(next);
     }
+    member.momentum.remember(error, inner);
   }
 
   // Potentials of the caller's cost: the subtracted minima come back.
@@ -239,7 +254,8 @@ class Problem {
   struct Member {
     Buffer<T> g;
     Buffer<T> rows;  // four rows of the plan, and a block of column sums
-    Buffer<double> columns[2], total, f;
+    Buffer<double> columns[2], total, f, before;
+    Momentum momentum;
     Status state = Status::kMaxIter;
   };
 
@@ -284,8 +300,10 @@ class Problem {
   const int team_;
   const SinkhornKernels<T>& kernels_;
   const double reg_;
+  const bool momentum_;
   const double *a_, *b_;
   const T* cost_;
+  const int64_t cost_stride_;
   double *f_out_, *g_out_;
   const int64_t stride_;
   Buffer<T> k_;

@@ -40,27 +40,22 @@ def quantize(
     out: int,
     num_threads: int,
 ) -> None: ...
-
-class SinkhornProblems:
-    def __init__(
-        self,
-        batch: int,
-        n: int,
-        m: int,
-        cost: int,
-        reg: int,
-        tol: int,
-        a: int,
-        b: int,
-        f: int,
-        g: int,
-        n_iter: int,
-        marginal_error: int,
-        status: int,
-    ) -> None: ...
-
 def sinkhorn(
-    problems: SinkhornProblems, use_float64: bool, max_iter: int, num_threads: int
+    batch: int,
+    table: int,
+    reg: int,
+    tol: int,
+    momentum: int,
+    a: int,
+    b: int,
+    f: int,
+    g: int,
+    n_iter: int,
+    marginal_error: int,
+    status: int,
+    use_float64: bool,
+    max_iter: int,
+    num_threads: int,
 ) -> None: ...
 def plan(
     n: int,

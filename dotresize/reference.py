@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotresize.acceleration import Anderson, Momentum
+
 # Tokens per partial sum; the same in every backend, see csrc/kernels.hpp.
 TOKEN_BLOCK = 256
 
-CONVERGED, MAX_ITER, INFEASIBLE, INVALID = range(4)
+CONVERGED, MAX_ITER, INFEASIBLE, INVALID = range(4)  # status
+PLAIN, MOMENTUM, ANDERSON = range(3)  # pace
 
 
 def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
@@ -30,12 +33,20 @@ def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def sinkhorn(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: Tensor, g: Tensor
+    cost: Tensor,
+    reg: Tensor,
+    a: Tensor,
+    b: Tensor,
+    max_iter: int,
+    tol: Tensor,
+    g: Tensor,
+    pace: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-domain Sinkhorn of a batch by plain log-sum-exps, in the cost's type.
 
-    cost (B, n, m); reg, tol (B,); a (B, n); b (B, m); g (B, m) the initial column potentials. One
-    iteration is ``f = log a - lse_j(g - C/reg)`` and ``g = log b - lse_i(f - C/reg)``; a problem
+    cost (B, n, m); reg, tol, pace (B,); a (B, n); b (B, m); g (B, m) initial column potentials. One
+    iteration is ``f = log a - lse_j(g - C/reg)`` and ``g = log b - lse_i(f - C/reg)``, which an
+    acceleration may take further (dotresize.acceleration; pace says which); a problem
     stops when, after a row update, ``|P'1 - b|_1 <= tol`` (never, for tol = 0), or after
     ``max_iter`` updates of g. Rows are exact at exit.
 
@@ -53,6 +64,12 @@ def sinkhorn(
     g = torch.where(b > 0, g - shift_g, -torch.inf).to(cost)
     n_iter = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     error = torch.full((len(cost),), torch.nan, dtype=torch.float64, device=cost.device)
+    pace = pace.to(cost.device)
+    finite = torch.where(b > 0, g, 0.0)
+    helpers: dict[int, Momentum | Anderson] = {
+        MOMENTUM: Momentum(finite, b),
+        ANDERSON: Anderson(finite, b),
+    }
     active = (status == MAX_ITER).nonzero().flatten()
     iteration = 0
     while active.numel():
@@ -70,6 +87,13 @@ def sinkhorn(
         going = ~converged if iteration < max_iter else torch.zeros_like(converged)
         active = active[going]
         g[active] = update[going]
+        for code, helper in helpers.items():
+            own = pace[active] == code
+            if own.any():
+                mine = active[own]
+                at, plain = (torch.where(b[mine] > 0, v, 0.0) for v in (start[going][own], g[mine]))
+                further = helper.advance(mine, at, plain, now[going][own])
+                g[mine] = torch.where(b[mine] > 0, further, -torch.inf)
         iteration += 1
     return *restore(f, g, shift_f, shift_g, a, error, status), n_iter, error, status
 

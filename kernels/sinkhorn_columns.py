@@ -10,10 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dotresize import acceleration
+
 # Partial sums of so many sweep programs are read at once.
 PROGRAM_BLOCK = 64
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = 1e-25
+FAST_ENOUGH = tl.constexpr(acceleration.FAST_ENOUGH)
 
 
 @triton.jit
@@ -43,6 +46,22 @@ def _shifted_sums(
 
 
 @triton.jit
+def _factor(p_last, p_new, o_q, m_q):
+    """This iteration's over-relaxation, by what the last two left; dotresize.acceleration.Momentum.
+
+    Four numbers of each column block: its part of the error, and of the product of step and change;
+    the problem's error, and how long its momentum has grown. Every block comes to the same answer.
+    """
+    error = tl.sum(tl.load(p_last + 4 * o_q, mask=m_q, other=0.0), 0)
+    against = tl.sum(tl.load(p_last + 4 * o_q + 1, mask=m_q, other=0.0), 0)
+    fast = error < FAST_ENOUGH * tl.load(p_last + 2)
+    age = tl.where((against < 0) | fast, 0.0, tl.load(p_last + 3)) + 1
+    tl.store(p_new + 2, error)
+    tl.store(p_new + 3, age)
+    return (age - 1) / (age + 1)
+
+
+@triton.jit
 def sinkhorn_column_kernel(
     p_cost,
     p_problem,
@@ -60,6 +79,10 @@ def sinkhorn_column_kernel(
     p_error,
     p_g_sum,
     p_g_sum_new,
+    p_before,
+    p_limit,
+    p_last,
+    p_new,
     p_status,
     rows_per_program,
     RUNNING: tl.constexpr,
@@ -68,6 +91,7 @@ def sinkhorn_column_kernel(
     TINY: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    MOMENTUM: tl.constexpr,
 ):
     """g_new = g + log b - log s, with mean 0 before it; and how far the sums s are from b."""
     i_b = tl.load(p_block + 2 * tl.program_id(0))
@@ -91,7 +115,8 @@ def sinkhorn_column_kernel(
             p_tile = p_part + o_p.to(tl.int64)[:, None] * m + o_c[None, :]
             b_sums += tl.load(p_tile, mask=(o_p < programs)[:, None] & m_c[None, :], other=0.0)
         b_s = tl.sum(b_sums, 0)
-        tl.store(p_error + tl.program_id(0), tl.sum(tl.abs(b_s - b_b), 0))
+        error = tl.sum(tl.abs(b_s - b_b), 0)
+        tl.store(p_error + tl.program_id(0), error)
         b_tiny = (b_s < TINY) & (b_b > 0)
         b_lse = tl.log2(tl.where(b_tiny, 1.0, b_s)) - b_g
         if tl.max(b_tiny.to(tl.int32), 0) > 0:
@@ -113,7 +138,17 @@ def sinkhorn_column_kernel(
         o_q = tl.arange(0, BLOCKS)
         m_q = o_q < tl.cdiv(m, BC)
         total = tl.sum(tl.load(p_g_sum + i_block + o_q, mask=m_q, other=0.0), 0)
-        b_new = tl.log2(b_b) - b_lse - total / tl.load(p_used + i_b)
+        b_update = tl.log2(b_b) - b_lse
+        b_new = b_update - total / tl.load(p_used + i_b)
+        if MOMENTUM:
+            # Taken further along the last change; see dotresize.acceleration.Momentum.
+            b_change = b_new - tl.load(p_before + i_column + o_c, mask=m_c, other=0.0)
+            b_inner = tl.where(b_b > 0, b_b * (b_update - b_g) * b_change, 0.0)
+            tl.store(p_before + i_column + o_c, tl.where(b_b > 0, b_new, 0.0), mask=m_c)
+            factor = _factor(p_last + 4 * i_block, p_new + 4 * tl.program_id(0), o_q, m_q)
+            tl.store(p_new + 4 * tl.program_id(0), error)
+            tl.store(p_new + 4 * tl.program_id(0) + 1, tl.sum(b_inner, 0))
+            b_new += tl.load(p_limit + i_b) * factor * b_change
         tl.store(p_g_new + i_column + o_c, tl.where(b_b > 0, b_new, -float("inf")), mask=m_c)
         tl.store(p_g_sum_new + tl.program_id(0), tl.sum(tl.where(b_b > 0, b_new, 0.0), 0))
 

@@ -141,11 +141,12 @@ def column_case(kind: str, stored: str) -> AotCase:
         "TINY": sinkhorn_columns.TINY_COLUMN,
         "BP": sinkhorn_columns.PROGRAM_BLOCK,
         "BC": COLUMN_BLOCK,
+        "MOMENTUM": True,
     }
     return AotCase(
         f"sinkhorn_column/{kind}/{stored}",
         sinkhorn_columns.sinkhorn_column_kernel,
-        f"*{stored} *i64 *i64" + f" {p}" * 13 + " *i32 i32",
+        f"*{stored} *i64 *i64" + f" {p}" * 17 + " *i32 i32",
         lambda lanes: constants,
         four,
     )

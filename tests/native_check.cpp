@@ -163,13 +163,13 @@ void check_sinkhorn(int64_t n, int64_t m, double accepted) {
   std::vector<T> cost(n * m);
   for (T& v : cost) v = static_cast<T>(uniform());
   if (n * m > 1) cost[n * m / 2] = static_cast<T>(INFINITY);
-  std::vector<double> a(n, 1.0 / n), b(m, 1.0 / m), f(n), g(m, 0.0), error(1);
-  std::vector<int64_t> n_iter(1), status(1);
+  std::vector<double> a(n, 1.0 / n), b(m, 1.0 / m), f(n), g(m, 0.0);
+  double error;
+  int64_t n_iter, status;
   const double reg = 0.05;
-  const SinkhornProblems problems = {
-      1,        n,        m,        cost.data(),   &reg,         &accepted,    a.data(),
-      b.data(), f.data(), g.data(), n_iter.data(), error.data(), status.data()};
-  sinkhorn<T>(problems, 5000, 2);
+  sinkhorn<T>({{n, m, cost.data(), m, reg, accepted, true, a.data(), b.data(), f.data(), g.data(),
+                &n_iter, &error, &status}},
+              5000, 2);
   double rows = 0, columns = 0;
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;

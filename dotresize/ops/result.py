@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dotresize.ops.backends import cpp
+from dotresize.ops.gradient import Plan, Value
 
 STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
 
@@ -38,6 +39,11 @@ class SinkhornResult:
             must not have been changed in place by then.
         value_linear: ``<C, P>``.
         value: ``<C, P> + reg * sum P log P``, as POT's ``solve_batch`` with reg_type "entropy".
+
+    If the cost requires a gradient, the plan and both values pass one back to it (and a single
+    problem's values are tensors): through the fixed point, exact to the marginal error, at the
+    price of one (m, m) solve in float64 for the plan and none for ``value`` (ops/gradient.py). The
+    potentials are constants.
     """
 
     potentials: tuple
@@ -100,8 +106,8 @@ class SinkhornResult:
 
     @cached_property
     def plan(self) -> Tensor | tuple[Tensor, ...]:
-        if self._layout != "batch":
-            return self._gather([problem.plan() for problem in self._problems])
+        if self._layout != "batch" or any(problem.wants_gradient for problem in self._problems):
+            return self._gather([problem.differentiable_plan() for problem in self._problems])
         first = self._problems[0]
         plans = first.cost.new_empty(len(self), *first.cost.shape, dtype=first.dtype)
         for problem, out in zip(self._problems, plans, strict=True):
@@ -110,21 +116,25 @@ class SinkhornResult:
 
     @property
     def value_linear(self) -> float | Tensor:
-        return self._number([problem.values[0] for problem in self._problems])
+        return self._numbers([problem.differentiable_value_linear() for problem in self._problems])
 
     @property
     def value(self) -> float | Tensor:
-        return self._number([problem.values[1] for problem in self._problems])
+        return self._numbers([problem.differentiable_value() for problem in self._problems])
 
-    def _number(self, values: list[float]) -> float | Tensor:
-        return values[0] if self._layout == "single" else torch.tensor(values, dtype=torch.float64)
+    def _numbers(self, values: list[float | Tensor]) -> float | Tensor:
+        if self._layout == "single":
+            return values[0]
+        if any(isinstance(value, Tensor) for value in values):
+            return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
+        return torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
     """One solved problem; the cost is the caller's tensor, not a copy."""
 
-    cost: Tensor  # (n, m)
+    source: Tensor  # (n, m); may require a gradient
     reg: float
     f: Tensor  # (n,) float64
     g: Tensor  # (m,) float64
@@ -134,14 +144,22 @@ class _Problem:
     backend: str
 
     @property
+    def cost(self) -> Tensor:
+        return self.source.detach()
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.source.requires_grad
+
+    @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.cost.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.source.dtype == torch.float64 else torch.float32
 
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
         return self.f.to(self.dtype), self.g.to(self.dtype)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The plan in float64, by blocks of rows.
 
         f, g and cost / reg may be large numbers that nearly cancel. A forbidden pair meets
@@ -174,15 +192,28 @@ class _Problem:
                 num_threads=torch.get_num_threads(),
             )
             return out
-        for block, values in self._blocks():
+        for block, values in self.blocks():
             out[block] = values
         return out
+
+    def differentiable_plan(self) -> Tensor:
+        return Plan.apply(self.source, self) if self.wants_gradient else self.plan()
+
+    def differentiable_value(self) -> float | Tensor:
+        return Value.apply(self.source, self) if self.wants_gradient else self.values[1]
+
+    def differentiable_value_linear(self) -> float | Tensor:
+        if not self.wants_gradient:
+            return self.values[0]
+        plan = self.differentiable_plan().double()
+        # A forbidden pair has no mass, and 0 times its infinite cost is nothing.
+        return (plan * torch.where(plan == 0, 0.0, self.source.double())).sum()
 
     @cached_property
     def values(self) -> tuple[float, float]:
         """value_linear and value."""
         linear = entropy = 0.0
-        for block, plan in self._blocks():
+        for block, plan in self.blocks():
             # A pair without mass costs nothing, also where it is forbidden; NaN stays NaN.
             paid = torch.where(plan == 0, 0.0, plan * self.cost[block].double())
             linear += float(paid.sum())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dotresize.ops.backends import choose
 from dotresize.ops.result import SinkhornResult, _Problem
-from dotresize.ops.sinkhorn_launch import STORAGES, Group, solve
+from dotresize.ops.sinkhorn_checks import checked, per_problem, rescaled
+from dotresize.ops.sinkhorn_launch import STORAGES, Group, Settings, solve
+from dotresize.reference import ANDERSON, MOMENTUM, PLAIN
 
-# How far the masses of a and b may be apart, relative to the larger.
-_MASS_TOLERANCE = 1e-5
+ACCELERATIONS = {"none": PLAIN, "momentum": MOMENTUM, "anderson": ANDERSON}
+# Problems on the way to a small reg are left at this marginal error, relative to their mass.
+_STAGE_TOLERANCE = 0.05
 
 
 def sinkhorn(
@@ -23,7 +28,9 @@ def sinkhorn(
     *,
     max_iter: int = 1000,
     tol: float | Tensor = 1e-5,
-    init: tuple | None = None,
+    init: SinkhornResult | tuple | None = None,
+    schedule: Sequence[float] | None = None,
+    acceleration: str = "auto",
     storage: str = "exact",
     backend: str = "auto",
 ) -> SinkhornResult:
@@ -33,7 +40,8 @@ def sinkhorn(
               \quad \text{s.t.} \quad P 1 = a, \; P^\top 1 = b
 
     One iteration is a row update, then a column update. Each problem stops by itself, when after a
-    row update its column error is at most ``tol``; a problem that has stopped costs nothing.
+    row update its column error is at most ``tol``; a problem that has stopped costs nothing. Rows
+    are exact at exit, up to rounding; columns are off by ``marginal_error``.
 
     Args:
         cost: ``(n, m)``, ``(B, n, m)``, or a list of 2-D tensors of different shapes. float32 or
@@ -45,8 +53,17 @@ def sinkhorn(
         max_iter: largest number of iterations per problem.
         tol: marginal error to stop at, a number or one per problem ``(B,)``; 0 runs exactly
             ``max_iter`` iterations.
-        init: potentials ``(f, g)`` to start from, as a result holds them; only g is used, as the
-            first row update follows from it.
+        init: what to start from: a result of like problems, whatever its reg (one for all, or one
+            per problem), or potentials ``(f, g)`` of this reg. Only g is used, as the first row
+            update follows from it.
+        schedule: multiples of reg, falling to 1, solved roughly first, each from the one before,
+            for example ``(64, 8)``. ``max_iter`` holds for each, ``n_iter`` counts all. Pays
+            without acceleration; with momentum it hardly does (docs/sinkhorn.md).
+        acceleration: what follows a column update. "none": nothing. "momentum": over-relaxation
+            along the last change, by a factor that grows while that helps. "anderson": the
+            combination of the last five updates that agrees best (torch only; for comparison).
+            "auto": momentum, and nothing for problems with tol = 0, which ask for that many plain
+            iterations.
         storage: "exact", or "u16" (triton): iterations read the cost as 65536 levels, half the
             bytes of float32. An exponent is then off by up to ``range / (131070 reg)``, where the
             range is the largest cost above its row's minimum; more than 0.02 is refused.
@@ -67,152 +84,62 @@ def sinkhorn(
         raise ValueError(f"max_iter is {max_iter!r}: must be an integer from 0 up")
     if storage not in STORAGES:
         raise ValueError(f"storage {storage!r}: must be one of {', '.join(STORAGES)}")
-    if not isinstance(cost, Tensor):
-        groups = _ragged(list(cost), a, b, init, backend)
-        layout, count = "ragged", len(cost)
-    else:
-        if cost.dim() not in (2, 3):
-            raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
-        if not cost.is_floating_point():
-            raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
-        batch = cost[None] if cost.dim() == 2 else cost
-        choose(backend, cost.device)  # raises before anything is computed
-        groups = [_batch(batch, a, b, init, range(len(batch)))]
-        layout, count = "single" if cost.dim() == 2 else "batch", len(batch)
-    regs = _per_problem("reg", reg, count)
+    if acceleration != "auto" and acceleration not in ACCELERATIONS:
+        known = ", ".join(ACCELERATIONS)
+        raise ValueError(f"acceleration {acceleration!r}: must be auto or one of {known}")
+    ragged = not isinstance(cost, Tensor)
+    count = 1 if isinstance(cost, Tensor) and cost.dim() < 3 else len(cost)
+    regs = per_problem("reg", reg, count)
     if not (regs > 0).all():
         raise ValueError(f"reg is {reg}: must be positive and finite")
-    tols = _per_problem("tol", tol, count)
+    tols = per_problem("tol", tol, count)
     if not (tols >= 0).all():
         raise ValueError(f"tol is {tol}: must be finite and not negative")
+    stages = _stages(schedule)
+    if isinstance(init, SinkhornResult):
+        init = rescaled(init, regs * stages[0], ragged)
+    paces = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
+    if acceleration == "auto":
+        paces[tols == 0] = PLAIN
+    settings = Settings(max_iter, storage, backend)
     solved: dict[int, _Problem] = {}
-    for group in groups:
+    for group in checked(cost, a, b, init, backend):
         members = list(group.labels)
-        found = solve(group, regs[members], tols[members], max_iter, storage, backend)
-        solved.update(zip(members, found, strict=True))
+        own = (regs[members], tols[members], paces[members])
+        solved.update(zip(members, _solve_stages(group, *own, stages, settings), strict=True))
+    single = isinstance(cost, Tensor) and cost.dim() == 2
+    layout = "ragged" if ragged else "single" if single else "batch"
     return SinkhornResult.collect([solved[i] for i in range(count)], layout)
 
 
-def _ragged(
-    costs: list[Tensor],
-    a: Tensor | Sequence[Tensor] | None,
-    b: Tensor | Sequence[Tensor] | None,
-    init: tuple | None,
-    backend: str,
-) -> list[Group]:
-    """What is solved together: on a GPU any shapes, else problems of equal shape."""
-    if len(costs) == 0:
-        raise ValueError("cost is an empty list: there must be problems with entries")
-    for i, cost in enumerate(costs):
-        if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
-            raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
-    vectors: dict[str, list[Tensor] | None] = {}
-    starts = None if init is None else init[1]
-    for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
-        if value is not None and (isinstance(value, Tensor) or len(value) != len(costs)):
-            raise ValueError(f"{name}: for a list of {len(costs)} costs, give a list as long")
-        vectors[name] = None if value is None else list(value)
-        for i, vector in enumerate(vectors[name] or []):
-            if not isinstance(vector, Tensor) or vector.shape != costs[i].shape[axis : axis + 1]:
-                raise ValueError(
-                    f"{name} of problem {i}: must have shape ({costs[i].shape[axis]},)"
-                )
-    groups: dict[tuple, list[int]] = {}
-    for i, cost in enumerate(costs):
-        groups.setdefault((tuple(cost.shape), cost.dtype, cost.device), []).append(i)
-    found = []
-    for members in groups.values():
-        stacked = {
-            name: None if values is None else torch.stack([values[i] for i in members])
-            for name, values in vectors.items()
-        }
-        start = None if init is None else (None, stacked["init g"])
-        alike = [costs[i] for i in members]
-        found.append(_batch(alike, stacked["a"], stacked["b"], start, members))
-    together: dict[tuple, list[Group]] = {}
-    for group in found:
-        cost = group.costs[0]
-        mixed = choose(backend, cost.device) == "triton"
-        key = (cost.dtype, cost.device, None if mixed else tuple(cost.shape))
-        together.setdefault(key, []).append(group)
-    return [Group.joined(parts) for parts in together.values()]
-
-
-def _batch(
-    costs: Tensor | list[Tensor],
-    a: Tensor | Sequence[Tensor] | None,
-    b: Tensor | Sequence[Tensor] | None,
-    init: tuple | None,
-    labels: Sequence[int],
-) -> Group:
-    """Checked problems of one shape; ``labels`` are the caller's numbers of them, for messages."""
-    if len(costs) == 0 or costs[0].numel() == 0:
-        shape = tuple(costs.shape if isinstance(costs, Tensor) else costs[0].shape)
-        raise ValueError(f"cost has shape {shape}: there must be problems with entries")
-    like, (n, m) = costs[0], costs[0].shape
-    rows = _check_marginals("a", a, len(costs), n, like)
-    columns = _check_masses(rows, _check_marginals("b", b, len(costs), m, like), labels)
-    start = _check_init(init, len(costs), m, like)
-    whole = costs if isinstance(costs, Tensor) else None
-    parts = [cost.detach() for cost in costs]
-    return Group(labels, parts, whole, rows.flatten(), columns.flatten(), start.flatten())
-
-
-def _per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
-    """float64 (B,) on the CPU; ValueError unless finite numbers, one or one per problem."""
+def _stages(schedule: Sequence[float] | None) -> list[float]:
+    """The schedule and the 1 that ends it."""
     try:
-        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        factors = [float(factor) for factor in schedule or ()]
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: must be a number or ({batch},) of them") from None
-    if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
-        raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
-    if not torch.isfinite(given).all():
-        raise ValueError(f"{name} is {value}: must be finite")
-    return given.expand(batch).contiguous()
+        factors = [0.0]
+    if not all(1 <= later <= factor < math.inf for factor, later in pairwise([*factors, 1.0])):
+        raise ValueError(f"schedule is {schedule!r}: must be falling multiples of reg, 1 or more")
+    return [*factors, 1.0]
 
 
-def _check_marginals(
-    name: str, value: Tensor | Sequence[Tensor] | None, batch: int, length: int, like: Tensor
-) -> Tensor:
-    """float64 (batch, length); None is uniform with mass 1."""
-    if value is None:
-        uniform = 1 / max(1, length)
-        return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
-    shared, own = (length,), (batch, length)
-    if not isinstance(value, Tensor) or tuple(value.shape) not in (shared, own):
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, the cost on {like.device}")
-    if not (torch.isfinite(value).all() and (value >= 0).all()):
-        raise ValueError(f"{name} holds a negative or non-finite entry")
-    return value.detach().double().expand(batch, length).contiguous()
-
-
-def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
-    """b scaled to the mass of a, which it must have up to rounding."""
-    masses_a, masses_b = a.sum(1), b.sum(1)
-    apart = (masses_a - masses_b).abs() > _MASS_TOLERANCE * torch.maximum(masses_a, masses_b)
-    wrong = (apart | (masses_a == 0)).nonzero().flatten()
-    if len(wrong):
-        i = int(wrong[0])
-        raise ValueError(
-            f"marginals of problem {labels[i]} sum to {masses_a[i]:.9g} (a) and {masses_b[i]:.9g} "
-            "(b): both sums must be positive and equal"
-        )
-    # float32 marginals sum alike to rounding only; scaled to the rows' mass exactly, tol can hold.
-    return b * (masses_a / masses_b)[:, None]
-
-
-def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
-    """Initial g, a new float64 (B, m)."""
-    if init is None:
-        return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
-    g = init[1]
-    if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
-        raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
-    if g.device != like.device:
-        raise ValueError(f"init: g is on {g.device}, the cost on {like.device}")
-    # A column that had no mass before may have some now.
-    g = torch.nan_to_num(g.detach().double(), nan=0.0, posinf=0.0, neginf=0.0)
-    return g.expand(batch, m).clone(memory_format=torch.contiguous_format)
+def _solve_stages(
+    group: Group,
+    reg: Tensor,
+    tol: Tensor,
+    pace: Tensor,
+    stages: list[float],
+    settings: Settings,
+) -> list[_Problem]:
+    """The group's problems at each multiple of reg in turn, from the potentials of the last."""
+    iterations = [0] * len(group.costs)
+    for factor, following in pairwise(stages):
+        rough = torch.maximum(tol, _STAGE_TOLERANCE * group.masses().cpu())
+        found = solve(group, reg * factor, rough, pace, settings)
+        iterations = [i + problem.n_iter for i, problem in zip(iterations, found, strict=True)]
+        g = torch.cat([problem.g for problem in found]) * (factor / following)
+        group = group._replace(g=torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
+    found = solve(group, reg, tol, pace, settings)
+    if len(stages) == 1:
+        return found
+    return [replace(p, n_iter=p.n_iter + i) for i, p in zip(iterations, found, strict=True)]

@@ -21,7 +21,6 @@ class Group(NamedTuple):
 
     labels: Sequence[int]  # the caller's numbers
     costs: list[Tensor]  # (n, m) each, as the caller gave them
-    whole: Tensor | None  # the same as one (B, n, m), if the caller gave that
     a: Tensor  # float64, those of all problems joined; so are b and g
     b: Tensor
     g: Tensor  # initial column potentials
@@ -33,42 +32,51 @@ class Group(NamedTuple):
         return cls(
             [label for group in groups for label in group.labels],
             [cost for group in groups for cost in group.costs],
-            None,
             torch.cat([group.a for group in groups]),
             torch.cat([group.b for group in groups]),
             torch.cat([group.g for group in groups]),
         )
 
+    def masses(self) -> Tensor:
+        """float64 (B,)."""
+        return torch.stack([part.sum() for part in self.a.split([len(c) for c in self.costs])])
+
+
+class Settings(NamedTuple):
+    """What holds for all problems of a call."""
+
+    max_iter: int
+    storage: str
+    backend: str
+
 
 def solve(
-    group: Group, reg: Tensor, tol: Tensor, max_iter: int, storage: str, backend: str
+    group: Group, reg: Tensor, tol: Tensor, pace: Tensor, settings: Settings
 ) -> list[_Problem]:
-    """reg and tol: float64 (B,) on the CPU. Raises BackendError for what cannot run here."""
-    device = group.costs[0].device
-    chosen = choose(backend, device)
+    """reg, tol and pace: (B,) on the CPU. Raises BackendError for what cannot run here."""
+    max_iter, storage, backend = settings
+    chosen = choose(backend, group.costs[0].device)
     if storage != "exact" and chosen != "triton":
         raise BackendError(f"storage {storage!r} is built for triton, not for {chosen}")
     if storage != "exact" and group.costs[0].dtype == torch.float64:
         raise ValueError(f"storage {storage!r}: the cost is float64, which this would not keep")
+    if chosen != "torch" and (pace == reference.ANDERSON).any():
+        raise BackendError(f"acceleration 'anderson' is built for torch, not for {chosen}")
+    costs = [_solved_as(cost.detach()) for cost in group.costs]
+    common = (reg, group.a, group.b, max_iter, tol, group.g, pace)
     if chosen == "triton":
         from dotresize.kernels import sinkhorn as kernel
 
-        works = [_unit_stride(cost) for cost in group.costs]
-        f, g, n_iter, error, status = kernel.sinkhorn(
-            *(works, reg, group.a, group.b, max_iter, tol, group.g, storage, group.labels)
-        )
+        solution = kernel.sinkhorn(costs, *common, storage, group.labels)
+    elif chosen == "cpp":
+        solution = _launch_cpp(costs, *common)
     else:
-        whole = torch.stack(group.costs) if group.whole is None else group.whole.detach()
-        batch, n, m = whole.shape
-        work = whole if whole.dtype == torch.float64 else whole.float()
-        a, b, start = group.a.view(batch, n), group.b.view(batch, m), group.g.view(batch, m)
-        launch = _launch_cpp if chosen == "cpp" else reference.sinkhorn
-        f, g, n_iter, error, status = launch(work.contiguous(), reg, a, b, max_iter, tol, start)
-        f, g = f.flatten(), g.flatten()
+        solution = _launch_reference(costs, *common)
+    f, g, n_iter, error, status = solution
     problems = zip(
         *(group.costs, reg.tolist()),
-        f.split([cost.shape[0] for cost in group.costs]),
-        g.split([cost.shape[1] for cost in group.costs]),
+        f.split([cost.shape[0] for cost in costs]),
+        g.split([cost.shape[1] for cost in costs]),
         *(n_iter.tolist(), error.tolist(), status.tolist()),
         strict=True,
     )
@@ -78,37 +86,55 @@ def solve(
     ]
 
 
-def _unit_stride(cost: Tensor) -> Tensor:
+def _solved_as(cost: Tensor) -> Tensor:
+    """In float32 or float64, entries of a row side by side."""
     work = cost if cost.dtype == torch.float64 else cost.float()
     return work if work.stride(1) == 1 else work.contiguous()
 
 
-def _launch_cpp(
-    cost: Tensor, reg: Tensor, a: Tensor, b: Tensor, max_iter: int, tol: Tensor, g: Tensor
+def _launch_reference(
+    costs: list[Tensor],
+    reg: Tensor,
+    a: Tensor,
+    b: Tensor,
+    max_iter: int,
+    tol: Tensor,
+    g: Tensor,
+    pace: Tensor,
 ) -> _Solution:
-    batch, n, m = cost.shape
-    f = torch.empty(batch, n, dtype=torch.float64)
-    n_iter = torch.empty(batch, dtype=torch.int64)
-    error = torch.empty(batch, dtype=torch.float64)
-    status = torch.empty(batch, dtype=torch.int64)
-    problems = cpp().SinkhornProblems(
-        batch=batch,
-        n=n,
-        m=m,
-        cost=cost.data_ptr(),
-        reg=reg.data_ptr(),
-        tol=tol.data_ptr(),
-        a=a.data_ptr(),
-        b=b.data_ptr(),
-        f=f.data_ptr(),
-        g=g.data_ptr(),
-        n_iter=n_iter.data_ptr(),
-        marginal_error=error.data_ptr(),
-        status=status.data_ptr(),
+    (n, m), count = costs[0].shape, len(costs)
+    whole = torch.stack(costs)
+    f, found, *rest = reference.sinkhorn(
+        *(whole, reg, a.view(count, n), b.view(count, m)),
+        *(max_iter, tol, g.view(count, m), pace),
     )
+    n_iter, error, status = rest
+    return f.flatten(), found.flatten(), n_iter, error, status
+
+
+def _launch_cpp(
+    costs: list[Tensor],
+    reg: Tensor,
+    a: Tensor,
+    b: Tensor,
+    max_iter: int,
+    tol: Tensor,
+    g: Tensor,
+    pace: Tensor,
+) -> _Solution:
+    count = len(costs)
+    lines = [(cost.data_ptr(), cost.stride(0), *cost.shape) for cost in costs]
+    table, momentum = torch.tensor(lines), pace == reference.MOMENTUM
+    f, g = torch.empty_like(a), g.clone()
+    n_iter, status = torch.empty(2, count, dtype=torch.int64)
+    error = torch.empty(count, dtype=torch.float64)
+    vectors = {"reg": reg, "tol": tol, "momentum": momentum, "a": a, "b": b, "f": f, "g": g}
+    results = {"n_iter": n_iter, "marginal_error": error, "status": status}
     cpp().sinkhorn(
-        problems,
-        use_float64=cost.dtype == torch.float64,
+        batch=count,
+        table=table.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in (vectors | results).items()},
+        use_float64=costs[0].dtype == torch.float64,
         max_iter=max_iter,
         num_threads=torch.get_num_threads(),
     )

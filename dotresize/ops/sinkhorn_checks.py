@@ -1,0 +1,172 @@
+"""Checks of Sinkhorn problems, and which of them are solved together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dotresize.ops.backends import choose
+from dotresize.ops.result import SinkhornResult
+from dotresize.ops.sinkhorn_launch import Group
+
+# How far the masses of a and b may be apart, relative to the larger.
+_MASS_TOLERANCE = 1e-5
+
+
+def checked(
+    cost: Tensor | Sequence[Tensor],
+    a: Tensor | Sequence[Tensor] | None,
+    b: Tensor | Sequence[Tensor] | None,
+    init: tuple | None,
+    backend: str,
+) -> list[Group]:
+    """The problems in groups that a backend solves together; ValueError with the reason."""
+    if not isinstance(cost, Tensor):
+        return _ragged(list(cost), a, b, init, backend)
+    if cost.dim() not in (2, 3):
+        raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
+    if not cost.is_floating_point():
+        raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
+    batch = cost[None] if cost.dim() == 2 else cost
+    choose(backend, cost.device)  # raises before anything is computed
+    return [_batch(batch, a, b, init, range(len(batch)))]
+
+
+def _ragged(
+    costs: list[Tensor],
+    a: Tensor | Sequence[Tensor] | None,
+    b: Tensor | Sequence[Tensor] | None,
+    init: tuple | None,
+    backend: str,
+) -> list[Group]:
+    """Any shapes together; only the plain reference wants problems of equal shape."""
+    if len(costs) == 0:
+        raise ValueError("cost is an empty list: there must be problems with entries")
+    for i, cost in enumerate(costs):
+        if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
+            raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
+    vectors: dict[str, list[Tensor] | None] = {}
+    starts = None if init is None else init[1]
+    for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
+        if value is not None and (isinstance(value, Tensor) or len(value) != len(costs)):
+            raise ValueError(f"{name}: for a list of {len(costs)} costs, give a list as long")
+        vectors[name] = None if value is None else list(value)
+        for i, vector in enumerate(vectors[name] or []):
+            if not isinstance(vector, Tensor) or vector.shape != costs[i].shape[axis : axis + 1]:
+                raise ValueError(
+                    f"{name} of problem {i}: must have shape ({costs[i].shape[axis]},)"
+                )
+    groups: dict[tuple, list[int]] = {}
+    for i, cost in enumerate(costs):
+        groups.setdefault((tuple(cost.shape), cost.dtype, cost.device), []).append(i)
+    found = []
+    for members in groups.values():
+        stacked = {
+            name: None if values is None else torch.stack([values[i] for i in members])
+            for name, values in vectors.items()
+        }
+        start = None if init is None else (None, stacked["init g"])
+        alike = [costs[i] for i in members]
+        found.append(_batch(alike, stacked["a"], stacked["b"], start, members))
+    together: dict[tuple, list[Group]] = {}
+    for group in found:
+        cost = group.costs[0]
+        mixed = choose(backend, cost.device) != "torch"
+        key = (cost.dtype, cost.device, None if mixed else tuple(cost.shape))
+        together.setdefault(key, []).append(group)
+    return [Group.joined(parts) for parts in together.values()]
+
+
+def _batch(
+    costs: Tensor | list[Tensor],
+    a: Tensor | Sequence[Tensor] | None,
+    b: Tensor | Sequence[Tensor] | None,
+    init: tuple | None,
+    labels: Sequence[int],
+) -> Group:
+    """Checked problems of one shape; ``labels`` are the caller's numbers of them, for messages."""
+    if len(costs) == 0 or costs[0].numel() == 0:
+        shape = tuple(costs.shape if isinstance(costs, Tensor) else costs[0].shape)
+        raise ValueError(f"cost has shape {shape}: there must be problems with entries")
+    like, (n, m) = costs[0], costs[0].shape
+    rows = _check_marginals("a", a, len(costs), n, like)
+    columns = _check_masses(rows, _check_marginals("b", b, len(costs), m, like), labels)
+    start = _check_init(init, len(costs), m, like)
+    return Group(labels, list(costs), rows.flatten(), columns.flatten(), start.flatten())
+
+
+def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
+    """float64 (B,) on the CPU; ValueError unless finite numbers, one or one per problem."""
+    try:
+        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: must be a number or ({batch},) of them") from None
+    if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
+    if not torch.isfinite(given).all():
+        raise ValueError(f"{name} is {value}: must be finite")
+    return given.expand(batch).contiguous()
+
+
+def _check_marginals(
+    name: str, value: Tensor | Sequence[Tensor] | None, batch: int, length: int, like: Tensor
+) -> Tensor:
+    """float64 (batch, length); None is uniform with mass 1."""
+    if value is None:
+        uniform = 1 / max(1, length)
+        return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
+    shared, own = (length,), (batch, length)
+    if not isinstance(value, Tensor) or tuple(value.shape) not in (shared, own):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the cost on {like.device}")
+    if not (torch.isfinite(value).all() and (value >= 0).all()):
+        raise ValueError(f"{name} holds a negative or non-finite entry")
+    return value.detach().double().expand(batch, length).contiguous()
+
+
+def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
+    """b scaled to the mass of a, which it must have up to rounding."""
+    masses_a, masses_b = a.sum(1), b.sum(1)
+    apart = (masses_a - masses_b).abs() > _MASS_TOLERANCE * torch.maximum(masses_a, masses_b)
+    wrong = (apart | (masses_a == 0)).nonzero().flatten()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"marginals of problem {labels[i]} sum to {masses_a[i]:.9g} (a) and {masses_b[i]:.9g} "
+            "(b): both sums must be positive and equal"
+        )
+    # float32 marginals sum alike to rounding only; scaled to the rows' mass exactly, tol can hold.
+    return b * (masses_a / masses_b)[:, None]
+
+
+def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
+    """Initial g, a new float64 (B, m)."""
+    if init is None:
+        return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
+    g = init[1]
+    if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
+        raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
+    if g.device != like.device:
+        raise ValueError(f"init: g is on {g.device}, the cost on {like.device}")
+    # A column that had no mass before may have some now.
+    g = torch.nan_to_num(g.detach().double(), nan=0.0, posinf=0.0, neginf=0.0)
+    return g.expand(batch, m).clone(memory_format=torch.contiguous_format)
+
+
+def rescaled(init: SinkhornResult, reg: Tensor, ragged: bool) -> tuple:
+    """Start potentials from a result, possibly of another reg: reg g is what hardly changes."""
+    found = [(problem.g, problem.reg) for problem in init._problems]
+    if len(found) == 1 < len(reg):
+        found *= len(reg)
+    if len(found) != len(reg):
+        raise ValueError(f"init holds {len(found)} problems: must be {len(reg)}, or one for all")
+    starts = [g * (old / new) for (g, old), new in zip(found, reg.tolist(), strict=True)]
+    if ragged:
+        return None, starts
+    if len({start.shape for start in starts}) > 1:
+        raise ValueError("init holds problems of different shapes: the costs are of one")
+    return None, torch.stack(starts)
