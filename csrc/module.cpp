@@ -121,8 +121,8 @@ PYBIND11_MODULE(_cpp, module) {
          uintptr_t a, uintptr_t b, uintptr_t f, uintptr_t g, uintptr_t n_iter,
          uintptr_t marginal_error, uintptr_t status, bool use_float64, int64_t max_iter,
          int num_threads) {
-        const auto all = problems(batch, table, reg, tol, momentum, a, b, f, g, n_iter,
-                                  marginal_error, status);
+        const auto all =
+            problems(batch, table, reg, tol, momentum, a, b, f, g, n_iter, marginal_error, status);
         use_float64 ? sinkhorn<double>(all, max_iter, num_threads)
                     : sinkhorn<float>(all, max_iter, num_threads);
       },

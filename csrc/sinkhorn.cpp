@@ -104,9 +104,8 @@ void sinkhorn(const std::vector<SinkhornProblem>& problems, int64_t max_iter, in
     total += entries(problem);
   }
   // The largest first, so that no thread is left alone with one at the end.
-  std::stable_sort(order.begin(), order.end(), [](auto* left, auto* right) {
-    return entries(*left) > entries(*right);
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [](auto* left, auto* right) { return entries(*left) > entries(*right); });
   // What is more than a thread's fair share is worked on by a team, the rest one by each thread.
   size_t first_small = 0;
   for (; first_small < order.size(); ++first_small) {
