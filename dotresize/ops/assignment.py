@@ -141,7 +141,7 @@ def _certify(
         else:
             duals[1, i] = v[i]
         duals[0, i], *found = _measure(batch[i], sign, columns[i], duals[1, i])
-        measures[:, i] = torch.tensor(found)
+        measures[:, i] = torch.tensor(found, dtype=torch.float64)
     u, v = (duals * sign).to(score.device)
     gap, violation = measures.to(score.device)
     if score.dim() == 3:

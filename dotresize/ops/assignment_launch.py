@@ -16,8 +16,8 @@ _NARROW = (
 )
 SOLVED, INFEASIBLE, INVALID = range(3)
 # Of the Sinkhorn solve that precedes the exact one: reg as a share of the spread of the costs.
-SINKHORN_REG = 2e-3
-SINKHORN_ITERATIONS = 300
+SINKHORN_REG = 5e-3
+SINKHORN_ITERATIONS = 200
 
 # (B, n) columns of each row; (B, n) float64 duals of the columns, None where a backend has none;
 # (B,) the codes above. All on the CPU.
@@ -74,7 +74,11 @@ def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
     scaled = ((cost - low[:, None, None]) / spread).float()
     result = sinkhorn(scaled, SINKHORN_REG, tol=0, max_iter=SINKHORN_ITERATIONS, backend="triton")
     g = torch.nan_to_num(result.potentials[1].double(), nan=0.0, posinf=0.0, neginf=0.0)
-    return g * (2 * SINKHORN_REG * spread[:, 0].double())
+    duals = g * (2 * SINKHORN_REG * spread[:, 0].double())
+    # Integers have integer duals, and ties that others would break: the finish took 40 times as
+    # long on integers below 100.
+    whole = (score == score.round()).flatten(1).all(1) if score.is_floating_point() else True
+    return torch.where(torch.as_tensor(whole, device=duals.device)[..., None], duals.round(), duals)
 
 
 def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
