@@ -88,6 +88,13 @@ struct AssignmentRow {
   double scale;
 };
 
+// Of the costs seen so far: the highest finite one, whether none is NaN or -inf, whether all are
+// whole numbers.
+struct CostSurvey {
+  double highest;
+  bool valid, whole;
+};
+
 // Of cost - v along a row: the smallest entry, the second smallest, the column of the first.
 struct TwoSmallest {
   double first, second;
@@ -106,16 +113,15 @@ struct AssignmentTree {
   int64_t* parent;      // the row before each column
   const double* taken;  // 0 for each free column, +inf for the others
   double* nearest;      // smallest distance in each block
-  int32_t* places;      // scratch, one entry per block
+  int32_t* places;      // scratch: one entry per block, but two at least
 };
 
 // Kernels over rows of the assignment solver. bounds[b] is at most cost - v in block b; v is padded
-// to whole blocks.
+// to whole blocks, the bounds to whole blocks of blocks, with +inf.
 template <typename T>
 struct AssignmentKernels {
-  // minima[j] = min(minima[j], cost[j]), largest = max(largest, finite |cost[j]|); false if a cost
-  // is NaN or -inf
-  bool (*survey_row)(const AssignmentRow<T>& row, double* minima, double* largest);
+  // Also minima[j] = min(minima[j], cost[j]).
+  void (*survey_row)(const AssignmentRow<T>& row, double* minima, CostSurvey* survey);
   // Reads the whole row and sets its bounds.
   TwoSmallest (*scan_all)(const AssignmentRow<T>& row, const double* v, float* bounds);
   // The same from valid bounds, reading and renewing only the blocks that may matter.

@@ -69,45 +69,48 @@ inline void include(TwoSmallest& two, double value, int64_t column) {
 }
 
 template <typename T>
-bool survey_row(const AssignmentRow<T>& row, double* minima, double* largest) {
+void survey_row(const AssignmentRow<T>& row, double* minima, CostSurvey* survey) {
   using V = Simd<double>::V;
   using I = Simd<double>::I;
   constexpr int L = kLanes<double>;
-  V most = V{} + *largest;
-  I bad = {};
+  const V round = V{} + Simd<double>::kRound;
+  V highest = V{} + survey->highest;
+  I bad = {}, broken = {};
   T padded[kColumnBlock];
   for (int64_t j = 0; j < row.n; j += kColumnBlock) {
     const T* score = block_of(row, j / kColumnBlock, padded);
 #pragma GCC unroll 8
     for (int k = 0; k < kBlockVectors; ++k) {
       const V value = widen(score + k * L) * row.scale, before = load(minima + j + k * L);
-      const V size = value < V{} ? -value : value;
+      const I finite = value < V{} + kForbidden;
       bad |= ~(I)(value > V{} - kForbidden);
-      most = (I)(size > most) & (I)(size < V{} + kForbidden) ? size : most;
+      // Numbers from 2^51 up are never called whole; they need not be.
+      broken |= finite & (I)((value + round) - round != value);
+      highest = finite & (I)(value > highest) ? value : highest;
       store(minima + j + k * L, value < before ? value : before);
     }
   }
-  bool good = true;
   for (int lane = 0; lane < L; ++lane) {
-    good &= bad[lane] == 0;
-    *largest = most[lane] > *largest ? most[lane] : *largest;
+    survey->valid &= bad[lane] == 0;
+    survey->whole &= broken[lane] == 0;
+    survey->highest = highest[lane] > survey->highest ? highest[lane] : survey->highest;
   }
-  return good;
 }
 
-// Lane by lane; the lanes meet at the end only.
+// Over the blocks in places, or over all where that is null. Lane by lane; the lanes meet at the
+// end only.
 template <typename T>
-TwoSmallest scan_all(const AssignmentRow<T>& row, const double* v, float* bounds) {
+inline TwoSmallest scan_blocks(const AssignmentRow<T>& row, const double* v, float* bounds,
+                               const int32_t* places, int64_t count) {
   using V = Simd<double>::V;
   using I = Simd<double>::I;
   constexpr int L = kLanes<double>;
   V first[2] = {V{} + kForbidden, V{} + kForbidden}, second[2] = {first[0], first[0]};
   I column[2] = {I{} - 1, I{} - 1};
   T padded[kColumnBlock];
-  const int64_t blocks = (row.n + kColumnBlock - 1) / kColumnBlock;
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t p = 0; p < count; ++p) {
     V r[kBlockVectors];
-    const int64_t start = b * kColumnBlock;
+    const int64_t b = places == nullptr ? p : places[p], start = b * kColumnBlock;
     bounds[b] = below(reduce_block(block_of(row, b, padded), row.scale, v + start, r));
 #pragma GCC unroll 8
     for (int k = 0; k < kBlockVectors; ++k) {
@@ -130,46 +133,43 @@ TwoSmallest scan_all(const AssignmentRow<T>& row, const double* v, float* bounds
 }
 
 template <typename T>
-inline void scan_block(const AssignmentRow<T>& row, int64_t block, const double* v, float* bounds,
-                       TwoSmallest& two) {
-  Simd<double>::V r[kBlockVectors];
-  T padded[kColumnBlock];
-  const int64_t start = block * kColumnBlock;
-  const double smallest = reduce_block(block_of(row, block, padded), row.scale, v + start, r);
-  bounds[block] = below(smallest);
-  if (smallest >= two.second) return;
-  double values[kColumnBlock];
-  std::memcpy(values, r, sizeof values);
-  for (int j = 0; j < kColumnBlock; ++j) include(two, values[j], start + j);
+TwoSmallest scan_all(const AssignmentRow<T>& row, const double* v, float* bounds) {
+  return scan_blocks(row, v, bounds, nullptr, (row.n + kColumnBlock - 1) / kColumnBlock);
+}
+
+// The block of the smallest bound.
+inline int32_t lowest_block(const float* bounds, int64_t blocks) {
+  using V = Simd<float>::V;
+  constexpr int L = kLanes<float>;
+  V lowest = load(bounds);
+  for (int64_t b = L; b < blocks; b += L) {
+    const V here = load(bounds + b);
+    lowest = here < lowest ? here : lowest;
+  }
+  float least = lowest[0];
+  for (int lane = 1; lane < L; ++lane) least = lowest[lane] < least ? lowest[lane] : least;
+  int32_t block = 0;
+  while (bounds[block] != least) ++block;
+  return block;
 }
 
 template <typename T>
 TwoSmallest scan_again(const AssignmentRow<T>& row, const double* v, float* bounds,
                        int32_t* places) {
   const int64_t blocks = (row.n + kColumnBlock - 1) / kColumnBlock;
-  // The two blocks of the lowest bounds most likely hold the two smallest entries.
-  int64_t best = 0, next = -1;
-  for (int64_t b = 1; b < blocks; ++b) {
-    if (bounds[b] < bounds[best]) {
-      next = best;
-      best = b;
-    } else if (next < 0 || bounds[b] < bounds[next]) {
-      next = b;
-    }
-  }
-  TwoSmallest two = {kForbidden, kForbidden, -1};
-  scan_block(row, best, v, bounds, two);
-  if (next >= 0) scan_block(row, next, v, bounds, two);
+  // The second smallest entry of two blocks is at least that of the row; with the lowest bounds
+  // they most likely hold the very two. Every block that holds one as small is read: bounds are
+  // strictly below their entries.
+  places[0] = lowest_block(bounds, blocks);
+  double limit = scan_blocks(row, v, bounds, places, 1).second;
+  places[1] = lowest_block(bounds, blocks);
+  if (places[1] != places[0]) limit = scan_blocks(row, v, bounds, places, 2).second;
   int64_t count = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     places[count] = static_cast<int32_t>(b);
-    count += bounds[b] < two.second;
+    count += bounds[b] <= limit;
   }
-  for (int64_t p = 0; p < count; ++p) {
-    if (places[p] == best || places[p] == next) continue;
-    scan_block(row, places[p], v, bounds, two);
-  }
-  return two;
+  return scan_blocks(row, v, bounds, places, count);
 }
 
 template <typename T>

@@ -259,10 +259,6 @@ def test_duals_of_entropic_transport_are_near(monkeypatch):
             best = optimum(problem, True)
             assert -lower >= best
             assert -lower - best < 0.05 * best
-    whole = torch.randint(0, 9, (2, 30, 30))
-    v = assignment_launch.sinkhorn_duals(whole, 1.0)
-    assert torch.equal(v, v.round())
-    assert torch.equal(v, assignment_launch.sinkhorn_duals(whole.float(), 1.0))
 
 
 @settings(max_examples=60, deadline=None)
