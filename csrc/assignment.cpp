@@ -14,7 +14,7 @@ void assignment(const AssignmentProblems& problems, int num_threads) {
   const int team = static_cast<int>(std::min<int64_t>(num_threads, problems.batch));
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(std::max(1, team))
+#pragma omp parallel num_threads(std::max(1, team)) if (team > 1)
   try {
     AssignmentProblem<T> problem(problems);
     for (int64_t index = next++; index < problems.batch && !out_of_memory; index = next++) {

@@ -101,9 +101,9 @@ def assignment(
         columns, v = torch.empty(batch.shape[:2], dtype=torch.int64), None
     else:
         columns, v, status = solve(batch, maximize, chosen)
-        wrong = (status != SOLVED).nonzero().flatten().tolist()
-        if wrong:
-            _refuse(batch[wrong[0]], wrong[0], maximize, int(status[wrong[0]]))
+        for problem, state in enumerate(status.tolist()):
+            if state != SOLVED:
+                _refuse(batch[problem], problem, maximize, state)
     result = columns.to(score.device)
     result = result[0] if score.dim() == 2 else result
     if not certificate:
