@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from . import harness, l1, plot, rows, scaling, sinkhorn
+from . import assignment, harness, l1, plot, rows, scaling, sinkhorn
 from .workload import Case, NotHere, need
 
-_OPERATORS = {"l1": l1, "sinkhorn": sinkhorn}
-# Small: a few minutes in all. Pairs of activations, and entries times iterations.
-_SMALL = {"l1": 5e9, "sinkhorn": 1e9}
+_OPERATORS = {"l1": l1, "sinkhorn": sinkhorn, "assignment": assignment}
+# Small: a few minutes in all. Pairs of activations, entries times iterations, entries.
+_SMALL = {"l1": 5e9, "sinkhorn": 1e9, "assignment": 5e6}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     """What to time and the number of threads; ValueError for anything that cannot be."""
-    what = list(dict.fromkeys(args.what or ["l1", "sinkhorn"]))
+    what = list(dict.fromkeys(args.what or ["l1", "sinkhorn", "assignment"]))
     for word in what:
         if word not in (*_OPERATORS, "scaling"):
-            raise ValueError(f"bench {word!r}: must be l1, sinkhorn or scaling")
+            raise ValueError(f"bench {word!r}: must be l1, sinkhorn, assignment or scaling")
     if args.sizes not in ("small", "all"):
         raise ValueError(f"--sizes {args.sizes!r}: must be small or all")
     if args.rounds < 2:

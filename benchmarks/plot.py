@@ -7,6 +7,13 @@ from typing import Any
 
 from .workload import need
 
+# What the work is measured in, and the panel's title.
+_TITLES = {
+    "l1": ("pairs of activations", "L1 cost"),
+    "sinkhorn": ("entries x iterations", "Sinkhorn"),
+    "assignment": ("entries", "Assignment"),
+}
+
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel per operator: median seconds over the work; bars are quartiles. Raises NotHere."""
@@ -40,8 +47,9 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
                 linestyle="-" if allocator == "default" else ":",
             )
         axis.set(xscale="log", yscale="log", ylabel="seconds, median and quartiles")
-        axis.set_xlabel("pairs of activations" if operator == "l1" else "entries x iterations")
-        axis.set_title({"l1": "L1 cost", "sinkhorn": "Sinkhorn"}[operator])
+        label, title = _TITLES[operator]
+        axis.set_xlabel(label)
+        axis.set_title(title)
         axis.grid(True, which="both", alpha=0.2)
         axis.legend(fontsize=7)
     figure.suptitle(f"{timed[0]['device']} ({timed[0]['simd']}), {timed[0]['date']}")

@@ -14,7 +14,7 @@ import torch
 import dotresize
 
 _PACKAGES = (
-    *("torch", "triton", "numpy", "scipy", "scikit-learn", "faiss-cpu", "POT", "geomloss"),
+    *("torch", "triton", "numpy", "scipy", "lapx", "scikit-learn", "faiss-cpu", "POT", "geomloss"),
     *("jax", "jaxlib", "ott-jax", "pykeops", "flash-sinkhorn", "cupy"),
 )
 

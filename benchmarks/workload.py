@@ -41,8 +41,9 @@ def need_installed(install: str) -> None:
 class Case:
     """An operator and the sizes of one piece of work, as they go into a row."""
 
-    operator: str  # "l1" or "sinkhorn"
+    operator: str  # "l1", "sinkhorn" or "assignment"
     sizes: dict[str, int]
+    kind: str = ""  # of an assignment's scores
 
     @property
     def label(self) -> str:
@@ -52,6 +53,8 @@ class Case:
             shape = f"{s['problems']} of {shape}"
         if self.operator == "l1":
             return f"L1 cost, {s['tokens']} tokens, {shape}"
+        if self.operator == "assignment":
+            return f"Assignment, {self.kind}, {shape}"
         return f"Sinkhorn, {s['iterations']} iterations, {shape}"
 
     @property

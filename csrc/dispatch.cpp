@@ -67,4 +67,14 @@ const SinkhornKernels<double>& sinkhorn_kernels<double>() {
   return kernels().sinkhorn_f64;
 }
 
+template <>
+const AssignmentKernels<float>& assignment_kernels<float>() {
+  return kernels().assignment_f32;
+}
+
+template <>
+const AssignmentKernels<double>& assignment_kernels<double>() {
+  return kernels().assignment_f64;
+}
+
 }  // namespace dotresize

@@ -77,6 +77,65 @@ struct SinkhornKernels {
   void (*plan_row)(int64_t m, double f, const double* g, const T* cost, double per_reg, T* plan);
 };
 
+// Columns of a score that share a lower bound in the assignment solver.
+constexpr int64_t kColumnBlock = 16;
+
+// A row of costs scale * score[j], j < n; scale is a power of two or its negative, thus exact.
+template <typename T>
+struct AssignmentRow {
+  const T* score;
+  int64_t n;
+  double scale;
+};
+
+// Of the costs seen so far: the highest finite one, whether none is NaN or -inf, whether all are
+// whole numbers.
+struct CostSurvey {
+  double highest;
+  bool valid, whole;
+};
+
+// Of cost - v along a row: the smallest entry, the second smallest, the column of the first.
+struct TwoSmallest {
+  double first, second;
+  int64_t column;
+};
+
+struct NearestColumn {
+  double distance;
+  int64_t column;
+};
+
+// Shortest paths from one row: columns are padded to whole blocks, and blocks to whole blocks of
+// blocks. Settled columns are at NaN.
+struct AssignmentTree {
+  double* distance;     // of each column, +inf where not reached
+  int64_t* parent;      // the row before each column
+  const double* taken;  // 0 for each free column, +inf for the others
+  double* nearest;      // smallest distance in each block
+  int32_t* places;      // scratch: one entry per block, but two at least
+};
+
+// Kernels over rows of the assignment solver. bounds[b] is at most cost - v in block b; v is padded
+// to whole blocks, the bounds to whole blocks of blocks, with +inf.
+template <typename T>
+struct AssignmentKernels {
+  // Also minima[j] = min(minima[j], cost[j]).
+  void (*survey_row)(const AssignmentRow<T>& row, double* minima, CostSurvey* survey);
+  // Reads the whole row and sets its bounds.
+  TwoSmallest (*scan_all)(const AssignmentRow<T>& row, const double* v, float* bounds);
+  // The same from valid bounds, reading and renewing only the blocks that may matter.
+  TwoSmallest (*scan_again)(const AssignmentRow<T>& row, const double* v, float* bounds,
+                            int32_t* places);
+  // distance[j] = min(distance[j], base + cost[j] - v[j]) with parent i, wherever that may be below
+  // the limit, the shortest distance of a free column so far; renews the bounds of what it reads.
+  // Returns the new limit.
+  double (*relax_row)(const AssignmentRow<T>& row, int64_t i, double base, double limit,
+                      const double* v, float* bounds, const AssignmentTree& tree);
+  // The first column at the smallest distance; any at +inf if none is reached.
+  NearestColumn (*nearest_column)(const AssignmentTree& tree, int64_t blocks);
+};
+
 struct Kernels {
   const char* name;
   L1Kernels<float> l1_float;
@@ -85,6 +144,8 @@ struct Kernels {
   void (*quantize)(const TokenOctet& octet, int64_t count, uint64_t* out);
   SinkhornKernels<float> sinkhorn_f32;
   SinkhornKernels<double> sinkhorn_f64;
+  AssignmentKernels<float> assignment_f32;
+  AssignmentKernels<double> assignment_f64;
 };
 
 // Null where the compiler or the architecture has no such level.
@@ -100,5 +161,7 @@ template <typename Packed>
 const L1Kernels<Packed>& l1_kernels();
 template <typename T>
 const SinkhornKernels<T>& sinkhorn_kernels();
+template <typename T>
+const AssignmentKernels<T>& assignment_kernels();
 
 }  // namespace dotresize

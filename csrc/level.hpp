@@ -66,6 +66,7 @@ inline void store(T* p, typename Simd<T>::V v) {
 }  // namespace
 }  // namespace dotresize
 
+#include "level_assignment.hpp"
 #include "level_l1.hpp"
 #include "level_sinkhorn.hpp"
 
@@ -73,7 +74,14 @@ namespace dotresize {
 namespace {
 
 constexpr Kernels make_level(const char* name) {
-  return {name, kFloatTile, kOctetTile, quantize, kSinkhorn<float>, kSinkhorn<double>};
+  return {name,
+          kFloatTile,
+          kOctetTile,
+          quantize,
+          kSinkhorn<float>,
+          kSinkhorn<double>,
+          kAssignment<float>,
+          kAssignment<double>};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "assignment.hpp"
 #include "kernels.hpp"
 #include "l1_cost.hpp"
 #include "sinkhorn.hpp"
@@ -130,4 +131,26 @@ PYBIND11_MODULE(_cpp, module) {
       py::arg("tol"), py::arg("momentum"), py::arg("a"), py::arg("b"), py::arg("f"), py::arg("g"),
       py::arg("n_iter"), py::arg("marginal_error"), py::arg("status"), py::arg("use_float64"),
       py::arg("max_iter"), py::arg("num_threads"));
+
+  module.def(
+      "assignment",
+      [](int64_t batch, int64_t n, uintptr_t score, int64_t batch_stride, int64_t row_stride,
+         double sign, uintptr_t start, uintptr_t columns, uintptr_t v, uintptr_t status,
+         bool use_float64, int num_threads) {
+        const AssignmentProblems p = {batch,
+                                      n,
+                                      at<const void>(score),
+                                      batch_stride,
+                                      row_stride,
+                                      sign,
+                                      at<const double>(start),
+                                      at<int64_t>(columns),
+                                      at<double>(v),
+                                      at<int64_t>(status)};
+        use_float64 ? assignment<double>(p, num_threads) : assignment<float>(p, num_threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("n"), py::arg("score"),
+      py::arg("batch_stride"), py::arg("row_stride"), py::arg("sign"), py::arg("start"),
+      py::arg("columns"), py::arg("v"), py::arg("status"), py::arg("use_float64"),
+      py::arg("num_threads"));
 }

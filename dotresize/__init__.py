@@ -3,6 +3,7 @@
 from typing import Any
 
 from dotresize.maps import Factors, factorize, transport_map
+from dotresize.ops.assignment import AssignmentCertificate, assignment
 from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.ops.l1_cost import CostStatistics, l1_cost
@@ -12,11 +13,13 @@ from dotresize.ops.sinkhorn import sinkhorn
 __version__ = "0.1.0"
 
 __all__ = [
+    "AssignmentCertificate",
     "BackendError",
     "CostStatistics",
     "Factors",
     "L1CostAccumulator",
     "SinkhornResult",
+    "assignment",
     "backends",
     "compress",
     "factorize",

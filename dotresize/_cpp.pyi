@@ -70,3 +70,17 @@ def plan(
     num_threads: int,
 ) -> None: ...
 def exp2(count: int, shift: float, z: int, out: int, use_float64: bool) -> None: ...
+def assignment(
+    batch: int,
+    n: int,
+    score: int,
+    batch_stride: int,
+    row_stride: int,
+    sign: float,
+    start: int,
+    columns: int,
+    v: int,
+    status: int,
+    use_float64: bool,
+    num_threads: int,
+) -> None: ...

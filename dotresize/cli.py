@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verbs.add_parser("bench", help="time the CPU operators beside every installed peer")
     bench.add_argument(
-        "what", nargs="*", metavar="WHAT", help="l1, sinkhorn, scaling (l1 and sinkhorn)"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="l1, sinkhorn, assignment, scaling (all but scaling)",
     )
     bench.add_argument("--sizes", default="small", help="small or all (small)")
     bench.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")

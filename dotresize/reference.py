@@ -137,3 +137,38 @@ def _lse(z: Tensor, dim: int) -> Tensor:
     # A slice with nothing but -inf has the sum 0, not NaN; torch.logsumexp knows that too, but
     # not for an empty slice.
     return torch.logsumexp(z, dim) if z.shape[dim] else z.sum(dim).log()
+
+
+def assignment(score: Tensor, maximize: bool) -> Tensor:
+    """Optimal column of each row by scipy in float64, one problem after the other.
+
+    score (B, n, n) without NaN -> int64 (B, n) on the CPU; all -1 where forbidden pairs leave none.
+    """
+    from scipy.optimize import linear_sum_assignment  # importing dotresize costs torch and numpy
+
+    columns = torch.full(score.shape[:2], -1, dtype=torch.int64)
+    for problem, out in zip(score.cpu(), columns, strict=True):
+        try:
+            found = linear_sum_assignment(problem.double().numpy(), maximize=maximize)[1]
+        except ValueError:  # "cost matrix is infeasible": the entries were checked
+            continue
+        out.copy_(torch.from_numpy(found))
+    return columns
+
+
+def assignment_duals(cost: Tensor, columns: Tensor) -> Tensor:
+    """Column duals v of a minimal assignment: ``v_j - v_x_i <= c_ij - c_i,x_i`` for all i and j.
+
+    cost (n, n) float64, columns (n,) -> (n,). Shortest paths over these differences by Bellman and
+    Ford; an optimal assignment has no negative cycle, so n rounds are enough.
+    """
+    paid = cost.gather(1, columns[:, None])
+    rounding = torch.finfo(cost.dtype).eps * float(paid.abs().max())
+    v = cost.new_zeros(len(cost))
+    for _ in range(len(cost)):
+        shorter = torch.minimum(v, (v[columns, None] + (cost - paid)).amin(0))
+        done = bool((v - shorter).max() <= rounding)
+        v = shorter
+        if done:
+            break
+    return v

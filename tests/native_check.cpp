@@ -2,13 +2,15 @@
 // of another architecture. Prints the SIMD level and the largest errors; exits 1 if one is too big.
 //
 //   g++ -std=c++17 -O3 -fno-math-errno -Icsrc tests/native_check.cpp csrc/dispatch.cpp
-//       csrc/l1_cost.cpp csrc/sinkhorn.cpp level_*.o      (level_*.cpp with setup.py's flags)
+//       csrc/assignment.cpp csrc/l1_cost.cpp csrc/sinkhorn.cpp level_*.o      (level_*.cpp with
+//       setup.py's flags)
 //   DOTRESIZE_SIMD=avx512 ./a.out
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <vector>
 
+#include "assignment.hpp"
 #include "l1_cost.hpp"
 #include "sinkhorn.hpp"
 #include "threads.hpp"
@@ -185,6 +187,33 @@ void check_sinkhorn(int64_t n, int64_t m, double accepted) {
   report("                  columns", columns, 2 * accepted);
 }
 
+// Costs floor(levels * uniform), or factors' products that no first guess solves; a tenth
+// forbidden.
+template <typename T>
+void check_assignment(int64_t n, double levels, bool products) {
+  std::vector<T> score(n * n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double value = products ? static_cast<double>(i * j) : std::floor(uniform() * levels);
+      score[i * n + j] = static_cast<T>(uniform() < 0.1 && i != j ? INFINITY : value);
+    }
+  }
+  std::vector<int64_t> columns(n), status(1);
+  std::vector<double> v(n);
+  assignment<T>(
+      {1, n, score.data(), n * n, n, 1.0, nullptr, columns.data(), v.data(), status.data()}, 2);
+  double gap = 0, misplaced = static_cast<double>(status[0]);
+  std::vector<int> used(n);
+  for (int64_t i = 0; i < n; ++i) {
+    double u = INFINITY;
+    for (int64_t j = 0; j < n; ++j) u = std::min(u, score[i * n + j] - v[j]);
+    gap += score[i * n + columns[i]] - u - v[i];
+    misplaced += used[columns[i]]++;
+  }
+  report(sizeof(T) == 4 ? "assignment float32, gap" : "assignment float64, gap", gap, 0.0);
+  report("                    misplaced", misplaced, 0.0);
+}
+
 }  // namespace
 
 int main() {
@@ -200,5 +229,11 @@ int main() {
   check_sinkhorn<float>(37, 61, 1e-5);
   check_sinkhorn<float>(300, 259, 1e-5);
   check_sinkhorn<double>(130, 67, 1e-11);
+  for (const int64_t n : {1, 16, 37, 131}) {
+    check_assignment<float>(n, 10, false);
+    check_assignment<float>(n, 1e6, false);
+    check_assignment<double>(n, 1e12, false);
+    check_assignment<double>(n, 0, true);
+  }
   return failed;
 }

@@ -9,19 +9,22 @@ import time
 import pytest
 import torch
 
-from dotresize.benchmarks import command, harness, l1, plot, scaling, sinkhorn
+from dotresize.benchmarks import assignment, command, harness, l1, plot, scaling, sinkhorn
 from dotresize.benchmarks.workload import Case, Competitor, NotHere, Workload, need
 from dotresize.cli import main
 
 L1 = Case("l1", {"tokens": 300, "n": 40, "m": 30})
 SINKHORN = Case("sinkhorn", {"problems": 1, "n": 40, "m": 30, "iterations": 50})
+NEURONS = Case("assignment", {"problems": 3, "n": 40, "m": 40}, "unrelated neurons")
 BATCH = Case("sinkhorn", {"problems": 3, "n": 40, "m": 30, "iterations": 50})
 # Compiling takes longer than everything else here; the others are in the test environment.
 QUICK = ("torch.cdist", "scipy", "logsumexp loop", "POT", "dotresize")
 
 
 @pytest.mark.parametrize(
-    ("module", "case"), [(l1, L1), (sinkhorn, SINKHORN), (sinkhorn, BATCH)], ids=str
+    ("module", "case"),
+    [(l1, L1), (sinkhorn, SINKHORN), (sinkhorn, BATCH), (assignment, NEURONS)],
+    ids=str,
 )
 def test_competitors_are_right_and_the_missing_are_named(module, case):
     work = module.build(case)
@@ -35,7 +38,7 @@ def test_competitors_are_right_and_the_missing_are_named(module, case):
             error = work.error(competitor.call())
             assert error <= competitor.accepted, name
             ran += 1
-    assert ran >= 5
+    assert ran >= (3 if module is assignment else 5)
 
 
 def test_the_check_sees_a_wrong_result():
@@ -129,16 +132,18 @@ def test_workers_differ_in_the_allocator_alone(monkeypatch):
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "_plan", lambda what, sizes: [([L1], False), ([BATCH], False)])
+    cases = (L1, BATCH, NEURONS)
+    monkeypatch.setattr(command, "_plan", lambda what, sizes: [([case], False) for case in cases])
     out, chart = tmp_path / "rows.jsonl", tmp_path / "chart.png"
     options = ["--rounds", "2", "--threads", "1", "--out", str(out), "--plot", str(chart)]
     assert main(["bench", "--quiet", *options]) == 0
     printed = capsys.readouterr().out
     assert L1.label in printed
     assert BATCH.label in printed
+    assert "Assignment, unrelated neurons, 3 of 40 x 40" in printed
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     ours = [row for row in rows if row["name"] == l1.OURS]
-    assert {row["operator"] for row in ours} == {"l1", "sinkhorn"}
+    assert {row["operator"] for row in ours} == {"l1", "sinkhorn", "assignment"}
     for row in ours:
         assert row["median_s"] > 0
         assert row["error"] < 1e-4
@@ -150,7 +155,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["cdist"], "bench 'cdist': must be l1, sinkhorn or scaling"),
+        (["cdist"], "bench 'cdist': must be l1, sinkhorn, assignment or scaling"),
         (["--sizes", "huge"], "must be small or all"),
         (["--rounds", "1"], "must be at least 2"),
         (["--threads", "0"], "must be from 1 to"),

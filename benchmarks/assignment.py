@@ -1,0 +1,115 @@
+"""Linear assignment: this project's backends, and its peers.
+
+Scores are uniform numbers, integers with many ties, or correlations between the activations of two
+sets of neurons: noisy, permuted copies of one set, or sets that share nothing but their inputs.
+Peers get float64 costs, already negated, as they solve those fastest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dotresize import BackendError, assignment
+from dotresize.ops.assignment_launch import backend_for
+
+from .workload import Case, Competitor, NotHere, Workload, need
+
+TOKENS, FACTORS = 2048, 256
+EXACT = 1e-12  # relative to the optimum: float64's rounding of a sum
+
+
+def _case(kind: str, problems: int, n: int) -> Case:
+    return Case("assignment", {"problems": problems, "n": n, "m": n}, kind)
+
+
+CASES = [
+    _case("unrelated neurons", 1, 64),
+    *(_case(kind, 1, 512) for kind in ("noisy copies", "unrelated neurons")),
+    *(_case(kind, 1, 1536) for kind in ("uniform", "integers below 100")),
+    *(_case(kind, 1, 1536) for kind in ("noisy copies", "unrelated neurons")),
+    *(_case(kind, 1, 2048) for kind in ("uniform", "unrelated neurons")),
+    *(_case(kind, 30, 1536) for kind in ("noisy copies", "unrelated neurons")),
+]
+
+
+def build(case: Case, *, peers: bool = True) -> Workload:
+    torch.manual_seed(0)
+    score = torch.stack([_score(case.kind, case.sizes["n"]) for _ in range(case.sizes["problems"])])
+    costs = [(-problem).double().numpy() for problem in score]
+    some = sorted({0, len(costs) // 2, len(costs) - 1})
+    solve = need("scipy.optimize", "scipy").linear_sum_assignment
+    best = {i: costs[i][solve(costs[i])].sum() for i in some}
+
+    def error(result: Any) -> float:
+        worst = 0.0
+        for i in some:
+            columns = np.asarray(result[i])
+            if not np.array_equal(np.sort(columns), np.arange(len(columns))):
+                return float("inf")
+            value = costs[i][np.arange(len(columns)), columns].sum()
+            worst = max(worst, abs(value - best[i]) / abs(best[i]))
+        return worst
+
+    work = Workload(error)
+    for backend in ("cpp", "triton") if peers else ("cpp",):  # torch is scipy, below
+        work.add(f"dotresize {backend}", functools.partial(_ours, score, backend))
+    if peers:
+        for name, peer in PEERS.items():
+            work.add(name, functools.partial(peer, costs))
+    return work
+
+
+def _score(kind: str, n: int) -> Tensor:
+    if kind == "uniform":
+        return torch.rand(n, n)
+    if kind == "integers below 100":
+        return torch.randint(0, 100, (n, n)).float()
+    # Inputs of a decaying spectrum, random weights, noise, ReLU.
+    inputs = torch.randn(TOKENS, FACTORS) * torch.arange(1, FACTORS + 1) ** -0.5
+    first = inputs @ torch.randn(FACTORS, n) + 0.5 * torch.randn(TOKENS, n)
+    second = inputs @ torch.randn(FACTORS, n) + 0.5 * torch.randn(TOKENS, n)
+    if kind == "noisy copies":
+        second = first[:, torch.randperm(n)] + torch.randn(TOKENS, n)
+        first = first + torch.randn(TOKENS, n)
+    sides = [side.relu() - side.relu().mean(0) for side in (first, second)]
+    return (sides[0] / sides[0].norm(dim=0)).T @ (sides[1] / sides[1].norm(dim=0))
+
+
+def _ours(score: Tensor, backend: str) -> Competitor:
+    try:
+        backend_for(backend, score.device)
+    except BackendError as error:
+        raise NotHere(str(error)) from None
+    return Competitor(lambda: assignment(score, backend=backend), accepted=EXACT)
+
+
+def _scipy(costs: list[np.ndarray]) -> Competitor:
+    solve = need("scipy.optimize", "scipy").linear_sum_assignment
+    return Competitor(lambda: [solve(cost)[1] for cost in costs], accepted=EXACT)
+
+
+def _scipy_threads(costs: list[np.ndarray]) -> Competitor:
+    solve = need("scipy.optimize", "scipy").linear_sum_assignment
+    if len(costs) == 1:
+        raise NotHere("one problem runs on one thread")
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    return Competitor(lambda: [found[1] for found in pool.map(solve, costs)], accepted=EXACT)
+
+
+def _lapx(costs: list[np.ndarray]) -> Competitor:
+    solve = need("lap", "lapx").lapjv
+    return Competitor(lambda: [solve(cost, return_cost=False)[0] for cost in costs], accepted=EXACT)
+
+
+PEERS: dict[str, Callable[[list[np.ndarray]], Competitor]] = {
+    "scipy": _scipy,
+    "scipy, threads": _scipy_threads,
+    "lapx lapjv": _lapx,
+}

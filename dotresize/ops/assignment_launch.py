@@ -1,0 +1,105 @@
+"""Linear assignment on one backend: the score's shape and type were checked by the caller."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotresize import reference
+from dotresize.ops.backends import BackendError, choose, cpp
+from dotresize.ops.sinkhorn import sinkhorn
+
+# Types that float32 holds exactly; all others are solved from float64.
+_NARROW = (
+    *(torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.uint8, torch.int16, torch.uint16),
+)
+SOLVED, INFEASIBLE, INVALID = range(3)
+# Of the Sinkhorn solve that precedes the exact one: reg as a share of the spread of the costs.
+SINKHORN_REG = 5e-3
+SINKHORN_ITERATIONS = 200
+
+# (B, n) columns of each row; (B, n) float64 duals of the columns, None where a backend has none;
+# (B,) the codes above. All on the CPU.
+Solution = tuple[Tensor, Tensor | None, Tensor]
+
+
+def backend_for(backend: str, device: torch.device) -> str:
+    """As ``choose``; a solve on a GPU also needs the C++ extension, for its exact finish."""
+    chosen = choose(backend, device)
+    if chosen == "triton" and choose("auto", torch.device("cpu")) != "cpp":
+        if backend == "auto":
+            return "torch"
+        try:
+            choose("cpp", torch.device("cpu"))
+        except BackendError as error:
+            raise BackendError(f"triton's duals are finished by cpp: {error}") from None
+    return chosen
+
+
+def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
+    """score: (B, n, n) with entries."""
+    sign = -1.0 if maximize else 1.0
+    if chosen == "cpp":
+        return finish(score, sign, None)
+    bad = has_invalid(score, sign)
+    if bad.any():
+        return torch.empty(score.shape[:2], dtype=torch.int64), None, bad * INVALID
+    if chosen == "triton":
+        return finish(score, sign, sinkhorn_duals(score, sign))
+    columns = reference.assignment(score, maximize)
+    return columns, None, (columns < 0).any(1) * INFEASIBLE
+
+
+def has_invalid(score: Tensor, sign: float) -> Tensor:
+    """(B,) on the CPU: whether a problem holds NaN or the infinity that would always win."""
+    if not score.is_floating_point():
+        return torch.zeros(len(score), dtype=torch.bool)
+    # A maximum is NaN where any entry is.
+    best = score.flatten(1).amax(1) if sign < 0 else -score.flatten(1).amin(1)
+    return ~(best < torch.inf).cpu()
+
+
+def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
+    """Column duals of ``sign * score`` from entropic transport, all problems in one batch.
+
+    The potentials of an entropic problem are duals of the assignment up to its regularisation.
+    float64 (B, n), finite, on the score's device.
+    """
+    work = score if score.is_floating_point() and score.dtype.itemsize > 2 else score.float()
+    cost = work * (sign / 2)  # half of it: the spread then cannot overflow
+    low = cost.flatten(1).amin(1)
+    high = torch.where(cost.isfinite(), cost, low[:, None, None]).flatten(1).amax(1)
+    spread = torch.where(high > low, high - low, 1.0)[:, None, None]
+    scaled = ((cost - low[:, None, None]) / spread).float()
+    result = sinkhorn(scaled, SINKHORN_REG, tol=0, max_iter=SINKHORN_ITERATIONS, backend="triton")
+    g = torch.nan_to_num(result.potentials[1].double(), nan=0.0, posinf=0.0, neginf=0.0)
+    return g * (2 * SINKHORN_REG * spread[:, 0].double())
+
+
+def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
+    """The exact solution by C++, from any finite column duals or from none."""
+    batch, n, _ = score.shape
+    work = score.detach().to("cpu", torch.float32 if score.dtype in _NARROW else torch.float64)
+    if work.stride(2) != 1:
+        work = work.contiguous()
+    if start is not None:
+        start = start.to("cpu", torch.float64).contiguous()
+    columns = torch.empty(batch, n, dtype=torch.int64)
+    v = torch.empty(batch, n, dtype=torch.float64)
+    status = torch.empty(batch, dtype=torch.int64)
+    cpp().assignment(
+        batch=batch,
+        n=n,
+        score=work.data_ptr(),
+        batch_stride=work.stride(0),
+        row_stride=work.stride(1),
+        sign=sign,
+        start=0 if start is None else start.data_ptr(),
+        columns=columns.data_ptr(),
+        v=v.data_ptr(),
+        status=status.data_ptr(),
+        use_float64=work.dtype == torch.float64,
+        num_threads=torch.get_num_threads(),
+    )
+    return columns, v, status

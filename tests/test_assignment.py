@@ -1,0 +1,336 @@
+"""Linear assignment: every backend against scipy's optimum, and the certificate."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ON_GPU, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dotresize import BackendError, assignment, sinkhorn
+from dotresize.ops import assignment_launch
+
+INF = float("inf")
+SIZES = [1, 2, 3, 7, 15, 16, 17, 31, 53, 64, 97]
+
+
+def sinkhorn_by_cpp(*args, backend: str, **options):
+    return sinkhorn(*args, backend="cpp", **options)
+
+
+@pytest.fixture(autouse=True)
+def _quick_duals(monkeypatch):
+    """How good the duals are must not matter; the interpreter is slow and has a test of its own."""
+    if not ON_GPU:
+        monkeypatch.setattr(assignment_launch, "SINKHORN_ITERATIONS", 3)
+        monkeypatch.setattr(assignment_launch, "sinkhorn", sinkhorn_by_cpp)
+
+
+def value(score: Tensor, columns: Tensor) -> float:
+    """The sum of an assignment's scores, which it must be: each column once."""
+    columns = columns.cpu()
+    assert columns.dtype == torch.int64
+    assert columns.sort().values.tolist() == list(range(len(score)))
+    return float(score.cpu().double().gather(1, columns[:, None]).sum())
+
+
+def optimum(score: Tensor, maximize: bool) -> float:
+    matrix = score.cpu().double().numpy()
+    return float(matrix[linear_sum_assignment(matrix, maximize=maximize)].sum())
+
+
+def check(score: Tensor, backend: str, *, exact: bool = False) -> None:
+    for maximize in (True, False):
+        columns, proof = assignment(score, maximize=maximize, certificate=True, backend=backend)
+        assert columns.device == proof.u.device == score.device
+        size = float(score.double().abs().max()) * len(score)
+        best = optimum(score, maximize)
+        assert abs(value(score, columns) - best) <= (0 if exact else 1e-13 * size)
+        assert abs(proof.gap) <= (0 if exact else 1e-13 * size)
+        assert proof.violation <= (0 if exact else 1e-13 * size)
+        total = float(proof.u.sum() + proof.v.sum())
+        assert abs(total - best) <= (0 if exact else 1e-12 * size)
+        excess = score.double() - proof.u[:, None] - proof.v
+        assert float((excess if maximize else -excess).max()) <= 1e-13 * size
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_random_scores(backend, n):
+    check(torch.randn(n, n, device=device_of(backend)), backend)
+
+
+@pytest.mark.parametrize("n", [17, 40, 53])
+@pytest.mark.parametrize("high", [1, 2, 10, 1000, 2**40])
+def test_integers_are_exact(backend, n, high):
+    """From all-equal scores, with many ties, to numbers that float32 cannot hold."""
+    score = torch.randint(-high, high, (n, n), device=device_of(backend))
+    check(score, backend, exact=True)
+    check(score.double() * 2.0**-50, backend, exact=True)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8),
+        *(torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64),
+    ],
+    ids=str,
+)
+def test_every_type_is_read_as_it_is(backend, dtype):
+    score = torch.randint(0, 100, (33, 33)).to(dtype)
+    if dtype.is_floating_point:
+        score = torch.randn(33, 33).to(dtype)
+    check(score.to(device_of(backend)), backend, exact=not dtype.is_floating_point)
+
+
+def test_equal_scores_and_duplicate_rows(backend):
+    device = device_of(backend)
+    check(torch.full((37, 37), 0.1, device=device), backend)
+    check(torch.zeros(37, 37, device=device), backend, exact=True)
+    check(torch.randn(5, 41, device=device).repeat(9, 1)[:41], backend)
+    check(torch.randn(41, 5, device=device).repeat(1, 9)[:, :41], backend)
+    check(torch.randn(41, 1, device=device).expand(41, 41), backend)  # all alike to each row
+    check(torch.arange(30, device=device).outer(torch.arange(30, device=device)), backend)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-30, 1e30, 1e300])
+def test_huge_and_tiny_scales(backend, scale):
+    check(torch.randn(24, 24, dtype=torch.float64, device=device_of(backend)) * scale, backend)
+
+
+def test_scores_that_would_overflow(backend):
+    score = torch.full((9, 9), -1.7e308, dtype=torch.float64)
+    score[torch.arange(9), torch.arange(9).roll(2)] = 1.7e308
+    columns = assignment(score.to(device_of(backend)), backend=backend)
+    assert columns.tolist() == torch.arange(9).roll(2).tolist()
+
+
+def test_layouts(backend):
+    wide = torch.randn(3, 60, 60, device=device_of(backend))
+    views = [wide[0].T, wide[1, ::2, 1::2], wide[2, 5:24, 7:26], wide[:, 3, :3], wide[0].flip(1)]
+    for view in views:
+        check(view, backend)
+    batch = wide.permute(1, 0, 2)[:3, :, ::20]
+    found = assignment(batch, backend=backend)
+    for one, columns in zip(batch, found, strict=True):
+        assert torch.equal(assignment(one, backend=backend), columns)
+
+
+def test_a_batch_is_its_problems(backend):
+    score = torch.randn(7, 29, 29, device=device_of(backend))
+    columns, proof = assignment(score, certificate=True, backend=backend)
+    assert columns.shape == proof.u.shape == proof.v.shape == (7, 29)
+    assert proof.gap.shape == proof.violation.shape == (7,)
+    for i in range(7):
+        one, alone = assignment(score[i], certificate=True, backend=backend)
+        assert torch.equal(one, columns[i])
+        assert torch.equal(alone.v, proof.v[i])
+        assert alone.gap == float(proof.gap[i])
+    assert torch.equal(assignment(score, backend=backend), columns)
+
+
+def test_empty(backend):
+    device = device_of(backend)
+    for shape in ((0, 0), (0, 5, 5), (4, 0, 0), (0, 0, 0)):
+        columns, proof = assignment(
+            torch.ones(shape, device=device), certificate=True, backend=backend
+        )
+        assert columns.shape == proof.u.shape == shape[:-1]
+        assert columns.dtype == torch.int64
+    assert assignment(torch.ones(0, 0, device=device), certificate=True)[1].gap == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_forbidden_pairs(backend, dtype):
+    for allowed in (0.1, 0.3, 0.9):
+        score = torch.randn(43, 43).to(dtype)
+        score[torch.rand(43, 43) > allowed] = -INF
+        score[torch.arange(43), torch.randperm(43)] = 0.0  # there is one assignment at least
+        score = score.to(device_of(backend))
+        columns, proof = assignment(score, certificate=True, backend=backend)
+        assert abs(value(score, columns) - optimum(score, True)) < 1e-10
+        assert abs(proof.gap) < 1e-10
+        other = assignment(-score, maximize=False, backend=backend)
+        assert abs(value(-score, other) - optimum(-score, False)) < 1e-10
+
+
+def test_no_assignment_names_the_problem(backend):
+    few = torch.randn(3, 8, 8)
+    few[1, :5, 4:] = -INF  # five rows, four columns
+    row, column = few.clone(), few.clone()
+    row[1, 3], column[1, :, 3] = -INF, -INF
+    for score in (few, row, column):
+        score = score.to(device_of(backend))
+        with pytest.raises(ValueError, match=r"problem 1: its forbidden pairs \(-inf\) leave no"):
+            assignment(score, backend=backend)
+        with pytest.raises(ValueError, match=r"problem 0: its forbidden pairs \(inf\) leave no"):
+            assignment(-score[1], maximize=False, backend=backend)
+
+
+@pytest.mark.parametrize("n", [5, 16, 21])
+def test_bad_numbers_are_named(backend, n):
+    score = torch.randn(3, n, n, device=device_of(backend))
+    for bad, word in ((torch.nan, "nan"), (INF, "inf")):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            broken = score.to(dtype)
+            broken[2, 3, n - 1] = bad
+            broken[2, 0, 0] = -INF
+            with pytest.raises(ValueError, match=rf"problem 2 is {word} at row 3, column {n - 1}:"):
+                assignment(broken, backend=backend)
+    broken[2, 3, n - 1] = -INF
+    with pytest.raises(ValueError, match="is -inf at row 0, column 0: must be finite, or inf"):
+        assignment(broken, maximize=False, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (torch.ones(3, 4), r"has shape \(3, 4\): must be \(n, n\) or \(B, n, n\)"),
+        (torch.ones(2, 5, 4), "has shape"),
+        (torch.ones(4), "has shape"),
+        (torch.ones(1, 1, 4, 4), "has shape"),
+        (torch.ones(4, 4, dtype=torch.bool), "dtype torch.bool: must be float16"),
+        (torch.ones(4, 4, dtype=torch.complex64), "dtype torch.complex64"),
+        (np.ones((4, 4)), "score is a ndarray: must be a torch tensor"),
+    ],
+)
+def test_what_is_refused(score, message):
+    with pytest.raises(ValueError, match=message):
+        assignment(score)
+
+
+def test_backends_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="must be one of auto, triton"):
+        assignment(torch.ones(2, 2), backend="scipy")
+    with pytest.raises(BackendError, match="tensors, not meta"):
+        assignment(torch.ones(2, 2, device="meta"), backend="cpp")
+    from dotresize.ops import backends
+
+    monkeypatch.setattr(backends, "_why_no_cpp", lambda: "it is not built")
+    score = torch.randn(12, 12)
+    assert abs(value(score, assignment(score)) - optimum(score, True)) < 1e-10
+    with pytest.raises(BackendError, match="cannot run here: it is not built"):
+        assignment(score, backend="cpp")
+
+
+def test_the_finish_needs_no_good_duals():
+    """Exact from duals that are right, rough, wrong, enormous, and of another problem."""
+    score = torch.randint(0, 50, (2, 45, 45)).float()
+    score[:, 3, 5:20] = INF
+    right = assignment_launch.finish(score, 1.0, None)[1]
+    rough = torch.randn(2, 45, dtype=torch.float64)
+    starts = [right, right + rough, 40 * rough, 1e30 * rough, right.flip(0), right * 0 - 7.5]
+    for start in starts:
+        columns, v, status = assignment_launch.finish(score, 1.0, start)
+        assert status.tolist() == [0, 0]
+        for problem, found, duals in zip(score, columns, v, strict=True):
+            best = optimum(problem, False)
+            assert value(problem, found) == best
+            assert float((problem - duals).amin(1).sum() + duals.sum()) == best
+
+
+def test_triton_kernels_give_the_duals(monkeypatch):
+    """As a GPU runs it, in the interpreter where there is none."""
+    monkeypatch.setattr(assignment_launch, "sinkhorn", sinkhorn)
+    monkeypatch.setattr(assignment_launch, "SINKHORN_ITERATIONS", 5)
+    score = torch.randn(3, 23, 23, device=device_of("triton"))
+    score[1, 2, 4:] = -INF
+    columns, proof = assignment(score, certificate=True, backend="triton")
+    for i in range(3):
+        assert abs(value(score[i], columns[i]) - optimum(score[i], True)) < 1e-10
+    assert float(proof.gap.abs().max()) < 1e-10
+
+
+def test_duals_of_entropic_transport_are_near(monkeypatch):
+    """What the Triton backend starts from, by another Sinkhorn."""
+    monkeypatch.setattr(assignment_launch, "SINKHORN_ITERATIONS", 200)
+    monkeypatch.setattr(assignment_launch, "sinkhorn", sinkhorn_by_cpp)
+    scores = [torch.randn(3, 80, 80), torch.randn(3, 80, 80, dtype=torch.float64) * 1e300]
+    for score in scores:
+        v = assignment_launch.sinkhorn_duals(score, -1.0)
+        bound = (-score.double() - v[:, None]).amin(2).sum(1) + v.sum(1)
+        for problem, lower in zip(score, bound.tolist(), strict=True):
+            best = optimum(problem, True)
+            assert -lower >= best
+            assert -lower - best < 0.05 * best
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 40),
+    levels=st.sampled_from([2, 3, 30, 10**6]),
+    forbidden=st.sampled_from([0.0, 0.2, 0.8]),
+    rank=st.sampled_from([0, 1, 3]),
+    double=st.booleans(),
+)
+def test_random_problems(seed, n, levels, forbidden, rank, double):
+    generator = np.random.default_rng(seed)
+    score = generator.integers(-levels, levels + 1, (n, n)).astype(float)
+    if rank:
+        sides = generator.integers(-9, 10, (2, n, rank)).astype(float)
+        score = sides[0] @ sides[1].T
+    score[generator.random((n, n)) < forbidden] = -INF
+    given_score = torch.from_numpy(score).to(torch.float64 if double else torch.float32)
+    try:
+        best = score[linear_sum_assignment(score, maximize=True)].sum()
+    except ValueError:
+        with pytest.raises(ValueError, match="leave no assignment"):
+            assignment(given_score, backend="cpp")
+        return
+    for backend in ("cpp", "torch"):
+        columns, proof = assignment(given_score, certificate=True, backend=backend)
+        assert value(given_score, columns) == best
+        assert proof.gap == proof.violation == 0
+
+
+def test_python_threads_and_torch_threads():
+    score = torch.randn(5, 150, 150)
+    truth = assignment(score, backend="cpp")
+    found: list[Tensor] = []
+    workers = [
+        threading.Thread(target=lambda: found.append(assignment(score, backend="cpp")))
+        for _ in range(6)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    before = torch.get_num_threads()
+    for count in (1, 2, 8):
+        torch.set_num_threads(count)
+        found.append(assignment(score, backend="cpp"))
+    torch.set_num_threads(before)
+    assert len(found) == 9
+    assert all(torch.equal(columns, truth) for columns in found)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])
+def test_every_simd_level(level, run_at_simd_level):
+    code = """
+import sys, torch
+sys.path.insert(0, "tests")
+from dotresize import backends
+from test_assignment import check
+if backends()["cpp"]["available"]:
+    for n in (1, 15, 16, 33, 130):
+        check(torch.randn(n, n), "cpp")
+        check(torch.randn(n, n, dtype=torch.float64), "cpp")
+        check(torch.randint(0, 9, (n, n)), "cpp", exact=True)
+"""
+    run_at_simd_level(code, level)
+
+
+def test_inputs_are_left_alone(backend):
+    score = torch.randn(20, 20, device=device_of(backend), requires_grad=True)
+    before = score.detach().clone()
+    columns, proof = assignment(score, certificate=True, backend=backend)
+    assert torch.equal(score.detach(), before)
+    assert not proof.u.requires_grad
+    assert columns.tolist() == assignment(before, backend=backend).tolist()
