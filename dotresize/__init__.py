@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dotresize import ot
 from dotresize.maps import Factors, factorize, transport_map
 from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
@@ -21,6 +22,7 @@ __all__ = [
     "compress",
     "factorize",
     "l1_cost",
+    "ot",
     "sinkhorn",
     "transport_map",
 ]
