@@ -75,19 +75,18 @@ def sinkhorn(
         warmstart: logarithms ``(log u, log v)``, for sinkhorn_stabilized and _epsilon_scaling times
             reg, as their logs hold them; for sinkhorn_log with several b a list of pairs. Only u
             counts, as v follows from it.
-        kwargs: the options of POT's methods, which make no difference but numInnerItermax.
+        kwargs: numInnerItermax; any other option, known to POT or not, is ignored, as in POT.
 
     Returns:
         The plan ``(n, m)``, or for several b the losses :math:`\langle M, P \rangle`, ``(k,)``.
-        Torch results are differentiable by M, a and b, at convergence; ``log`` is not. Marginals
-        may differ in mass: rows are then exact and columns in proportion to b, as in POT, and it
-        warns.
+        Torch results are differentiable by M, a and b, at convergence; ``log`` is not. Where a and
+        b differ in mass, rows are exact and columns in proportion to b, as in POT, and it warns;
+        up to 1e-5 (float64: 1e-12) that is rounding, and the error that of b scaled to a's mass.
 
     Raises:
         ValueError: unknown method; wrong shapes or types; marginals that are negative, not finite
             or all zero; numItermax below 1; stopThr or reg negative or not finite.
         NotImplementedError: reg is None or 0, or requires grad.
-        TypeError: an option that no method of POT has.
 
     References:
         R. Flamary et al., POT: Python Optimal Transport, JMLR 22(78), 2021.
