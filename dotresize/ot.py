@@ -93,7 +93,7 @@ def sinkhorn(
     """
     problem = Problem.checked(a, b, M, reg, method, METHODS, kwargs)
     solved = problem.solve(numItermax, stopThr, verbose, warn, warmstart)
-    result = solved.loss() if solved.plan is None else solved.plan
+    result = problem.arrays.back(solved.result)
     return (result, solved.log()) if log else result
 
 
@@ -118,7 +118,8 @@ def sinkhorn2(
     """
     problem = Problem.checked(a, b, M, reg, method, METHODS[:3], kwargs)
     solved = problem.solve(numItermax, stopThr, verbose, warn, warmstart)
-    return (solved.loss(), solved.log()) if log else solved.loss()
+    loss = problem.arrays.back(solved.loss())
+    return (loss, solved.log()) if log else loss
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from dataclasses import dataclass, field
@@ -136,7 +135,7 @@ def solve_batch(
         plan = with_marginals(result.plan, rows, alike)
     else:
         plan, rows, columns = result.plan.detach(), rows.detach(), columns.detach()
-    linear = linear_loss(plan, cost.masked_fill(cost == math.inf, 0))
+    linear = linear_loss(plan, cost)
     exponent = _log(plan)
     if kind == "kl":
         exponent = exponent - _log(rows)[:, :, None] - _log(columns)[:, None, :]

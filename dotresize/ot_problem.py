@@ -29,19 +29,20 @@ _ENTRIES = 2**24
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution in the caller's arrays; ``plan`` is None for several column marginals."""
+    """A solution, in tensors."""
 
     problem: Problem
-    plan: Any
-    losses: Tensor  # (k,)
+    result: Tensor  # the plan (n, m), or for several column marginals the losses (k,)
     f: Tensor  # (k, n), dimensionless
     g: Tensor  # (k, m)
     error: Tensor  # POT's, 0-d
     last: int  # number of the last iteration, from 0
     status: tuple[str, ...]
 
-    def loss(self) -> Any:
-        return self.problem.arrays.back(self.losses if self.problem.several else self.losses[0])
+    def loss(self) -> Tensor:
+        if self.problem.several:
+            return self.result
+        return linear_loss(self.result[None], self.problem.cost)[0]
 
     def log(self) -> dict[str, Any]:
         """POT's keys for this method."""
@@ -150,21 +151,19 @@ class Problem:
     def _run(self, start: Tensor, tol: float, iterations: int, stop: float, done: int) -> Solved:
         """Iterations of all columns of b, as many at once as memory allows."""
         cost = self.arrays.working(self.cost, stop)
-        finite = cost.masked_fill(cost == math.inf, 0)  # where the plan is 0, nothing is paid
         step = max(1, _ENTRIES // max(1, cost.numel()))
-        results, plan, losses, columns = [], None, [], []
+        results, found, columns = [], [], []
         for k in range(0, len(self.b), step):
             b = self.b[k : k + step]
             scaled = b * (self.a.sum() / b.sum(1, keepdim=True))
             result = self._iterate(cost, scaled, start[k : k + step], tol, iterations)
             plan = with_marginals(result.plan, self.a.expand(len(b), -1), scaled)
-            losses.append(linear_loss(plan, finite))
+            found.append(linear_loss(plan, cost) if self.several else plan)
             columns.append(plan.detach().sum(1, dtype=torch.float64))
             results.append(result)
         return Solved(
             problem=self,
-            plan=None if self.several or plan is None else self.arrays.back(plan[0]),
-            losses=torch.cat(losses),
+            result=torch.cat(found) if self.several else found[0][0],
             f=torch.cat([result.potential_a for result in results]).detach(),
             g=torch.cat([result.potential_b for result in results]).detach(),
             error=self._error(torch.cat(columns)),
