@@ -139,5 +139,5 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def linear_loss(plan: Tensor, cost: Tensor) -> Tensor:
-    """``<C, P>`` of every problem, (B,) float64. A forbidden pair holds no mass: nothing is paid."""
+    """``<C, P>`` per problem, (B,) float64. Forbidden pairs hold no mass and cost nothing."""
     return (plan * cost.masked_fill(cost == math.inf, 0)).sum((1, 2), dtype=torch.float64)

@@ -100,7 +100,8 @@ def solve_batch(
         grad: what torch may differentiate. "envelope": value and value_linear by M, with the plan
             taken as constant, which is exact for value. "autodiff" and "last_step": plan, value and
             value_linear by M, a and b, implicitly at convergence; nothing is unrolled, and no step
-            approximated. "detach": nothing. Potentials never.
+            approximated. Gradients of a and b are POT's up to a constant from one to the other.
+            "detach": nothing. Potentials never.
 
     Returns:
         BatchResult. Problems that were not solved are named in one warning.
