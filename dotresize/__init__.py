@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dotresize import ot
 from dotresize.maps import Factors, factorize, transport_map
 from dotresize.ops.assignment import AssignmentCertificate, assignment
 from dotresize.ops.backends import BackendError, backends
@@ -24,6 +25,7 @@ __all__ = [
     "compress",
     "factorize",
     "l1_cost",
+    "ot",
     "sinkhorn",
     "transport_map",
 ]

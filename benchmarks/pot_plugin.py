@@ -1,0 +1,98 @@
+"""A pytest plugin: POT's own tests call ``dotresize.ot`` where they mean POT's solvers.
+
+Given to pytest by ``benchmarks/pot_tests.py``, which says what is run. Every test that reaches a
+function of ``dotresize.ot`` becomes a JSON line in the file that POT_TESTS_OUT names.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ot
+import ot.batch
+import pytest
+
+import dotresize.ot
+
+METHODS = {
+    "sinkhorn_knopp": "sinkhorn",
+    "sinkhorn_log": "sinkhorn_log",
+    "sinkhorn_stabilized": "sinkhorn_stabilized",
+    "sinkhorn_epsilon_scaling": "sinkhorn_epsilon_scaling",
+    "greenkhorn": "greenkhorn",
+}
+_reached: set[str] = set()
+
+
+def _counted(function: Callable, **fixed: Any) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _reached.add(os.environ["PYTEST_CURRENT_TEST"].split(" (")[0])
+        return function(*args, **fixed, **kwargs)
+
+    return call
+
+
+def _substitute() -> None:
+    """In every module of POT, whatever name it has there."""
+    ours = dotresize.ot
+    new = {
+        ot.bregman.sinkhorn: _counted(ours.sinkhorn),
+        ot.bregman.sinkhorn2: _counted(ours.sinkhorn2),
+        ot.batch.solve_batch: _counted(ours.solve_batch),
+    }
+    for name, method in METHODS.items():
+        new[getattr(ot.bregman, name)] = _counted(ours.sinkhorn, method=method)
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "ot"]:
+        for name, value in list(vars(module).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in new:
+                setattr(module, name, new[value])
+
+
+def _skip_arg(names: Any, values: Any, reason: str = "", getter: Any = None) -> Callable:
+    """POT's tests mark backends that they do not run with; its conftest is not distributed."""
+    names, values = ((x,) if isinstance(x, str) else x for x in (names, values))
+
+    def mark(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if all(str(kwargs.get(n)) == v for n, v in zip(names, values, strict=True)):
+                pytest.skip(reason)
+            return test(*args, **kwargs)
+
+        return run
+
+    return mark
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def nx(request: pytest.FixtureRequest) -> Any:
+    backend = {"numpy": ot.backend.NumpyBackend, "torch": ot.backend.TorchBackend}
+    return backend[request.param]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for found in pkgutil.walk_packages(ot.__path__, "ot."):
+        if found.name.count(".") == 1 and found.name not in ("ot.dr", "ot.plot", "ot.gnn"):
+            importlib.import_module(found.name)
+    _substitute()
+    pytest.skip_arg = _skip_arg  # type: ignore[attr-defined]
+    pytest.skip_backend = functools.partial(_skip_arg, "nx")  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
+    report = yield
+    if call.when == "call" and item.nodeid in _reached:
+        why = "" if call.excinfo is None else call.excinfo.exconly().strip().splitlines()[0]
+        line = {"test": item.nodeid, "outcome": report.outcome, "why": why[:160]}
+        with open(os.environ["POT_TESTS_OUT"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return report
