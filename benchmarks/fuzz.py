@@ -127,12 +127,9 @@ def judge(
     status = expected_status(cost, a, b)
     if status or result.status in ("invalid", "infeasible"):
         return None if result.status == status else f"status {result.status}, not {status}"
-    rest = cost - torch.where(b > 0, cost, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
-    quotient = float(rest[rest.isfinite()].abs().max()) / reg
-    # What the type resolves: an exponent's rounding, and sums'.
-    floor = mass * EPS[result.plan.dtype] * (4 * quotient + 40)
     f, g = (problem.double() for problem in (result._problems[0].f, result._problems[0].g))
     plan = (f[:, None] + g - cost / reg).exp()
+    floor = mass * resolution(cost, a, b, reg, f, g, EPS[result.plan.dtype])
     rows, columns = (float(v.abs().sum()) for v in (plan.sum(1) - a, plan.sum(0) - b))
     if not rows <= floor:
         return f"rows off by {rows:.3g}, more than {floor:.3g}"
@@ -153,6 +150,19 @@ def judge(
                 f"{result.n_iter} iterations, plan off by {apart:.3g}, more than {20 * floor:.3g}"
             )
     return None
+
+
+def resolution(cost, a, b, reg: float, f: Tensor, g: Tensor, eps: float) -> float:
+    """What the type cannot tell apart in a plan of mass 1: rounding of exponents and of sums."""
+    rest = cost - torch.where(b > 0, cost, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
+    exponent = float(rest[rest.isfinite()].abs().max()) / reg
+    if (cost == torch.inf).any():
+        # Where no plan has that support, potentials grow without end, and lose digits as they do.
+        exponent = max(exponent, float(g[b > 0].abs().max()))
+    # The check itself adds up f, g and the whole cost in float64.
+    terms = (f[a > 0], g[b > 0], cost[cost.isfinite()] / reg)
+    largest = max(float(v.abs().max()) for v in terms)
+    return eps * (4 * exponent + 40) + EPS[torch.float64] * 4 * largest
 
 
 def expected_status(cost: Tensor, a: Tensor, b: Tensor) -> str | None:

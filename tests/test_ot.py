@@ -10,7 +10,6 @@ import ot as pot
 import pytest
 import torch
 
-import dotresize
 from dotresize import ot
 
 METHODS = ("sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling")
@@ -65,6 +64,7 @@ def test_iterates_are_POTs_also_from_a_warm_start(method, steps):
     u, v = np.linspace(-1, 1, 9), np.zeros(14)
     for start in (None, (u, v)):
         options = {"method": method, "numItermax": steps, "warmstart": start, "warn": False}
+        options["stopThr"] = 0  # plain iterations
         options["tau"] = 1e100  # POT's plan is off by a factor just after it absorbed potentials
         ours, log = ot.sinkhorn(a, b, cost, REG, log=True, **options)
         theirs, their_log = pot.sinkhorn(a, b, cost, REG, log=True, **options)
@@ -228,8 +228,6 @@ def test_gradients_by_marginals_are_unrolled_POTs():
 def test_gradients_by_the_cost_are_unrolled_POTs():
     a, b, cost = map(torch.from_numpy, problem(6, 5))
     options = {"stopThr": 1e-14, "numItermax": 3000}
-    if not dotresize.sinkhorn(cost.clone().requires_grad_(), 0.2).plan.requires_grad:
-        pytest.skip("dotresize.sinkhorn's plan is not differentiable by the cost")
     ours = gradients(ot.sinkhorn2, cost, a, b, 1.0, **options)
     theirs = gradients(pot.sinkhorn2, cost, a, b, 1.0, **options)
     for own, other in zip(ours, theirs, strict=True):
