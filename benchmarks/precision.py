@@ -12,9 +12,11 @@ import argparse
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dotresize import l1_cost
 from dotresize.calibration import random_windows, residual_stream, tokenize
@@ -26,6 +28,18 @@ from .texts import model_file, write_texts
 WINDOWS, WINDOW = 8, 512
 
 
+def real_activations() -> Iterator[Tensor]:
+    """The demo model's residual stream at every norm, (4096, 576) each."""
+    logging.basicConfig(level=logging.ERROR)
+    model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=False)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration, _ = write_texts(Path(folder))
+        streams = [tokenize(path, tokenizer) for path in calibration]
+    windows = random_windows(streams, WINDOWS, WINDOW, seed=0)
+    with torch.no_grad():
+        yield from residual_stream(model, windows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("precision", choices=("u8", "fp16"))
@@ -35,17 +49,9 @@ def main() -> int:
     backend = "triton" if precision == "fp16" else "auto"
     device = "cuda" if precision == "fp16" and torch.cuda.is_available() else "cpu"
     os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(level=logging.ERROR)
-    model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=False)
-    with tempfile.TemporaryDirectory() as folder:
-        calibration, _ = write_texts(Path(folder))
-        streams = [tokenize(path, tokenizer) for path in calibration]
-    windows = random_windows(streams, WINDOWS, WINDOW, seed=0)
-    with torch.no_grad():
-        locations = residual_stream(model, windows)
     about = where(torch.get_num_threads()) | {"model": model_file().stem}
     rows = []
-    for number, x in enumerate(locations):
+    for number, x in enumerate(real_activations()):
         if precision == "fp16" and device == "cpu":
             x = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:128]]
         exact = l1_cost(x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dotresize import reference
-from dotresize.ops.backends import BackendError, choose, cpp
+from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.sinkhorn import sinkhorn
 
 # Types that float32 holds exactly; all others are solved from float64.
@@ -100,6 +100,6 @@ def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
         v=v.data_ptr(),
         status=status.data_ptr(),
         use_float64=work.dtype == torch.float64,
-        num_threads=torch.get_num_threads(),
+        num_threads=threads(),
     )
     return columns, v, status

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
 
 NAMES = ("triton", "cpp", "torch")
+_PROCESS = os.getpid()
 
 
 class BackendError(RuntimeError):
@@ -22,6 +24,14 @@ def cpp() -> ModuleType:
 
     _cpp.simd_level()  # an impossible DOTRESIZE_SIMD shows here, not in the middle of a solve
     return _cpp
+
+
+def threads() -> int:
+    """For a C++ kernel: torch's number, or 1 in a forked process.
+
+    OpenMP's threads are not forked with it, and waiting for them would never end.
+    """
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 @functools.cache
@@ -109,7 +119,7 @@ def backends() -> dict[str, dict[str, object]]:
             "device": "cpu",
             "simd": cpp().simd_level(),
             "openmp": cpp().OPENMP,
-            "threads": torch.get_num_threads(),
+            "threads": threads(),
         }
     else:
         report["cpp"] = {"available": False, "reason": why}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dotresize import reference
 from dotresize.ops import halves, octets
-from dotresize.ops.backends import BackendError, choose, cpp
+from dotresize.ops.backends import BackendError, choose, cpp, threads
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OCTETS = 3  # Dtype::kOctets in csrc/kernels.hpp
@@ -181,7 +181,7 @@ def _words(x: Tensor, plan: octets.Plan) -> Tensor:
         dither=plan.dither.data_ptr(),
         steps=plan.steps.data_ptr(),
         out=words.data_ptr(),
-        num_threads=torch.get_num_threads(),
+        num_threads=threads(),
     )
     return words
 
@@ -219,7 +219,7 @@ def _sum_cpp(
         accumulate=accumulate,
         scale=scale,
         steps=0 if steps is None else steps.data_ptr(),
-        num_threads=torch.get_num_threads(),
+        num_threads=threads(),
     )
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dotresize.ops.backends import cpp
+from dotresize.ops.backends import cpp, threads
 from dotresize.ops.gradient import Plan, Value
 
 STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
@@ -189,7 +189,7 @@ class _Problem:
                 g=self.g.contiguous().data_ptr(),
                 out=out.data_ptr(),
                 use_float64=self.dtype == torch.float64,
-                num_threads=torch.get_num_threads(),
+                num_threads=threads(),
             )
             return out
         for block, values in self.blocks():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dotresize import reference
-from dotresize.ops.backends import BackendError, choose, cpp
+from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.result import STATUS_WORDS, _Problem
 
 STORAGES = ("exact", "u16")
@@ -136,6 +136,6 @@ def _launch_cpp(
         **{name: tensor.data_ptr() for name, tensor in (vectors | results).items()},
         use_float64=costs[0].dtype == torch.float64,
         max_iter=max_iter,
-        num_threads=torch.get_num_threads(),
+        num_threads=threads(),
     )
     return f, g, n_iter, error, status
