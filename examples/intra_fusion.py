@@ -54,5 +54,6 @@ if __name__ == "__main__":
     print(f"sinkhorn: {result.n_iter.tolist()} iterations, {difference:.1e} of the mass elsewhere")
     assert difference < 1e-4
     assert abs(shares["sinkhorn"] - shares["plain loop"]) < 1e-3
-    assert shares["assignment"] == shares["scipy"]
-    assert min(shares["sinkhorn"], shares["assignment"]) > shares["pruned"] + 0.05
+    totals = [[float((c * p).sum()) for c, p in zip(costs, x, strict=True)] for x in (exact, peer)]
+    assert torch.allclose(*torch.tensor(totals), rtol=1e-6)
+    assert shares["sinkhorn"] > shares["pruned"] + 0.05

@@ -19,11 +19,10 @@ from dotresize import assignment, sinkhorn, transport_map
 
 def plain_sinkhorn(cost: Tensor, reg: float, iterations: int = 1000) -> Tensor:
     kernel = (-cost.double() / reg).exp()
-    n, m = kernel.shape
-    v = torch.ones(m, dtype=torch.float64)
+    v = torch.ones(kernel.shape[1], dtype=torch.float64)
     for _ in range(iterations):
-        u = 1 / n / (kernel @ v)
-        v = 1 / m / (kernel.T @ u)
+        u = 1 / len(kernel) / (kernel @ v)
+        v = 1 / len(v) / (kernel.T @ u)
     return u[:, None] * kernel * v
 
 
@@ -53,6 +52,8 @@ if __name__ == "__main__":
     print("\n".join(f"{name:>10}  {share:.2%}" for name, share in shares.items()))
     print(f"sinkhorn: {result.n_iter.tolist()} iterations, {difference:.1e} of the mass elsewhere")
     assert difference < 1e-4
-    assert torch.equal(columns, by_scipy)
+    # Neurons that never fire are alike, so the exact plan is not unique; its cost is.
+    totals = [float((cost * unit[order]).double().sum()) for order in (columns, by_scipy)]
+    assert abs(totals[0] - totals[1]) <= 1e-6 * totals[1]
     assert abs(shares["sinkhorn"] - shares["plain loop"]) < 1e-3
     assert shares["sinkhorn"] > shares["unmoved"] + 0.05
