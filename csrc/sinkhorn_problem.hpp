@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -28,23 +27,10 @@
 #include "kernels.hpp"
 #include "momentum.hpp"
 #include "sinkhorn.hpp"
+#include "sinkhorn_limits.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr double kLn2 = 0.693147180559945309417;
-// Row sums outside are redone with a maximum shift; far from float32's limits on both sides.
-constexpr double kSafeLow = 1e-15, kSafeHigh = 1e15;
-// The largest shift that row_exp2 takes in float32, with room to spare.
-constexpr double kLargestShift = 1 << 20;
-// Rows whose column sums are added in T before they join a double: a single float32 sum over 1e6
-// rows is wrong in the third digit.
-constexpr int64_t kRowBlock = 256;
-// A column sum below this, unless its marginal is as small, may have lost terms that underflowed;
-// below the second it has.
-constexpr double kTinyColumn = 1e-25, kLostColumn = 1e-33;
 
 // One problem and the team of threads that works on it: each member owns a share of the rows and
 // its own copy of g, which all of them update alike from the same column sums. The calls of an
@@ -287,13 +273,6 @@ class Problem {
     base_[i] = base;
     sum_[i] = sum;
     return static_cast<T>(a_[i] / sum);
-  }
-
-  // floor(log2(value)) of a positive normal number.
-  static double exponent(double value) {
-    uint64_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return static_cast<double>(static_cast<int64_t>(bits >> 52) - 1023);
   }
 
   const int64_t n_, m_;

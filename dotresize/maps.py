@@ -47,16 +47,20 @@ class Factors:
 def transport_map(plan: Tensor) -> Tensor:
     r"""The map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
 
-    plan: (n, k), non-negative -> (n, k), columns summing to 1: each new neuron is a convex mix of
-    old ones. Raises ValueError naming the first column that receives no mass.
+    plan: (n, k) or (B, n, k), non-negative -> the same shape, columns summing to 1: each new neuron
+    is a convex mix of old ones, as for weights that write them. ``transport_map(plan.mT).mT`` has
+    rows summing to 1: each old neuron is handed on whole, as for weights that read them. Raises
+    ValueError naming the first column that receives no mass.
     """
-    if plan.dim() != 2:
-        raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k)")
+    if plan.dim() not in (2, 3):
+        raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k) or (B, n, k)")
     if not torch.isfinite(plan).all() or (plan < 0).any():
         raise ValueError("plan holds negative or non-finite entries")
-    mass = plan.sum(0)
+    mass = plan.sum(-2, keepdim=True)
     if (mass == 0).any():
-        raise ValueError(f"column {int((mass == 0).nonzero()[0])} of the plan receives no mass")
+        *problem, _, column = (mass == 0).nonzero()[0].tolist()
+        of = f" of problem {problem[0]}" if problem else ""
+        raise ValueError(f"column {column} of the plan{of} receives no mass")
     return plan / mass
 
 

@@ -130,8 +130,7 @@ class _Batch:
         self.row_problem = self._spread(self.n)
         self.column_problem = self._spread(self.m)
         self._buffers()
-        self.limit = (pace == MOMENTUM).to(self.f)
-        self.momentum = bool((pace == MOMENTUM).any())
+        self.limit, self.momentum = (pace == MOMENTUM).to(self.f), bool((pace == MOMENTUM).any())
         self._minima()
         # What the iterations read; of 16-bit costs, steps.
         self.stored, self.scale = first, self.inv_reg

@@ -41,9 +41,11 @@ def test_l1_cost(shape, step, offset, dtype, scale, seed):
     ratio=st.floats(0.05, 10),
     zeros=st.floats(0, 0.5),
     forbidden=st.floats(0, 0.2),
+    step=st.integers(1, 3),
+    transposed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_sinkhorn(shape, dtype, scale, ratio, zeros, forbidden, seed):
+def test_sinkhorn(shape, dtype, scale, ratio, zeros, forbidden, step, transposed, seed):
     """The same iterations in float64; every promise of the result is checked from its plan."""
     n, m = shape
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +65,11 @@ def test_sinkhorn(shape, dtype, scale, ratio, zeros, forbidden, seed):
     options = {"tol": 0.0, "max_iter": 20}
     truth = sinkhorn(cost, ratio * scale, a, b, backend="torch", **options)
     for backend in ("cpp", "torch"):
-        result = sinkhorn(cost.to(dtype), ratio * scale, a, b, backend=backend, **options)
+        wide = torch.full((n, m * step), torch.nan, dtype=dtype)
+        given = wide.mT.contiguous().mT if transposed else wide
+        given[:, ::step] = cost
+        given = given[:, ::step]
+        result = sinkhorn(given, ratio * scale, a, b, backend=backend, **options)
         assert result.status == truth.status
         if result.status == "infeasible":
             assert (result.plan == 0).all()

@@ -157,7 +157,7 @@ def test_scaling_cost_and_reg_changes_nothing(backend):
     assert l1(sinkhorn(shifted, 0.1, tol=1e-6, backend=backend).plan, plan) < 1e-4
 
 
-@pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_small_reg(backend, ratio):
     """float32 loses (C / reg) * 6e-8 in the exponent; both sides run the same iterations."""
     cost = torch.rand(24, 18, device=device_of(backend))
@@ -233,6 +233,15 @@ def test_bad_problems_do_not_touch_the_others(backend):
     assert result.plan[0].isnan().all()
     assert (result.plan[2] == 0).all()
     assert result.marginal_error[2] == pytest.approx(1.0)
+    assert result.reason == (
+        "cost is nan at row 3, column 2: must be finite, or inf",
+        "cost is -inf at row 0, column 0: must be finite, or inf",
+        "row 4 has mass, and every pair of it is forbidden (inf)",
+        "column 5 has mass, and every pair of it is forbidden (inf)",
+        "",
+    )
+    short = sinkhorn(cost[4], 0.01, max_iter=2, backend=backend)
+    assert short.reason == f"marginal error {short.marginal_error:.3g} after 2 iterations"
     single = sinkhorn(bad[2], 0.3, backend=backend)
     assert single.status == "infeasible"
     assert single.converged is False

@@ -63,6 +63,8 @@ def l1_cost(
 
     .. math:: C_{ij} = \frac{1}{T} \sum_{t=1}^{T} |x_{ti} - y_{tj}|
 
+    Tokens may be anything that neurons are compared over, such as the inputs of their weights.
+
     Args:
         x: source activations, ``(T, n)`` or ``(B, T, n)``; float32, float16 or bfloat16.
         y: target activations, ``(T, m)`` or ``(B, T, m)``, of the same dtype and device.
@@ -93,6 +95,8 @@ def l1_cost(
         RuntimeError: the named backend cannot run here.
     """
     check_options(reduction, precision)
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}: must be a torch tensor")
     if x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")
     single = x.dim() == 2

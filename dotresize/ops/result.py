@@ -35,6 +35,8 @@ class SinkhornResult:
         status: "converged", "max_iter", "infeasible" (a row or column of positive mass whose
             every cost is +inf; the plan is 0) or "invalid" (NaN or -inf in the cost; the plan
             is NaN).
+        reason: why a problem has not converged, in one line that names the entry, row or column;
+            "" where it has.
         plan: computed when first asked for, from float64 potentials and the caller's cost, which
             must not have been changed in place by then.
         value_linear: ``<C, P>``.
@@ -104,6 +106,11 @@ class SinkhornResult:
         """g; POT's name for it."""
         return self.potentials[1]
 
+    @property
+    def reason(self) -> str | tuple[str, ...]:
+        reasons = tuple(problem.reason() for problem in self._problems)
+        return reasons[0] if self._layout == "single" else reasons
+
     @cached_property
     def plan(self) -> Tensor | tuple[Tensor, ...]:
         if self._layout != "batch" or any(problem.wants_gradient for problem in self._problems):
@@ -138,6 +145,8 @@ class _Problem:
     reg: float
     f: Tensor  # (n,) float64
     g: Tensor  # (m,) float64
+    a: Tensor  # (n,) float64
+    b: Tensor
     n_iter: int
     marginal_error: float
     status: str
@@ -158,6 +167,22 @@ class _Problem:
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
         return self.f.to(self.dtype), self.g.to(self.dtype)
+
+    def reason(self) -> str:
+        if self.status == "max_iter":
+            return f"marginal error {self.marginal_error:.3g} after {self.n_iter} iterations"
+        if self.status == "invalid":
+            row, column = (self.cost.isnan() | (self.cost == -torch.inf)).nonzero()[0].tolist()
+            value = self.cost[row, column].item()
+            return f"cost is {value} at row {row}, column {column}: must be finite, or inf"
+        if self.status == "infeasible":
+            open_pairs = self.cost < torch.inf
+            stuck_rows = (self.a > 0) & ~(open_pairs & (self.b > 0)).any(1)
+            stuck_columns = (self.b > 0) & ~(open_pairs & (self.a > 0)[:, None]).any(0)
+            rows, columns = (v.nonzero().flatten().tolist() for v in (stuck_rows, stuck_columns))
+            name, index = ("row", rows[0]) if rows else ("column", columns[0])
+            return f"{name} {index} has mass, and every pair of it is forbidden (inf)"
+        return ""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The plan in float64, by blocks of rows.

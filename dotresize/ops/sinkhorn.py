@@ -46,7 +46,8 @@ def sinkhorn(
     Args:
         cost: ``(n, m)``, ``(B, n, m)``, or a list of 2-D tensors of different shapes. float32 or
             float64 (solved as such), float16 or bfloat16 (solved in float32). +inf forbids a pair.
-        reg: > 0, in units of the cost; a number, or one per problem ``(B,)``.
+        reg: > 0, in units of the cost; a number, or one per problem ``(B,)``. 0.02 of the mean cost
+            is close to a matching, 3 times it mixes as DOTResize does.
         a: row marginals ``(n,)`` or ``(B, n)`` (for a list: a list); None = 1/n each. Zeros are
             allowed and give exact zero rows.
         b: column marginals, likewise.
@@ -80,6 +81,9 @@ def sinkhorn(
     References:
         M. Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, NeurIPS 2013.
     """
+    if not isinstance(cost, (Tensor, list, tuple)):
+        kind = type(cost).__name__
+        raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter is {max_iter!r}: must be an integer from 0 up")
     if storage not in STORAGES:

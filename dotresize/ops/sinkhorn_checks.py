@@ -48,6 +48,8 @@ def _ragged(
         if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
             raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
     vectors: dict[str, list[Tensor] | None] = {}
+    if init is not None and not (isinstance(init, (tuple, list)) and len(init) == 2):
+        raise ValueError("init: must be a result, or a pair of potentials (f, g)")
     starts = None if init is None else init[1]
     for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
         if value is not None and (isinstance(value, Tensor) or len(value) != len(costs)):
@@ -147,7 +149,7 @@ def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
     """Initial g, a new float64 (B, m)."""
     if init is None:
         return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
-    g = init[1]
+    g = init[1] if isinstance(init, (tuple, list)) and len(init) == 2 else None
     if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
         raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
     if g.device != like.device:

@@ -73,17 +73,16 @@ def solve(
     else:
         solution = _launch_reference(costs, *common)
     f, g, n_iter, error, status = solution
-    problems = zip(
-        *(group.costs, reg.tolist()),
-        f.split([cost.shape[0] for cost in costs]),
-        g.split([cost.shape[1] for cost in costs]),
-        *(n_iter.tolist(), error.tolist(), status.tolist()),
-        strict=True,
+    rows, columns = ([cost.shape[axis] for cost in costs] for axis in (0, 1))
+    words = [STATUS_WORDS[code] for code in status.tolist()]
+    return list(
+        map(
+            _Problem,
+            *(group.costs, reg.tolist(), f.split(rows), g.split(columns)),
+            *(group.a.split(rows), group.b.split(columns)),
+            *(n_iter.tolist(), error.tolist(), words, [chosen] * len(costs)),
+        )
     )
-    return [
-        _Problem(cost, reg_i, f_i, g_i, iterations, error_i, STATUS_WORDS[code], chosen)
-        for cost, reg_i, f_i, g_i, iterations, error_i, code in problems
-    ]
 
 
 def _solved_as(cost: Tensor) -> Tensor:
