@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: write README's tables from the committed rows.
+"""``python -m benchmarks.readme``: write the tables of README and docs from the committed rows.
 
 The text between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced.
 """
@@ -20,6 +20,8 @@ RESULTS = Path("benchmarks/results")
 # A README has room for some; the rows have all.
 SHOWN = (
     *("L1 cost, 4096 tokens, 576 x 468", "L1 cost, 4096 tokens, 1024 x 1024"),
+    "Assignment, unrelated neurons, 1536 x 1536",
+    "Assignment, noisy copies, 30 of 1536 x 1536",
     *("Sinkhorn, 100 iterations, 576 x 468", "Sinkhorn, 100 iterations, 1024 x 768"),
     "Sinkhorn, 20 iterations, 30 of 576 x 464",
 )
@@ -29,6 +31,9 @@ PEERS = {
     "scikit-learn manhattan": "scikit-learn",
     "faiss METRIC_L1": "faiss",
     "broadcast, torch.compile": "torch.compile",
+    "scipy": "scipy",
+    "scipy, threads": "scipy in threads",
+    "lapx lapjv": "lapx",
     "torch logsumexp loop": "torch loop",
     "torch logsumexp loop, torch.compile": "torch.compile",
     "POT sinkhorn_log, numpy": "POT numpy",
@@ -127,14 +132,62 @@ def gpu() -> str:
     return "\n".join([*lines, "", f"{about}. All rows: `{RESULTS / 'gpu.jsonl'}`."])
 
 
-def with_tables(text: str) -> str:
-    for name, table in (("solvers", solvers()), ("gpu", gpu()), ("demo", demo())):
-        pattern = rf"(?s)(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], text)
-        assert count == 1, f"README has {count} places for the table {name}"
+def acceleration() -> str:
+    """Iterations and milliseconds to a tolerance, of the last run of ``benchmarks.acceleration``."""
+    table = rows("acceleration.jsonl")
+    last = [row for row in table if row["run"] == table[-1]["run"]]
+    ratios = sorted({row["ratio"] for row in last})
+    found = {(r["solver"], r["ratio"], r["tol"]): r for r in last if r["reached"]}
+    tolerances = sorted({row["tol"] for row in last}, reverse=True)
+    lines = []
+    for key, scale, about in (("iterations", 1, ""), ("seconds", 1e3, "Milliseconds:")):
+        head = ["", *(f"{ratio:g}" for ratio in ratios)]
+        lines += [about, ""] if about else []
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in dict.fromkeys(row["solver"] for row in last):
+            cells = []
+            for ratio in ratios:
+                hits = [found.get((name, ratio, tol)) for tol in tolerances]
+                cells.append(" / ".join(f"{h[key] * scale:.0f}" if h else "–" for h in hits))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(
+        [
+            *lines,
+            f"The global cost of SmolLM2-135M (576 x 468), float64, {last[0]['device']}, "
+            f"{last[0]['date']}. Anderson runs in the plain reference,",
+            "so its times are not those of a kernel; POT looks at its error every 10 iterations, and "
+            "in the L2 norm, so it was given",
+            "the tolerance that guarantees the L1 error. Rows: `benchmarks/results/acceleration.jsonl`.",
+        ]
+    )
+
+
+def pot() -> str:
+    """What POT's own tests found, by the last run of ``benchmarks.pot_tests``."""
+    row = rows("pot_tests.jsonl")[-1]
+    reasons = {**row["expected"], **row["left_out"]}
+    lines = [f"{row['passed']} passed, {row['failed']} failed ({row['date']}, POT "]
+    lines[0] += f"{row['versions']['POT']}). Expected to fail, or left out, and why:"
+    return "\n".join([*lines, "", *(f"- `{test}`: {why}" for test, why in reasons.items())])
+
+
+TABLES = {
+    "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
+    "docs/sinkhorn.md": {"acceleration": acceleration},
+    "docs/ot.md": {"pot": pot},
+}
+
+
+def with_tables(page: str, text: str) -> str:
+    for name, table in TABLES[page].items():
+        pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, t=table(): m[1] + t + "\n" + m[2], text)
+        assert count == 1, f"{page} has {count} places for the table {name}"
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -72,7 +72,14 @@ def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
     high = torch.where(cost.isfinite(), cost, low[:, None, None]).flatten(1).amax(1)
     spread = torch.where(high > low, high - low, 1.0)[:, None, None]
     scaled = ((cost - low[:, None, None]) / spread).float()
-    result = sinkhorn(scaled, SINKHORN_REG, tol=0, max_iter=SINKHORN_ITERATIONS, backend="triton")
+    result = sinkhorn(
+        scaled,
+        SINKHORN_REG,
+        tol=0,
+        max_iter=SINKHORN_ITERATIONS,
+        acceleration="momentum",
+        backend="triton",
+    )
     g = torch.nan_to_num(result.potentials[1].double(), nan=0.0, posinf=0.0, neginf=0.0)
     return g * (2 * SINKHORN_REG * spread[:, 0].double())
 
