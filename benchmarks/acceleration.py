@@ -36,12 +36,14 @@ MAX_ITER = 3000
 Solver = Callable[[float, float], tuple[int, Tensor]]
 
 
-def global_cost() -> Tensor:
-    """float64 (576, 468)."""
+def real_costs() -> tuple[Tensor, Tensor]:
+    """float64 (576, 468), the mean over all norms; and (2, 576, 468) of two neighbouring ones."""
     streams = [x / x.square().mean(1, keepdim=True).sqrt() for x in real_activations()]
     importance = torch.stack([x.abs().mean(0) for x in streams]).mean(0)
     kept = importance.topk(KEPT).indices.sort().values
-    return torch.stack([l1_cost(x, targets=kept).double() for x in streams]).mean(0)
+    costs = torch.stack([l1_cost(x, targets=kept).double() for x in streams])
+    middle = len(costs) // 2
+    return costs.mean(0), costs[middle : middle + 2]
 
 
 def ours(cost: Tensor, **options: Any) -> Solver:
@@ -52,13 +54,13 @@ def ours(cost: Tensor, **options: Any) -> Solver:
     return solve
 
 
-def from_near_reg(cost: Tensor) -> Solver:
-    """Started from the solution at twice the reg, which is not counted."""
+def warm(cost: Tensor, other: Tensor, times: float = 1.0) -> Solver:
+    """Started from the solution of another cost, at so many times the reg, which is not counted."""
     starts: dict[float, Any] = {}
 
     def solve(reg: float, tol: float) -> tuple[int, Tensor]:
         if reg not in starts:
-            starts[reg] = sinkhorn(cost, 2 * reg, tol=1e-5, max_iter=MAX_ITER)
+            starts[reg] = sinkhorn(other, times * reg, tol=1e-5, max_iter=MAX_ITER)
         result = sinkhorn(cost, reg, tol=tol, max_iter=MAX_ITER, init=starts[reg])
         return result.n_iter, result.plan
 
@@ -115,12 +117,14 @@ def ott(cost: Tensor, **acceleration: Any) -> Solver:
     return solve
 
 
-def solvers(cost: Tensor) -> Iterator[tuple[str, Callable[[], Solver]]]:
+def solvers(cost: Tensor, layers: Tensor) -> Iterator[tuple[str, Callable[[], Solver]]]:
     yield "momentum", lambda: ours(cost)
     yield "plain", lambda: ours(cost, acceleration="none")
     yield "plain, schedule", lambda: ours(cost, acceleration="none", schedule=(64, 8))
     yield "momentum, schedule", lambda: ours(cost, schedule=(64, 8))
-    yield "momentum, from 2 reg", lambda: from_near_reg(cost)
+    yield "momentum, from 2 reg", lambda: warm(cost, cost, 2)
+    yield "momentum, one layer", lambda: ours(layers[1])
+    yield "momentum, from the layer before", lambda: warm(layers[1], layers[0])
     # Built for the plain reference only, so its times say nothing about the others.
     yield "Anderson", lambda: ours(cost, backend="torch", acceleration="anderson")
     yield "POT sinkhorn_log", lambda: pot(cost)
@@ -153,12 +157,15 @@ def timed(solve: Solver, reg: float, tol: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
+    parser.add_argument("--only", default="", help="solvers whose name has this word")
     arguments = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    cost = global_cost()
+    cost, layers = real_costs()
     mean, about = float(cost.mean()), where(torch.get_num_threads())
     rows = []
-    for name, build in solvers(cost):
+    for name, build in solvers(cost, layers):
+        if arguments.only not in name:
+            continue
         try:
             solve = build()
         except NotHere as reason:

@@ -58,8 +58,8 @@ def sinkhorn(
             per problem), or potentials ``(f, g)`` of this reg. Only g is used, as the first row
             update follows from it.
         schedule: multiples of reg, falling to 1, solved roughly first, each from the one before,
-            for example ``(64, 8)``. ``max_iter`` holds for each, ``n_iter`` counts all. Pays
-            without acceleration; with momentum it hardly does (docs/sinkhorn.md).
+            for example ``(64, 8)``. ``max_iter`` holds for each, ``n_iter`` counts all. It pays
+            at some small regs (docs/sinkhorn.md).
         acceleration: what follows a column update. "none": nothing. "momentum": over-relaxation
             along the last change, by a factor that grows while that helps. "anderson": the
             combination of the last five updates that agrees best (torch only; for comparison).
