@@ -17,7 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
-from dotresize import assignment, backends, l1_cost, sinkhorn
+from dotresize import assignment, l1_cost, sinkhorn
+
+from .rows import append, where
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
@@ -191,11 +193,9 @@ def main() -> None:
             differences += 1
             print(f"seed {seed}, {check.__name__}: {found}")
     summary = {"seed": given.seed, "problems": dict(count), "differences": differences}
-    summary |= {"torch": torch.__version__, "simd": backends()["cpp"].get("simd")}
     print(json.dumps(summary))
     if given.out:
-        with given.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(summary) + "\n")
+        append(given.out, [where(threads=1) | summary])
     raise SystemExit(bool(differences))
 
 

@@ -33,8 +33,8 @@ constexpr int64_t kStepsPerRow = 8;
 // How often rows that were displaced without a price rise may try again.
 constexpr int kReductionPasses = 6;
 // A problem of which this share of rows is left is hard: its duals are improved first, by row
-// reduction with extra rises of these shares of the costs' spread, as in an auction. That took the
-// time for two unrelated sets of 1536 neurons to a third, and that for costs i * j to a tenth.
+// reduction with extra rises of these shares of the costs' spread, as in an auction. Timings
+// of two unrelated sets of 1536 neurons and of costs i * j chose the shares.
 constexpr double kHardShare = 0.1;
 constexpr double kRises[] = {3e-2, 6e-3, 1.2e-3};
 constexpr int64_t kRiseStepsPerRow = 64;

@@ -6,35 +6,43 @@
 // and k starts again where the change turns against the gradient, sum_j b_j (G_k - y)_j (G_k -
 // G_{k-1})_j < 0 (O'Donoghue and Candes, Found. Comput. Math. 15, 2015), or where a plain step is
 // good enough by itself: the error fell below kFastEnough of the one before. Both tests look at the
-// iteration before, as on a GPU, where this one's sums are not complete yet.
+// iteration before, as on a GPU, where this one's sums are not complete yet. It also starts again
+// while potentials are so large that exponents lose digits: where forbidden pairs admit no plan
+// they grow without end, and momentum would make them grow faster.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 namespace dotresize {
 
-// Also in dotresize/acceleration.py and kernels/sinkhorn_sweep.py.
+// Both also in dotresize/acceleration.py.
 constexpr double kFastEnough = 0.4;
+// Beyond this an exponent in units of log 2 is no better than 2^-10.
+template <typename T>
+constexpr double kFarPotential = 0x1p-10 / std::numeric_limits<T>::epsilon();
 
 class Momentum {
  public:
   // beta for this iteration, from what the last two left.
   double next_factor() {
-    if (against_ < 0 || error_ < kFastEnough * error_before_) age_ = 0;
+    if (against_ < 0 || error_ < kFastEnough * error_before_ || far_) age_ = 0;
     ++age_;
     return static_cast<double>(age_ - 1) / static_cast<double>(age_ + 1);
   }
 
-  // After the iteration: its error, and the inner product above.
-  void remember(double error, double inner_product) {
+  // After the iteration: its error, the inner product above, and whether a potential is far.
+  void remember(double error, double inner_product, bool far) {
     error_before_ = error_;
     error_ = error;
     against_ = inner_product;
+    far_ = far;
   }
 
  private:
   int64_t age_ = 0;
   double against_ = 0;
+  bool far_ = false;
   double error_ = std::numeric_limits<double>::infinity();
   double error_before_ = std::numeric_limits<double>::infinity();
 };

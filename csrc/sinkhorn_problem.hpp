@@ -202,7 +202,7 @@ class Problem {
     Member& member = members_[index];
     T* g = member.g.get();
     const double* total = member.total.get();
-    double centre = 0, inner = 0;
+    double centre = 0, inner = 0, largest = 0;
     for (int64_t j = 0; j < m_; ++j) centre += b_[j] > 0 ? g[j] : 0.0;
     centre /= used_columns_;
     const double factor = momentum_ ? member.momentum.next_factor() : 0.0;
@@ -218,8 +218,9 @@ class Problem {
         next += factor * change;
       }
       g[j] = static_cast<T>(next);
+      largest = std::max(largest, std::abs(next));
     }
-    member.momentum.remember(error, inner);
+    member.momentum.remember(error, inner, largest > kFarPotential<T>);
   }
 
   // Potentials of the caller's cost: the subtracted minima come back.

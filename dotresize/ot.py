@@ -126,7 +126,8 @@ def sinkhorn2(
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         raise _NotHere(f"dotresize.ot has no {name}: use ot.{_ELSEWHERE[name]} of POT")
-    raise AttributeError(f"module 'dotresize.ot' has no attribute {name!r}")
+    text = f"module 'dotresize.ot' has no attribute {name!r}"
+    raise AttributeError(text if name.startswith("_") else f"{text}; POT may have it: ot.{name}")
 
 
 class _NotHere(NotImplementedError, AttributeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class Arrays:
     @classmethod
     def of(cls, **values: Any) -> Arrays:
         """ValueError unless all are NumPy arrays, or all torch tensors, of real numbers."""
+        if values.get("M", ()) is None:
+            raise ValueError("M is None: must be the cost, a NumPy array, torch tensor or list")
         given = {k: v for k, v in values.items() if v is not None and not isinstance(v, list)}
         for name, value in given.items():
             if not isinstance(value, (Tensor, np.ndarray)):
@@ -44,6 +47,10 @@ class Arrays:
             for tensor in tensors[1:]:
                 dtype = torch.promote_types(dtype, tensor.dtype)
             dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+            for name, value in given.items():
+                if value.device != tensors[0].device:
+                    places = f"{value.device}, another on {tensors[0].device}"
+                    raise ValueError(f"{name} is on {places}: must be on one device")
             return cls(False, dtype, tensors[0].device)
         for name, value in given.items():
             if value.dtype.kind not in _NUMPY_KINDS or value.dtype.itemsize > 8:
@@ -59,7 +66,12 @@ class Arrays:
         if isinstance(value, Tensor):
             return value.to(self.dtype)
         # torch takes no read-only, byte-swapped or negatively strided array.
-        plain = np.asarray(value)
+        try:
+            plain = np.asarray(value)
+        except ValueError:
+            plain = np.asarray(None)
+        if plain.dtype.kind not in _NUMPY_KINDS:
+            raise ValueError(f"{value!s:.40} is not an array of real numbers")
         plain = np.require(plain, plain.dtype.newbyteorder("="), ["C", "W"])
         return torch.as_tensor(plain, device=self.device).to(self.dtype)
 
@@ -71,6 +83,22 @@ class Arrays:
         """The caller's kind of array; a NumPy scalar for a 0-d tensor."""
         value = value.to(self.device, dtype or self.dtype)
         return value.numpy()[()] if self.numpy else value
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
+        raise ValueError(f"{name} is {value!r}: must be an integer from {least} up")
+    return operator.index(value)
+
+
+def tolerance(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} is {value!r}: must be one number, finite and not negative")
+    return number
 
 
 def positive_reg(reg: Any, exact: str) -> float:

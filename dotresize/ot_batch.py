@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,14 @@ import torch
 from torch import Tensor
 
 from dotresize.ops.sinkhorn import sinkhorn
-from dotresize.ot_arrays import Arrays, linear_loss, positive_reg, with_marginals
+from dotresize.ot_arrays import (
+    Arrays,
+    linear_loss,
+    positive_reg,
+    tolerance,
+    whole_number,
+    with_marginals,
+)
 
 _METHODS = ("auto", "proximal", "log_sinkhorn", "sinkhorn")
 _REG_TYPES = ("kl", "entropy")
@@ -111,15 +117,16 @@ def solve_batch(
             out of range.
         NotImplementedError: reg is None or 0, or requires grad.
     """
-    kind = str(reg_type).lower()
+    kind = reg_type.lower() if isinstance(reg_type, str) else reg_type
     for name, given, accepted in (
         ("method", method, _METHODS),
         ("reg_type", kind, _REG_TYPES),
         ("grad", grad, _GRADS),
     ):
-        if given not in accepted:
+        if not isinstance(given, str) or given not in accepted:
             raise ValueError(f"{name} is {given!r}: must be one of {', '.join(accepted)}")
     number = positive_reg(reg, "ot.batch.solve_batch(M)")
+    steps, tol = whole_number("max_iter", max_iter, 0), tolerance("tol", tol)
     arrays = Arrays.of(M=M, a=a, b=b)
     cost = arrays.tensor(M)
     if cost.dim() != 3:
@@ -127,7 +134,6 @@ def solve_batch(
     cost = arrays.working(cost.detach() if grad == "detach" else cost, tol)
     batch, n, m = cost.shape
     rows, columns = _marginal("a", a, batch, n, arrays), _marginal("b", b, batch, m, arrays)
-    steps = operator.index(max_iter)
     # Any: of a batch, all attributes are tensors.
     result: Any = sinkhorn(cost, number, rows, columns, max_iter=steps, tol=tol)
     _warn(result, tol, steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,14 @@ import torch
 from torch import Tensor
 
 from dotresize.ops.sinkhorn import sinkhorn
-from dotresize.ot_arrays import Arrays, linear_loss, positive_reg, with_marginals
+from dotresize.ot_arrays import (
+    Arrays,
+    linear_loss,
+    positive_reg,
+    tolerance,
+    whole_number,
+    with_marginals,
+)
 
 _log = logging.getLogger("dotresize.ot")
 
@@ -86,26 +92,22 @@ class Problem:
             raise ValueError(f"unknown method {method!r}: must be one of {', '.join(methods)}")
         arrays = Arrays.of(a=a, b=b, M=M)
         cost = arrays.tensor(M)
-        if cost.dim() != 2:
-            raise ValueError(f"M has shape {tuple(cost.shape)}: must be (n, m)")
+        if cost.dim() != 2 or cost.numel() == 0:
+            raise ValueError(f"M has shape {tuple(cost.shape)}: must be (n, m), with entries")
         rows = _histogram("a", a, cost.shape[0], arrays)
         columns = _histogram("b", b, cost.shape[1], arrays, several=True)
         several = columns.dim() == 2
         if several and name not in METHODS[:3]:
             raise ValueError(f"b has shape {tuple(columns.shape)}: {name} takes one, (m,)")
         number = positive_reg(reg, "ot.emd(a, b, M)")
-        inner = operator.index(options.get("numInnerItermax", 100))
+        inner = whole_number("numInnerItermax", options.get("numInnerItermax", 100), 1)
         columns = columns.T if several else columns[None]
         return cls(arrays, cost, rows, columns, number, name, several, inner)
 
     def solve(
         self, max_iter: int, stop: float, verbose: bool, warn: bool, warmstart: Any
     ) -> Solved:
-        max_iter = operator.index(max_iter)
-        if max_iter < 1:
-            raise ValueError(f"numItermax is {max_iter}: must be at least 1")
-        if not 0 <= stop < math.inf:
-            raise ValueError(f"stopThr is {stop}: must be finite and not negative")
+        max_iter, stop = whole_number("numItermax", max_iter, 1), tolerance("stopThr", stop)
         stages = [(stop, max_iter)]
         if self.method == "sinkhorn_epsilon_scaling":
             # As POT: 35 rounds at least, each as exact as stop asks; then rounds until the squares
@@ -133,18 +135,20 @@ class Problem:
         if warmstart is None:
             return self.a.new_zeros(count, n)
         if self.several and self.method == "sinkhorn_log":
-            if len(warmstart) != count:
+            if not isinstance(warmstart, (tuple, list)) or len(warmstart) != count:
                 raise ValueError(f"warmstart: must be a list of {count} pairs, one for each b")
             given = [None if pair is None else pair[0] for pair in warmstart]
             zero = self.a.new_zeros(n)
             u = torch.stack([zero if v is None else self.arrays.tensor(v) for v in given])
         else:
-            if len(warmstart) != 2:
+            if not isinstance(warmstart, (tuple, list)) or len(warmstart) != 2:
                 raise ValueError("warmstart: must be a pair, potentials of a and of b")
             u = self.arrays.tensor(warmstart[0])
             u = u.T if u.dim() == 2 else u
         if u.shape not in ((n,), (count, n)):
-            raise ValueError(f"warmstart has {tuple(u.shape)} for a: must hold {n} potentials")
+            raise ValueError(
+                f"warmstart has shape {tuple(u.shape)} for a: must hold {n} potentials"
+            )
         u = u.detach().double().to(self.a.device)
         return (u / self.reg if self.method in _IN_COST_UNITS else u).expand(count, n)
 

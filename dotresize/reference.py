@@ -83,16 +83,18 @@ def sinkhorn(
         f[active], error[active], n_iter[active] = row, now, iteration
         converged = (now <= tol[active]) & (tol[active] > 0)
         status[active[converged]] = CONVERGED
-        update = _centred(b[active].log() - column_lse, used)
+        raw = b[active].log() - column_lse
+        update = _less_mean(raw, start, used)
         going = ~converged if iteration < max_iter else torch.zeros_like(converged)
         active = active[going]
         g[active] = update[going]
+        step = (raw - start)[going]
         for code, helper in helpers.items():
             own = pace[active] == code
             if own.any():
                 mine = active[own]
-                at, plain = (torch.where(b[mine] > 0, v, 0.0) for v in (start[going][own], g[mine]))
-                further = helper.advance(mine, at, plain, now[going][own])
+                moved, plain = (torch.where(b[mine] > 0, v, 0.0) for v in (step[own], g[mine]))
+                further = helper.advance(mine, moved, plain, now[going][own])
                 g[mine] = torch.where(b[mine] > 0, further, -torch.inf)
         iteration += 1
     return *restore(f, g, shift_f, shift_g, a, error, status), n_iter, error, status
@@ -127,10 +129,10 @@ def restore(
     return f, g
 
 
-def _centred(g: Tensor, used: Tensor) -> Tensor:
-    """g with mean 0 over the used columns: the constant is free, and digits are lost far from 0."""
+def _less_mean(update: Tensor, g: Tensor, used: Tensor) -> Tensor:
+    """The update less the mean of g: the constant is free, and digits are lost far from 0."""
     mean = torch.where(used, g, 0.0).sum(1, keepdim=True) / used.sum(1, keepdim=True)
-    return torch.where(used, g - mean, -torch.inf)
+    return torch.where(used, update - mean, -torch.inf)
 
 
 def _lse(z: Tensor, dim: int) -> Tensor:

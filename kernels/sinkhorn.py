@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dotresize.acceleration import far_potential
 from dotresize.kernels import sinkhorn_columns as column
 from dotresize.kernels import sinkhorn_layout as layout
 from dotresize.kernels import sinkhorn_prepare as prepare
@@ -132,7 +133,6 @@ class _Batch:
         self._buffers()
         self.limit, self.momentum = (pace == MOMENTUM).to(self.f), bool((pace == MOMENTUM).any())
         self._minima()
-        # What the iterations read; of 16-bit costs, steps.
         self.stored, self.scale = first, self.inv_reg
         if storage == "u16":
             self._store_linear(labels)
@@ -148,7 +148,6 @@ class _Batch:
         return torch.arange(len(counts), device=self.device).repeat_interleave(repeats)
 
     def _sums(self, joined: Tensor, counts: list[int]) -> Tensor:
-        # Always in the same order.
         return torch.segment_reduce(joined, "sum", lengths=torch.tensor(counts).to(self.device))
 
     def _buffers(self) -> None:
@@ -166,8 +165,8 @@ class _Batch:
         self.error = torch.full_like(empty(len(t.block)), torch.inf)
         self.g_sum = torch.zeros_like(empty(2, len(t.block)))
         self.before = empty(t.columns_total)
-        self.pace = torch.zeros_like(empty(2, len(t.block), 4))
-        self.pace[..., 0::2] = torch.inf  # no error yet; see sinkhorn_columns
+        self.pace = torch.zeros_like(empty(2, len(t.block), column.PACE.value))
+        self.pace[..., 0:3:2] = torch.inf  # no error yet; see sinkhorn_columns
         self.marginal_error = torch.full_like(empty(count), torch.nan)
         self.status = torch.full_like(empty(count, dtype=torch.int32), RUNNING)
         self.sweeps = torch.zeros_like(self.status)
@@ -296,5 +295,6 @@ class _Batch:
                 BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
                 MOMENTUM=self.momentum,
+                FAR=far_potential(self.kind),
                 **common,
             )

@@ -17,6 +17,8 @@ PROGRAM_BLOCK = 64
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = 1e-25
 FAST_ENOUGH = tl.constexpr(acceleration.FAST_ENOUGH)
+# Numbers of momentum that a column block keeps, and room for as many again.
+PACE = tl.constexpr(8)
 
 
 @triton.jit
@@ -46,16 +48,18 @@ def _shifted_sums(
 
 
 @triton.jit
-def _factor(p_last, p_new, o_q, m_q):
+def _factor(p_last, p_new, o_q, m_q, FAR: tl.constexpr):
     """This iteration's over-relaxation, by what the last two left; dotresize.acceleration.Momentum.
 
-    Four numbers of each column block: its part of the error, and of the product of step and change;
-    the problem's error, and how long its momentum has grown. Every block comes to the same answer.
+    Of each column block: its part of the error, and of the product of step and change; the
+    problem's error, and how long its momentum has grown; the block's largest potential. Every
+    block comes to the same answer.
     """
-    error = tl.sum(tl.load(p_last + 4 * o_q, mask=m_q, other=0.0), 0)
-    against = tl.sum(tl.load(p_last + 4 * o_q + 1, mask=m_q, other=0.0), 0)
-    fast = error < FAST_ENOUGH * tl.load(p_last + 2)
-    age = tl.where((against < 0) | fast, 0.0, tl.load(p_last + 3)) + 1
+    error = tl.sum(tl.load(p_last + PACE * o_q, mask=m_q, other=0.0), 0)
+    against = tl.sum(tl.load(p_last + PACE * o_q + 1, mask=m_q, other=0.0), 0)
+    largest = tl.max(tl.load(p_last + PACE * o_q + 4, mask=m_q, other=0.0), 0)
+    again = (against < 0) | (error < FAST_ENOUGH * tl.load(p_last + 2)) | (largest > FAR)
+    age = tl.where(again, 0.0, tl.load(p_last + 3)) + 1
     tl.store(p_new + 2, error)
     tl.store(p_new + 3, age)
     return (age - 1) / (age + 1)
@@ -92,6 +96,7 @@ def sinkhorn_column_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """g_new = g + log b - log s, with mean 0 before it; and how far the sums s are from b."""
     i_b = tl.load(p_block + 2 * tl.program_id(0))
@@ -145,10 +150,12 @@ def sinkhorn_column_kernel(
             b_change = b_new - tl.load(p_before + i_column + o_c, mask=m_c, other=0.0)
             b_inner = tl.where(b_b > 0, b_b * (b_update - b_g) * b_change, 0.0)
             tl.store(p_before + i_column + o_c, tl.where(b_b > 0, b_new, 0.0), mask=m_c)
-            factor = _factor(p_last + 4 * i_block, p_new + 4 * tl.program_id(0), o_q, m_q)
-            tl.store(p_new + 4 * tl.program_id(0), error)
-            tl.store(p_new + 4 * tl.program_id(0) + 1, tl.sum(b_inner, 0))
+            p_new += PACE * tl.program_id(0)
+            factor = _factor(p_last + PACE * i_block, p_new, o_q, m_q, FAR)
+            tl.store(p_new, error)
+            tl.store(p_new + 1, tl.sum(b_inner, 0))
             b_new += tl.load(p_limit + i_b) * factor * b_change
+            tl.store(p_new + 4, tl.max(tl.where(b_b > 0, tl.abs(b_new), 0.0), 0))
         tl.store(p_g_new + i_column + o_c, tl.where(b_b > 0, b_new, -float("inf")), mask=m_c)
         tl.store(p_g_sum_new + tl.program_id(0), tl.sum(tl.where(b_b > 0, b_new, 0.0), 0))
 

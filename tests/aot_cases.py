@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dotresize.acceleration import far_potential
 from dotresize.kernels import l1_cost, sinkhorn_columns, sinkhorn_prepare, sinkhorn_sweep
 from dotresize.kernels.l1_tile import l1_cost_kernel
 from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, STAGES, TABLE, Tile
@@ -142,6 +143,7 @@ def column_case(kind: str, stored: str) -> AotCase:
         "BP": sinkhorn_columns.PROGRAM_BLOCK,
         "BC": COLUMN_BLOCK,
         "MOMENTUM": True,
+        "FAR": far_potential(DTYPES[kind]),
     }
     return AotCase(
         f"sinkhorn_column/{kind}/{stored}",

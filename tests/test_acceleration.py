@@ -143,3 +143,14 @@ def test_start_from_results_that_do_not_fit():
     mixed = sinkhorn([torch.rand(2, 3), torch.rand(2, 2)], 0.1)
     with pytest.raises(ValueError, match="init holds problems of different shapes"):
         sinkhorn(torch.rand(2, 4, 5), 0.1, init=mixed)
+
+
+def test_potentials_that_grow_without_end(backend):
+    """Three rows may go to two columns of six only: momentum must not run off to no plan."""
+    cost = torch.rand(6, 6, device=device_of(backend))
+    cost[:3, 2:] = INF
+    result = sinkhorn(cost, 0.1, max_iter=300, backend=backend)
+    assert result.status == "max_iter"
+    assert result.marginal_error == pytest.approx(1 / 3, abs=1e-3)
+    rows = (result.plan.double().sum(1) - 1 / 6).abs().sum()
+    assert rows < 1e-3

@@ -338,7 +338,7 @@ def test_no_room_for_the_tokenizer(arguments, tmp_path, model_directory):
     assert not Path(arguments[2]).exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(arguments, how):
     # A shell starts its background jobs, this test perhaps among them, with SIGINT ignored.
     wanted = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

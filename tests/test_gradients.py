@@ -75,3 +75,33 @@ def test_costs_nothing_where_it_is_not_used():
     result = sinkhorn(cost, 0.3)
     assert not result.potentials[0].requires_grad
     assert result.value.requires_grad
+
+
+def test_a_look_without_gradients_leaves_them():
+    cost = torch.rand(4, 3, requires_grad=True)
+    result = sinkhorn(cost, 0.3)
+    with torch.no_grad():
+        assert not result.plan.requires_grad
+    assert result.plan.requires_grad
+
+
+def test_a_cost_changed_before_backward_is_refused():
+    for quantity in ("plan", "value"):
+        cost = torch.rand(4, 3, requires_grad=True)
+        loss = getattr(sinkhorn(cost, 0.3), quantity).sum()
+        with torch.no_grad():
+            cost.mul_(2)
+        with pytest.raises(RuntimeError, match="has been m"):
+            loss.backward()
+
+
+def test_an_invalid_problem_leaves_the_gradients_of_the_others():
+    cost = torch.rand(3, 4, 3)
+    cost[1, 0, 0], cost[2, 1] = torch.nan, torch.inf
+    for quantity in ("plan", "value", "value_linear"):
+        leaf = cost.clone().requires_grad_()
+        result = sinkhorn(leaf, 0.1)
+        assert result.status == ("converged", "invalid", "infeasible")
+        getattr(result, quantity)[0].square().sum().backward()
+        assert leaf.grad[0].abs().sum() > 0
+        assert (leaf.grad[2] == 0).all()

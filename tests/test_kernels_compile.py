@@ -21,6 +21,9 @@ OLDEST = Path(sys.prefix) / "triton-3.6"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
+USUAL = "sm_90,gfx942"
+
+
 @pytest.fixture(scope="module", params=["installed", "oldest"])
 def rows(request, tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -28,7 +31,7 @@ def rows(request, tmp_path_factory):
         if not OLDEST.is_dir():
             pytest.skip(f"pip install --no-deps --target {OLDEST} triton==3.6.0")
         environment["PYTHONPATH"] = str(OLDEST)
-        environment["AOT_TARGETS"] = "sm_90,gfx942"  # all four take minutes
+    environment.setdefault("AOT_TARGETS", USUAL)  # all four take minutes; set it for a new kernel
     # A cache of its own: the result must come from this compiler, not from an earlier one.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(
@@ -47,8 +50,7 @@ def rows(request, tmp_path_factory):
 
 def test_every_configuration_compiles_without_spills(rows):
     assert len({row["kernel"] for row in rows}) >= 36
-    oldest = rows[0]["triton"] == "3.6.0"
-    assert {row["target"] for row in rows} == ({"sm_90", "gfx942"} if oldest else set(SHARED))
+    assert {row["target"] for row in rows} == set(os.environ.get("AOT_TARGETS", USUAL).split(","))
     assert [row for row in rows if "error" in row] == []
     assert [row for row in rows if row["spilled"]] == []
     assert all(0 < row["registers"] <= 512 for row in rows)

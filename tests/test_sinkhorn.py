@@ -273,6 +273,13 @@ def test_equal_neurons_get_equal_rows(backend):
         ({"cost": [torch.zeros(2, 3)], "a": [torch.ones(2)] * 2}, "list as long"),
         ({"cost": []}, "empty list"),
         ({"cost": torch.zeros(0, 2, 3)}, "problems with entries"),
+        ({"cost": np.zeros((2, 3))}, "cost is a ndarray: must be a torch tensor"),
+        ({"cost": torch.zeros(2, 3).to_sparse()}, "cost is torch.sparse_coo: must be a dense"),
+        ({"cost": torch.zeros(2, 3), "a": [0.5, 0.5]}, "a is a list: must be a tensor"),
+        ({"cost": [torch.zeros(2, 3)], "a": 3.0}, "list as long"),
+        ({"cost": torch.zeros(2, 3), "init": 3}, "init: g"),
+        ({"cost": torch.zeros(2, 3), "acceleration": ["none"]}, "must be auto or one of"),
+        ({"cost": torch.zeros(2, 3), "max_iter": 10**30}, "max_iter"),
         ({"cost": [torch.zeros(2, 3)] * 2, "a": [torch.ones(2), torch.ones(3)]}, "a of problem 1"),
         ({"cost": torch.zeros(2, 3), "init": (torch.zeros(2), None)}, "init: g"),
         (

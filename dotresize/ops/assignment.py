@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dotresize import reference
 from dotresize.ops.assignment_launch import INVALID, SOLVED, backend_for, solve
+from dotresize.ops.backends import check_dense
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
@@ -91,11 +92,14 @@ def assignment(
     """
     if not isinstance(score, Tensor):
         raise ValueError(f"score is a {type(score).__name__}: must be a torch tensor")
+    if not isinstance(maximize, bool):
+        raise ValueError(f"maximize is {maximize!r}: must be True or False")
     if score.dim() not in (2, 3) or score.shape[-1] != score.shape[-2]:
         raise ValueError(f"score has shape {tuple(score.shape)}: must be (n, n) or (B, n, n)")
     if score.dtype not in (*_FLOATS, *_INTEGERS):
         raise ValueError(f"score has dtype {score.dtype}: must be float16 to float64 or an integer")
     chosen = backend_for(backend, score.device)
+    check_dense("score", score)
     batch = score.detach()[None] if score.dim() == 2 else score.detach()
     if batch.numel() == 0:
         columns, v = torch.empty(batch.shape[:2], dtype=torch.int64), None
@@ -159,6 +163,9 @@ def _measure(score: Tensor, sign: float, columns: Tensor, v: Tensor) -> tuple[Te
         u[block] = (cost - v).amin(1)
         paid[block] = cost.gather(1, columns[block, None])[:, 0]
         violation = max(violation, float((u[block, None] + v - cost).max()))
-    # One rounding in all: the sums nearly cancel.
-    gap = math.fsum([*paid.tolist(), *(-u).tolist(), *(-v).tolist()])
+    try:
+        # One rounding in all: the sums nearly cancel.
+        gap = math.fsum([*paid.tolist(), *(-u).tolist(), *(-v).tolist()])
+    except (OverflowError, ValueError):
+        gap = math.inf  # costs near float64's largest prove nothing
     return u, gap, violation

@@ -88,6 +88,7 @@ def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
     """The exact solution by C++, from any finite column duals or from none."""
     batch, n, _ = score.shape
     work = score.detach().to("cpu", torch.float32 if score.dtype in _NARROW else torch.float64)
+    work = work.resolve_neg()
     if work.stride(2) != 1:
         work = work.contiguous()
     if start is not None:

@@ -26,8 +26,15 @@ def cpp() -> ModuleType:
     return _cpp
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a tensor without entries in memory."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        kind = "on meta" if tensor.device.type == "meta" else str(tensor.layout)
+        raise ValueError(f"{name} is {kind}: must be a dense tensor with values")
+
+
 def threads() -> int:
-    """For a C++ kernel: torch's number, or 1 in a forked process.
+    """For a C++ kernel: torch's number, or 1 in a process forked after this package was imported.
 
     OpenMP's threads are not forked with it, and waiting for them would never end.
     """

@@ -31,12 +31,16 @@ class Plan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost: Tensor, problem: _Problem) -> Tensor:
         ctx.problem = problem
+        ctx.save_for_backward(cost)  # torch then refuses a cost that was changed in between
         return problem.plan()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
         problem: _Problem = ctx.problem
+        (cost,) = ctx.saved_tensors
+        if problem.status == "invalid":
+            return torch.where(incoming == 0, 0.0, torch.nan).to(cost), None
         plan = torch.cat([block for _, block in problem.blocks()])
         weighted = torch.where(plan == 0, 0.0, plan * incoming.double())
         u, v = _keep_marginals(plan, weighted.sum(1), weighted.sum(0))
@@ -50,13 +54,15 @@ class Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost: Tensor, problem: _Problem) -> Tensor:
         ctx.problem = problem
-        return torch.tensor(problem.values[1], dtype=torch.float64, device=cost.device)
+        ctx.save_for_backward(cost)
+        return torch.tensor(problem.values[1], dtype=torch.float64)  # on the CPU, as all values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
         problem: _Problem = ctx.problem
-        return (problem.plan() * incoming).to(problem.cost.dtype), None
+        (cost,) = ctx.saved_tensors
+        return (problem.plan() * incoming).to(cost.dtype), None
 
 
 def _keep_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class SinkhornResult:
             "" where it has.
         plan: computed when first asked for, from float64 potentials and the caller's cost, which
             must not have been changed in place by then.
-        value_linear: ``<C, P>``.
+        value_linear: ``<C, P>``; float64, a batch's on the CPU.
         value: ``<C, P> + reg * sum P log P``, as POT's ``solve_batch`` with reg_type "entropy".
 
     If the cost requires a gradient, the plan and both values pass one back to it (and a single
@@ -111,10 +111,19 @@ class SinkhornResult:
         reasons = tuple(problem.reason() for problem in self._problems)
         return reasons[0] if self._layout == "single" else reasons
 
-    @cached_property
+    @property
     def plan(self) -> Tensor | tuple[Tensor, ...]:
-        if self._layout != "batch" or any(problem.wants_gradient for problem in self._problems):
-            return self._gather([problem.differentiable_plan() for problem in self._problems])
+        wanted = any(problem.wants_gradient for problem in self._problems)
+        return self._plan_with_graph if wanted and torch.is_grad_enabled() else self._plan
+
+    @cached_property
+    def _plan_with_graph(self) -> Tensor | tuple[Tensor, ...]:
+        return self._gather([problem.differentiable_plan() for problem in self._problems])
+
+    @cached_property
+    def _plan(self) -> Tensor | tuple[Tensor, ...]:
+        if self._layout != "batch":
+            return self._gather([problem.plan() for problem in self._problems])
         first = self._problems[0]
         plans = first.cost.new_empty(len(self), *first.cost.shape, dtype=first.dtype)
         for problem, out in zip(self._problems, plans, strict=True):
@@ -172,7 +181,10 @@ class _Problem:
         if self.status == "max_iter":
             return f"marginal error {self.marginal_error:.3g} after {self.n_iter} iterations"
         if self.status == "invalid":
-            row, column = (self.cost.isnan() | (self.cost == -torch.inf)).nonzero()[0].tolist()
+            found = (self.cost.isnan() | (self.cost == -torch.inf)).nonzero().tolist()
+            if not found:
+                return "the cost held NaN or -inf, and has been changed since"
+            row, column = found[0]
             value = self.cost[row, column].item()
             return f"cost is {value} at row {row}, column {column}: must be finite, or inf"
         if self.status == "infeasible":
@@ -180,6 +192,8 @@ class _Problem:
             stuck_rows = (self.a > 0) & ~(open_pairs & (self.b > 0)).any(1)
             stuck_columns = (self.b > 0) & ~(open_pairs & (self.a > 0)[:, None]).any(0)
             rows, columns = (v.nonzero().flatten().tolist() for v in (stuck_rows, stuck_columns))
+            if not rows and not columns:
+                return "a row or column had forbidden pairs only, and the cost was changed since"
             name, index = ("row", rows[0]) if rows else ("column", columns[0])
             return f"{name} {index} has mass, and every pair of it is forbidden (inf)"
         return ""
@@ -203,6 +217,7 @@ class _Problem:
         if out is None:
             out = self.cost.new_empty(self.cost.shape, dtype=self.dtype)
         as_is = self.cost.dtype == self.dtype and self.cost.stride(1) == 1
+        as_is = as_is and not self.cost.is_neg()
         if self.backend == "cpp" and as_is and self.status != "invalid":
             cpp().plan(
                 n=self.cost.shape[0],
@@ -232,7 +247,7 @@ class _Problem:
             return self.values[0]
         plan = self.differentiable_plan().double()
         # A forbidden pair has no mass, and 0 times its infinite cost is nothing.
-        return (plan * torch.where(plan == 0, 0.0, self.source.double())).sum()
+        return (plan * torch.where(plan == 0, 0.0, self.source.double())).sum().cpu()
 
     @cached_property
     def values(self) -> tuple[float, float]:

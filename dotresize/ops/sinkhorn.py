@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -53,7 +54,7 @@ def sinkhorn(
         b: column marginals, likewise.
         max_iter: largest number of iterations per problem.
         tol: marginal error to stop at, a number or one per problem ``(B,)``; 0 runs exactly
-            ``max_iter`` iterations.
+            ``max_iter`` iterations (after those of a schedule).
         init: what to start from: a result of like problems, whatever its reg (one for all, or one
             per problem), or potentials ``(f, g)`` of this reg. Only g is used, as the first row
             update follows from it.
@@ -84,11 +85,12 @@ def sinkhorn(
     if not isinstance(cost, (Tensor, list, tuple)):
         kind = type(cost).__name__
         raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
+    steps = -1 if isinstance(max_iter, bool) or not hasattr(max_iter, "__index__") else max_iter
+    if not 0 <= operator.index(steps) < 2**62:
         raise ValueError(f"max_iter is {max_iter!r}: must be an integer from 0 up")
     if storage not in STORAGES:
         raise ValueError(f"storage {storage!r}: must be one of {', '.join(STORAGES)}")
-    if acceleration != "auto" and acceleration not in ACCELERATIONS:
+    if not isinstance(acceleration, str) or acceleration not in ("auto", *ACCELERATIONS):
         known = ", ".join(ACCELERATIONS)
         raise ValueError(f"acceleration {acceleration!r}: must be auto or one of {known}")
     ragged = not isinstance(cost, Tensor)
@@ -101,11 +103,11 @@ def sinkhorn(
         raise ValueError(f"tol is {tol}: must be finite and not negative")
     stages = _stages(schedule)
     if isinstance(init, SinkhornResult):
-        init = rescaled(init, regs * stages[0], ragged)
+        init = rescaled(init, regs, ragged)
     paces = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
     if acceleration == "auto":
         paces[tols == 0] = PLAIN
-    settings = Settings(max_iter, storage, backend)
+    settings = Settings(operator.index(max_iter), storage, backend)
     solved: dict[int, _Problem] = {}
     for group in checked(cost, a, b, init, backend):
         members = list(group.labels)
@@ -119,7 +121,8 @@ def sinkhorn(
 def _stages(schedule: Sequence[float] | None) -> list[float]:
     """The schedule and the 1 that ends it."""
     try:
-        factors = [float(factor) for factor in schedule or ()]
+        given = () if schedule is None else schedule
+        factors = [0.0] if isinstance(given, str) else [float(factor) for factor in given]
     except (TypeError, ValueError):
         factors = [0.0]
     if not all(1 <= later <= factor < math.inf for factor, later in pairwise([*factors, 1.0])):
@@ -137,6 +140,7 @@ def _solve_stages(
 ) -> list[_Problem]:
     """The group's problems at each multiple of reg in turn, from the potentials of the last."""
     iterations = [0] * len(group.costs)
+    group = group._replace(g=group.g / stages[0])
     for factor, following in pairwise(stages):
         rough = torch.maximum(tol, _STAGE_TOLERANCE * group.masses().cpu())
         found = solve(group, reg * factor, rough, pace, settings)

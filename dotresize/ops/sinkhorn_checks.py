@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dotresize.ops.backends import choose
+from dotresize.ops.backends import check_dense, choose
 from dotresize.ops.result import SinkhornResult
 from dotresize.ops.sinkhorn_launch import Group
 
@@ -31,6 +31,7 @@ def checked(
         raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
     batch = cost[None] if cost.dim() == 2 else cost
     choose(backend, cost.device)  # raises before anything is computed
+    check_dense("cost", cost)
     return [_batch(batch, a, b, init, range(len(batch)))]
 
 
@@ -47,12 +48,14 @@ def _ragged(
     for i, cost in enumerate(costs):
         if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
             raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
+        check_dense(f"cost {i}", cost)
     vectors: dict[str, list[Tensor] | None] = {}
     if init is not None and not (isinstance(init, (tuple, list)) and len(init) == 2):
         raise ValueError("init: must be a result, or a pair of potentials (f, g)")
     starts = None if init is None else init[1]
     for name, value, axis in (("a", a, 0), ("b", b, 1), ("init g", starts, 1)):
-        if value is not None and (isinstance(value, Tensor) or len(value) != len(costs)):
+        listed = isinstance(value, (list, tuple)) and len(value) == len(costs)
+        if value is not None and not listed:
             raise ValueError(f"{name}: for a list of {len(costs)} costs, give a list as long")
         vectors[name] = None if value is None else list(value)
         for i, vector in enumerate(vectors[name] or []):
@@ -120,9 +123,11 @@ def _check_marginals(
         uniform = 1 / max(1, length)
         return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
     shared, own = (length,), (batch, length)
-    if not isinstance(value, Tensor) or tuple(value.shape) not in (shared, own):
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}")
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: must be a tensor of shape {shared}")
+    if tuple(value.shape) not in (shared, own) or value.is_complex():
+        given = f"{tuple(value.shape)} of {value.dtype}"
+        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}, real numbers")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, the cost on {like.device}")
     if not (torch.isfinite(value).all() and (value >= 0).all()):

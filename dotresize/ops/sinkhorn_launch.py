@@ -87,7 +87,7 @@ def solve(
 
 def _solved_as(cost: Tensor) -> Tensor:
     """In float32 or float64, entries of a row side by side."""
-    work = cost if cost.dtype == torch.float64 else cost.float()
+    work = (cost if cost.dtype == torch.float64 else cost.float()).resolve_neg()
     return work if work.stride(1) == 1 else work.contiguous()
 
 
