@@ -175,8 +175,8 @@ def acceleration() -> str:
             "kernel's. POT looks at",
             "its error every 10 iterations and in the L2 norm, so it was given the tolerance that "
             "guarantees the L1 error.",
-            "OTT looks every 10 iterations as well. The default memory allocator, which large temporaries "
-            "are slow with. Rows:",
+            "OTT looks every 10 iterations as well. With the default allocator, which slows large "
+            "temporaries. Rows:",
             "`benchmarks/results/acceleration.jsonl`.",
         ]
     )
