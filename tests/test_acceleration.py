@@ -149,7 +149,7 @@ def test_potentials_that_grow_without_end(backend):
     """Three rows may go to two columns of six only: momentum must not run off to no plan."""
     cost = torch.rand(6, 6, device=device_of(backend))
     cost[:3, 2:] = INF
-    result = sinkhorn(cost, 0.1, max_iter=300, backend=backend)
+    result = sinkhorn(cost, 0.1, max_iter=150, backend=backend)
     assert result.status == "max_iter"
     assert result.marginal_error == pytest.approx(1 / 3, abs=1e-3)
     rows = (result.plan.double().sum(1) - 1 / 6).abs().sum()

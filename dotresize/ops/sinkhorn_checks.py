@@ -47,7 +47,12 @@ def _ragged(
         raise ValueError("cost is an empty list: there must be problems with entries")
     for i, cost in enumerate(costs):
         if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
-            raise ValueError(f"cost {i} of the list is not a 2-D floating-point tensor")
+            kind = (
+                f"{cost.dim()}-D of {cost.dtype}"
+                if isinstance(cost, Tensor)
+                else type(cost).__name__
+            )
+            raise ValueError(f"cost {i} of the list is {kind}: must be a 2-D floating-point tensor")
         check_dense(f"cost {i}", cost)
     vectors: dict[str, list[Tensor] | None] = {}
     if init is not None and not (isinstance(init, (tuple, list)) and len(init) == 2):
