@@ -139,15 +139,15 @@ def _solve_stages(
     settings: Settings,
 ) -> list[_Problem]:
     """The group's problems at each multiple of reg in turn, from the potentials of the last."""
+    if len(stages) == 1:
+        return solve(group, reg, tol, pace, settings)
     iterations = [0] * len(group.costs)
+    rough = torch.maximum(tol, _STAGE_TOLERANCE * group.masses().cpu())
     group = group._replace(g=group.g / stages[0])
     for factor, following in pairwise(stages):
-        rough = torch.maximum(tol, _STAGE_TOLERANCE * group.masses().cpu())
         found = solve(group, reg * factor, rough, pace, settings)
         iterations = [i + problem.n_iter for i, problem in zip(iterations, found, strict=True)]
         g = torch.cat([problem.g for problem in found]) * (factor / following)
         group = group._replace(g=torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
     found = solve(group, reg, tol, pace, settings)
-    if len(stages) == 1:
-        return found
     return [replace(p, n_iter=p.n_iter + i) for i, p in zip(iterations, found, strict=True)]
