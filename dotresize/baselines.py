@@ -15,25 +15,27 @@ from dotresize.maps import WidthMap, largest
 KEPT_AXES = 16
 
 
-def magnitude(importance: Tensor, k: int) -> WidthMap:
-    """Plain selection of the k neurons of largest mean magnitude. importance: (D,)."""
-    selection = largest(importance, k)
-    q = torch.zeros(len(importance), k, dtype=torch.float64, device=importance.device)
-    q[selection, torch.arange(k, device=q.device)] = 1.0
+def selected(selection: Tensor, width: int) -> WidthMap:
+    """Plain selection: what is not selected is cut off. selection: int64 (k,)."""
+    q = torch.zeros(width, len(selection), dtype=torch.float64, device=selection.device)
+    q[selection, torch.arange(len(selection), device=q.device)] = 1.0
     return WidthMap(q, selection)
 
 
-def pca(moment: Tensor, importance: Tensor, k: int, *, kept_axes: int = KEPT_AXES) -> WidthMap:
+def pca(
+    moment: Tensor, selection: Tensor, importance: Tensor, *, kept_axes: int = KEPT_AXES
+) -> WidthMap:
     """Principal directions of the (uncentred) second moment, the largest channels kept as they are.
 
     Args:
         moment: (D, D) mean of x'x.
+        selection: int64 (k,), the axes that a tied model's basis is turned towards.
         importance: (D,) mean magnitudes; names the channels that stay on their axes.
         kept_axes: how many do (at most k).
     """
-    selection = largest(importance, k)
     start = time.perf_counter()
-    width, kept = len(importance), min(kept_axes, k)
+    width, k = len(importance), len(selection)
+    kept = min(kept_axes, k)
     axes = largest(importance, kept)
     mask = torch.ones(width, dtype=torch.bool, device=moment.device)
     mask[axes] = False

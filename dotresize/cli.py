@@ -35,14 +35,29 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
     compress.add_argument("out", metavar="OUT", help="directory to make")
     compress.add_argument(
-        "--width", type=float, default=0.8, help="fraction up to 1, or an exact number (0.8)"
+        "--width", type=float, help="fraction up to 1, or an exact number (0.8; 1 with --ff-width)"
     )
-    compress.add_argument("--method", default="dot", help="dot, pca or magnitude (dot)")
+    compress.add_argument(
+        "--energy", type=float, help="instead: the share of the activations' variance to keep"
+    )
+    compress.add_argument("--method", default="pca", help="pca, dot or magnitude (pca)")
+    compress.add_argument(
+        "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
+    )
     compress.add_argument("--scope", default="global", help="global (one map, plain checkpoint)")
-    compress.add_argument("--reg", type=float, default=3.0, help="times the mean cost (3)")
-    compress.add_argument("--factor", default="polar", help="polar or qr (polar)")
-    compress.add_argument("--no-refit", action="store_true", help="do not correct the readers")
-    compress.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
+    compress.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
+    compress.add_argument(
+        "--ff-method",
+        default="eliminate",
+        help="eliminate, nystrom, magnitude or transport (eliminate)",
+    )
+    compress.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
+    compress.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
+    compress.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
+    compress.add_argument("--no-refit", action="store_true", help="do not correct the weights")
+    compress.add_argument(
+        "--ridge", type=float, help="of the refit (chosen on calibration files left out)"
+    )
     compress.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     compress.add_argument(
         "--calibration",

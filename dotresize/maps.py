@@ -143,28 +143,31 @@ def largest(importance: Tensor, k: int) -> Tensor:
 
 def transport(
     cost: Tensor,
-    importance: Tensor,
-    k: int,
+    selection: Tensor,
     *,
     reg: float = 3.0,
+    steps: int = 1,
     factor: str = "polar",
     backend: str = "auto",
 ) -> WidthMap:
-    """The transport map from all neurons onto the k most important ones, factorised.
+    """The transport map from all neurons onto the selected ones, factorised.
+
+    With ``steps`` q > 1 the plan P moves all neurons onto all neurons, and the span is that of
+    ``(D P)^q`` restricted to the selection: a subspace iteration, orthonormalised between steps.
 
     Args:
         cost: (D, D) pairwise L1 cost of the neurons' activations.
-        importance: (D,) mean magnitudes.
+        selection: int64 (k,), the targets.
         reg: in units of the mean cost, so that it does not depend on the cost's scale.
+        steps: transports in a row.
         factor: method of ``factorize``.
 
     Raises ValueError if the map's span collapses, naming the reg.
     """
-    selection = largest(importance, k)
     start = time.perf_counter()
     # float64: at large reg the columns of T are nearly parallel, and what tells them apart is
     # what the span is made of.
-    chosen = cost[:, selection].double()
+    chosen = (cost if steps > 1 else cost[:, selection]).double()
     scale = float(chosen.mean())
     if scale == 0:
         raise ValueError("all neurons are equal: every cost between them is 0")
@@ -172,16 +175,17 @@ def transport(
     if not result.converged:
         logger.warning("transport at reg %g x mean cost: %s", reg, result.status)
     middle = time.perf_counter()
-    factors = factorize(
-        transport_map(cast(Tensor, result.plan)),
-        factor,
-        name=f"the transport map at reg {reg:g} x mean cost",
-    )
+    name = f"the transport map at reg {reg:g} x mean cost"
+    moved = transport_map(cast(Tensor, result.plan))
+    factors = factorize(moved[:, selection] if steps > 1 else moved, factor, name=name)
+    for _ in range(steps - 1):
+        factors = factorize(moved @ factors.q, factor, name=name)
     return WidthMap(
         factors.q,
         selection,
         {
             "reg": reg,
+            "steps": steps,
             "mean_cost": scale,
             "iterations": result.n_iter,
             "marginal_error": result.marginal_error,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
+
+from dotresize.calibration import Statistics
 
 
 def choose_width(asked: float, width: int, divisor: int) -> int:
@@ -43,3 +48,34 @@ def choose_width(asked: float, width: int, divisor: int) -> int:
     if not nearest:
         raise ValueError(f"width {asked:g}: that is under {divisor} channels, the least possible")
     return nearest
+
+
+def residual_share(asked: float | None, inner: float | None) -> float:
+    """The residual width to aim at: as asked, else 0.8, or all of it if only the inner width is."""
+    if asked is not None:
+        return asked
+    return 0.8 if inner is None else 1.0
+
+
+def choose_inner_width(asked: float | None, config: Any) -> int | None:
+    """The inner width of the feed-forward blocks; None leaves it as it is."""
+    if asked is None:
+        return None
+    try:
+        return choose_width(asked, config.intermediate_size, 1)
+    except ValueError as error:
+        raise ValueError(f"feed-forward {error}") from None
+
+
+def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:
+    """The smallest width whose principal directions keep ``share`` of the activations' variance.
+
+    The variance is the uncentred second moment of RMS-normalised activations, all locations
+    weighing alike: what no other map of that width keeps more of.
+    """
+    assert statistics.moment is not None
+    spectrum = torch.linalg.eigvalsh(statistics.moment.mean(0).double()).clamp_min(0).flip(0)
+    kept = (spectrum.cumsum(0) / spectrum.sum()).clamp_max(1.0)
+    # Rounding must not ask for a direction more than the share needs.
+    width = int((kept < share - 1e-12).sum()) + 1
+    return min(-(-width // divisor) * divisor, len(spectrum))

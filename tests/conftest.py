@@ -7,6 +7,8 @@ imported; tests/aot_compile.py covers real compilation in a process of its own.
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,11 +96,43 @@ def text_file(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def arguments(model_directory, text_file, tmp_path):
+    """A complete small compress command; the output directory is the third word."""
+    small = ["--window", "32", "--windows", "8", "--eval-windows", "4", "--quiet"]
+    return [
+        *("compress", str(model_directory), str(tmp_path / "out")),
+        *("--width", "16", "--calibration", str(text_file), "--eval", str(text_file)),
+        *small,
+    ]
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture, *, code: int = 2) -> str:
+    """Runs a command that must fail in one line; returns the line."""
+    from dotresize.cli import main
+
+    try:
+        returned = main(argv)
+    except SystemExit as stop:
+        returned = stop.code
+    captured = capsys.readouterr()
+    assert returned == code, captured.err
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("dotresize: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def copy_of(model_directory: Path, folder: Path) -> Path:
+    shutil.copytree(model_directory, folder)
+    return folder
+
+
+@pytest.fixture
 def run_python():
     """Runs code in a new interpreter at the repository root, without the interpreter of Triton."""
     import subprocess
     import sys
-    from pathlib import Path
 
     def run(code: str, *arguments: str, timeout: int = 300, **environment: str):
         clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

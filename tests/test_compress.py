@@ -13,7 +13,7 @@ from dotresize.absorb import absorb
 from dotresize.calibration import collect, random_windows, residual_stream
 from dotresize.models import architecture_of, supported
 from dotresize.pipeline import METHODS, count_parameters
-from dotresize.refit import refit
+from dotresize.refit import Correction, correct
 
 KINDS = supported()
 
@@ -72,8 +72,11 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
 
 def _map_of(model, tokens, method):
     from dotresize.pipeline import _width_map
+    from dotresize.targets import kept_set
 
-    return _width_map(collect(model, tokens), method, 16, 3.0, "qr", "auto").q
+    statistics = collect(model, [tokens])
+    selection = kept_set(None, statistics, 16)
+    return _width_map(statistics, method, selection, 3.0, 1, "qr", "auto").q
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,8 +125,8 @@ def test_models_share_no_memory(tokens):
 
 def test_tokens_may_come_in_parts(tokens):
     model = tiny_model()
-    whole, _ = compress(model, tokens, width=16)
-    parts, _ = compress(model, iter([tokens[:2], tokens[2:]]), width=16)
+    whole, _ = compress(model, tokens, width=16)  # its thirds stand for three sources
+    parts, _ = compress(model, iter([tokens[:2], tokens[2:4], tokens[4:]]), width=16)
     assert torch.equal(logits(whole, tokens), logits(parts, tokens))
 
 
@@ -172,7 +175,7 @@ def test_refit_brings_the_stream_closer(tokens):
 
     plain = absorb(model, q)
     corrected = absorb(model, q)
-    refit(model, corrected, q, tokens, ridge=1e-6)
+    correct(model, corrected, q, [tokens[:3], tokens[3:]], Correction(ridge=1e-6))
     assert distance(corrected) < 0.8 * distance(plain)
 
 
@@ -185,7 +188,7 @@ def test_refit_of_biased_writers(tokens):
 
 def test_statistics_match_a_direct_computation(tokens):
     model = tiny_model()
-    statistics = collect(model, tokens, batch_windows=2)
+    statistics = collect(model, [tokens[:4], tokens[4:]], batch_windows=2)
     with torch.inference_mode():
         stream = residual_stream(model, tokens).double()
     stream = stream / stream.square().mean(-1, keepdim=True).sqrt()
@@ -206,13 +209,12 @@ def test_parameters_are_counted_once():
 
 def test_windows_cover_every_source():
     streams = [torch.arange(1000), torch.arange(10_000, 10_090)]
-    windows = random_windows(streams, 9, 20, seed=3)
-    assert windows.shape == (9, 20)
-    assert (windows[:, 0] < 1000).sum() == 5
-    starts = windows[:, 0][windows[:, 0] < 1000].sort().values
-    assert (starts // 196).tolist() == [0, 1, 2, 3, 4]  # one in each fifth of the text
-    assert torch.equal(windows, random_windows(streams, 9, 20, seed=3))
-    assert not torch.equal(windows, random_windows(streams, 9, 20, seed=4))
+    first, second = random_windows(streams, 9, 20, seed=3)
+    assert first.shape == (5, 20)
+    assert second.shape == (4, 20)
+    assert (first[:, 0] // 196).tolist() == [0, 1, 2, 3, 4]  # one in each fifth of the text
+    assert torch.equal(first, random_windows(streams, 9, 20, seed=3)[0])
+    assert not torch.equal(first, random_windows(streams, 9, 20, seed=4)[0])
 
 
 def test_non_finite_weights_and_activations_are_named(tokens):
@@ -231,12 +233,18 @@ def test_non_finite_weights_and_activations_are_named(tokens):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "svd"}, "must be one of dot, pca, magnitude"),
+        ({"method": "svd"}, "must be one of pca, dot, magnitude"),
         ({"scope": "location"}, "must be global"),
         ({"width": 25}, "up to the model's 24"),
         ({"width": 15}, "a multiple of 4"),
         ({"reg": 0.0}, "reg"),
-        ({"reg": 1e15}, "span has collapsed"),
+        ({"reg": 1e15, "method": "dot"}, "span has collapsed"),
+        ({"ff_width": 41}, "feed-forward width 41: must be a whole number up to the model.s 40"),
+        ({"ff_method": "prune"}, "must be one of eliminate"),
+        ({"energy": 0.0}, "energy 0: must be a share"),
+        ({"energy": 0.9, "width": 0.5}, "not both"),
+        ({"steps": 0, "method": "dot"}, "steps 0"),
+        ({"targets": torch.arange(3)}, "3 neurons are named, the new width is 20"),
         ({"backend": "cublas"}, "must be one of auto"),
     ],
 )

@@ -1,0 +1,91 @@
+"""What the command line reads: devices, texts, windows, and what a finished output was made of."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.calibration import tokenize
+from dotresize.evaluate import evaluation_windows
+
+
+def check_windows(args: argparse.Namespace) -> None:
+    if args.window < 2:
+        raise ValueError(f"--window {args.window}: must be at least 2 tokens")
+    if args.eval_windows is not None and args.eval_windows < 1:
+        raise ValueError(f"--eval-windows {args.eval_windows}: must be at least 1")
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be auto, cpu or cuda")
+    return device
+
+
+def tokens_of(path: str, model: Any, tokenizer: Any, at_least: int) -> Tensor:
+    stream = tokenize(path, tokenizer)
+    if len(stream) < at_least:
+        raise ValueError(f"text file {path} has {len(stream)} tokens: one window takes {at_least}")
+    if int(stream.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"text file {path}: the tokenizer gives id {int(stream.max())}, the model's "
+            f"vocabulary is {model.config.vocab_size}"
+        )
+    return stream
+
+
+def evaluation_texts(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """Windows of each text, by its file's stem, or by its path where two stems are alike."""
+    positions = getattr(model.config, "max_position_embeddings", args.window)
+    if args.window > positions:
+        raise ValueError(f"--window {args.window}: the model has {positions} positions")
+    paths = args.eval or []
+    stems = [Path(path).stem for path in paths]
+    texts = {}
+    for path, stem in zip(paths, stems, strict=True):
+        stream = tokens_of(path, model, tokenizer, 2)
+        name = stem if stems.count(stem) == 1 else path
+        texts[name] = evaluation_windows(stream, args.window, args.eval_windows)
+    return texts
+
+
+def digests(paths: list[str]) -> dict[str, str]:
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+
+
+def files(model: str) -> list[list]:
+    """Names, sizes and dates of the files a model is read from; nothing for a hub id."""
+    path = Path(model)
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def already_done(out: str, settings: dict[str, Any]) -> bool:
+    path = Path(out) / "dotresize.json"
+    if not path.is_file():
+        return False
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: is not the record of a finished run") from None
+    if not list(path.parent.glob("*.safetensors")):
+        raise ValueError(f"output {out}: its weights are missing")
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"output {out}: made with another {changed[0]} "
+            f"({before.get(changed[0])} then, {settings[changed[0]]} now)"
+        )
+    return True

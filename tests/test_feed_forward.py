@@ -1,0 +1,126 @@
+"""Narrowing the inner width of feed-forward blocks, alone and through compress."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from dotresize import compress
+from dotresize.feed_forward import METHODS, choose_neurons, eliminate
+from dotresize.models import supported
+from dotresize.pipeline import count_parameters
+
+
+def inner(n: int = 12, rank: int = 12, tokens: int = 500) -> torch.Tensor:
+    return torch.randn(tokens, rank, dtype=torch.float64) @ torch.randn(
+        rank, n, dtype=torch.float64
+    )
+
+
+def loss_without(gram, cross, kept) -> float:
+    """Least squares that are left over, up to the constant |y|^2."""
+    block = gram[kept][:, kept]
+    return -float((cross[kept] * torch.linalg.solve(block, cross[kept])).sum())
+
+
+def test_elimination_drops_the_neuron_that_costs_least():
+    h, w = inner(), torch.randn(12, 7, dtype=torch.float64)
+    gram = h.mT @ h
+    cross = gram @ w
+    kept = eliminate(gram, cross, 11, ridge=1e-9)
+    best = min(
+        (torch.tensor(s) for s in itertools.combinations(range(12), 11)),
+        key=lambda s: loss_without(gram, cross, s),
+    )
+    assert kept.tolist() == best.tolist()
+
+
+def test_elimination_in_blocks_is_near_the_best_set():
+    h, w = inner(), torch.randn(12, 7, dtype=torch.float64)
+    gram = h.mT @ h
+    cross = gram @ w
+    losses = sorted(
+        loss_without(gram, cross, torch.tensor(s)) for s in itertools.combinations(range(12), 8)
+    )
+    found = loss_without(gram, cross, eliminate(gram, cross, 8, ridge=1e-9))
+    assert found <= losses[len(losses) // 10]  # among the best tenth of all 495
+
+
+def test_redundant_neurons_go_without_loss():
+    """Twelve neurons that span eight directions: the eight that stay say everything."""
+    h, w = inner(rank=8), torch.randn(12, 7, dtype=torch.float64)
+    gram = h.mT @ h
+    for method in ("eliminate", "nystrom"):
+        kept, writer = choose_neurons(method, gram, gram @ w, w, 8)
+        error = (h[:, kept] @ writer - h @ w).norm() / (h @ w).norm()
+        plain = (h[:, kept] @ w[kept] - h @ w).norm() / (h @ w).norm()
+        assert error < 0.15 < plain, method
+
+
+def test_transport_hands_copies_on():
+    """A scaled copy, even of opposite sign, is recombined onto the neuron it copies."""
+    h = inner(6)
+    h = torch.cat([h, -0.5 * h[:, :2]], 1)
+    w = torch.randn(8, 5, dtype=torch.float64)
+    w[6:] *= 0.1  # the copies are the weak ones
+    gram = h.mT @ h
+    kept, writer = choose_neurons("transport", gram, gram @ w, w, 6)
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5]
+    error = (h[:, kept] @ writer - h @ w).norm()
+    assert error < 0.35 * (h[:, kept] @ w[kept] - h @ w).norm()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (6, 33))
+
+
+@pytest.mark.parametrize("kind", supported())
+def test_a_narrower_feed_forward_loads_plainly(kind, tokens, tmp_path):
+    import transformers
+
+    model = tiny_model(kind)
+    narrow, report = compress(model, tokens, ff_width=0.7)
+    assert report["width"]["new"] == 24  # only what was asked for
+    assert report["feed_forward"] == {"asked": 0.7, "old": 40, "new": 28, "method": "eliminate"}
+    gone = 3 * 3 * 12 * 24
+    assert count_parameters(model)["total"] - count_parameters(narrow)["total"] == gone
+    narrow.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        difference = loaded(input_ids=tokens).logits - narrow(input_ids=tokens).logits
+    assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("refit", [False, True])
+def test_all_neurons_is_the_identity(method, refit, tokens):
+    model = tiny_model("llama", mlp_bias=True)
+    narrow, _ = compress(model, tokens, ff_width=40, ff_method=method, refit=refit)
+    with torch.inference_mode():
+        difference = model(input_ids=tokens).logits - narrow(input_ids=tokens).logits
+    assert difference.abs().max() < 2e-3
+
+
+def test_least_squares_beats_selection_on_the_calibration_tokens(tokens):
+    model = tiny_model()
+
+    def distance(method: str, refit: bool) -> float:
+        narrow, _ = compress(model, tokens, ff_width=24, ff_method=method, refit=refit, ridge=1e-3)
+        with torch.inference_mode():
+            wanted = model.model(input_ids=tokens).last_hidden_state
+            return float((narrow.model(input_ids=tokens).last_hidden_state - wanted).norm())
+
+    magnitude = distance("magnitude", refit=False)
+    assert distance("nystrom", refit=False) < magnitude
+    assert distance("eliminate", refit=True) < 0.9 * magnitude
+
+
+def test_both_widths_at_once(tokens):
+    narrow, report = compress(tiny_model(), tokens, width=16, ff_width=30)
+    assert (narrow.config.hidden_size, narrow.config.intermediate_size) == (16, 30)
+    assert set(report["refit"]["chosen"]) == {"readers", "writers"}
+    assert len(report["refit"]["chosen"]["writers"]) == 3
