@@ -35,7 +35,7 @@ def real_activations() -> Iterator[Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         calibration, _ = write_texts(Path(folder))
         streams = [tokenize(path, tokenizer) for path in calibration]
-    windows = torch.cat(random_windows(streams, WINDOWS, WINDOW, seed=0))
+    windows = random_windows(streams, WINDOWS, WINDOW, seed=0)
     with torch.no_grad():
         yield from residual_stream(model, windows)
 

@@ -25,6 +25,7 @@ __all__ = [
     "compress",
     "factorize",
     "l1_cost",
+    "load",
     "ot",
     "sinkhorn",
     "transport_map",
@@ -37,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from dotresize.pipeline import compress
 
         return compress
+    if name == "load":
+        from dotresize.sliced import load
+
+        return load
     raise AttributeError(f"module 'dotresize' has no attribute {name!r}")

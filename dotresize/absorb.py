@@ -8,11 +8,16 @@ With an orthonormal Q (D, k) and s = sqrt(k / D), weights in ``nn.Linear`` layou
 An RMSNorm divides by the root of the mean over its width. Scaling what is written by s makes the
 mean over k channels what the mean over D was, so the new model's own norms, eps included, equal
 the projected dense model's, up to the factor s that the readers undo.
+
+With a map for every residual location, a reader takes the map of the location that it reads, a
+writer that of the next location, and the residual connection between them an adapter (k, k):
+Q_r' Q_(r+1), which no plain checkpoint can hold (see dotresize.sliced).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +32,13 @@ def is_tied(model: nn.Module) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
+def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> Any:
     """A new model of residual width ``q.shape[1]``; the given one is untouched.
 
     Args:
         model: a transformers causal language model of a supported architecture.
-        q: (D, k) float64 with orthonormal columns.
+        q: (D, k) float64 with orthonormal columns, or one for each residual location, whose
+            adapters are then still to be added.
         untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
             kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
             small only if q is close to a selection of axes.
@@ -41,7 +47,9 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
         a model of the same class and dtype whose plain checkpoint holds the result.
     """
     architecture = architecture_of(model.config)
-    width, narrow = q.shape
+    sublayers = list(architecture.each(model))
+    qs = [q] * (len(sublayers) + 1) if isinstance(q, Tensor) else list(q)
+    width, narrow = qs[0].shape
     s = (narrow / width) ** 0.5
     tied = is_tied(model) and not untie
     old = model.state_dict()
@@ -51,29 +59,30 @@ def absorb(model: Any, q: Tensor, *, untie: bool = False) -> Any:
         new[name] = weight.to(old[name].dtype).contiguous()
 
     def wide(name: str) -> Tensor:
-        return old[name].to(q)
+        return old[name].to(qs[0])
 
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
-    put(embedding, s * wide(embedding) @ q)
-    sublayers = list(architecture.each(model))
-    for prefix, sublayer in tqdm(sublayers, desc="absorb", unit="sublayer", disable=None):
+    put(embedding, s * wide(embedding) @ qs[0])
+    steps = zip(sublayers, qs, qs[1:], strict=False)
+    progress = tqdm(steps, desc="absorb", unit="sublayer", total=len(sublayers), disable=None)
+    for (prefix, sublayer), read, written in progress:
         norm = f"{prefix}.{sublayer.norm}.weight"
         for reader in sublayer.readers:
             name = f"{prefix}.{reader}.weight"
-            put(name, (wide(name) * wide(norm)) @ q / s)
+            put(name, (wide(name) * wide(norm)) @ read / s)
         writer = f"{prefix}.{sublayer.writer}"
-        put(f"{writer}.weight", s * q.mT @ wide(f"{writer}.weight"))
+        put(f"{writer}.weight", s * written.mT @ wide(f"{writer}.weight"))
         if f"{writer}.bias" in old:
-            put(f"{writer}.bias", s * wide(f"{writer}.bias") @ q)
+            put(f"{writer}.bias", s * wide(f"{writer}.bias") @ written)
         put(norm, torch.ones(narrow))
     final = f"{architecture.final_norm}.weight"
-    scale = wide(final)
+    scale, last = wide(final), qs[-1]
     if tied:
-        put(final, (q * q * scale[:, None]).sum(0) / s**2)
+        put(final, (last * last * scale[:, None]).sum(0) / s**2)
         new[head] = new[embedding]
     else:
         source = head if head in old else embedding
-        new[head] = ((wide(source) * scale) @ q / s).to(old[source].dtype).contiguous()
+        new[head] = ((wide(source) * scale) @ last / s).to(old[source].dtype).contiguous()
         put(final, torch.ones(narrow))
     for name in old.keys() - new.keys():
         new[name] = old[name].clone()  # off the residual; the models share no memory

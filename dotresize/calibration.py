@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from dotresize.models import architecture_of
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.streams import StopForward
-
-MAX_SOURCES = 6
 
 
 def read_text(path: str | Path) -> list[str]:
@@ -68,13 +66,13 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def random_windows(streams: list[Tensor], count: int, length: int, seed: int) -> list[Tensor]:
+def random_windows(streams: list[Tensor], count: int, length: int, seed: int) -> Tensor:
     """``count`` windows of ``length`` tokens placed at random over all of the streams.
 
     Each stream gives an equal share, whatever its length: calibration on a mixture of sources is
     worth more than any choice of map. The windows of one stream are spread evenly (one in each of
     equal stretches, at a random place), so that they cover all of it; the first windows alone gave
-    maps far worse on other text. Returns int64 (share, length) per stream, in order of place.
+    maps far worse on other text. Returns int64 (count, length), shuffled.
     """
     generator = torch.Generator().manual_seed(seed)
     shares = [count // len(streams) + (i < count % len(streams)) for i in range(len(streams))]
@@ -85,10 +83,9 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
             raise ValueError(f"the text has {len(stream)} tokens: a window takes {length}")
         stretch = torch.rand(share, generator=generator, dtype=torch.float64)
         starts = ((torch.arange(share) + stretch) * (room / max(1, share))).long()
-        places = starts.clamp(max=room - 1).tolist()
-        parts = [stream[start : start + length] for start in places]
-        windows.append(torch.stack(parts) if parts else stream.new_empty(0, length))
-    return windows
+        windows += [stream[start : start + length] for start in starts.clamp(max=room - 1)]
+    order = torch.randperm(len(windows), generator=generator)
+    return torch.stack(windows)[order]
 
 
 @dataclass
@@ -111,6 +108,19 @@ class Statistics:
     moment: Tensor | None
     cost: Tensor | None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def mean(self) -> Statistics:
+        """The mean over locations, as statistics of a single one."""
+        return self._reduced(["mean"], lambda x: x.mean(0, keepdim=True))
+
+    def at(self, i: int) -> Statistics:
+        """Those of location i alone."""
+        return self._reduced([self.locations[i]], lambda x: x[i : i + 1])
+
+    def _reduced(self, locations: list[str], reduce: Callable[[Tensor], Tensor]) -> Statistics:
+        moment, cost = (None if x is None else reduce(x) for x in (self.moment, self.cost))
+        importance = reduce(self.importance)
+        return Statistics(locations, self.tokens, importance, moment, cost, self.seconds)
 
 
 def residual_stream(model: Any, ids: Tensor) -> Tensor:
@@ -135,11 +145,10 @@ def residual_stream(model: Any, ids: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> list[Tensor]:
-    """Calibration windows by source: int64 (windows, length) of ids below ``vocabulary`` each.
+def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
+    """Calibration windows as one int64 tensor (windows, length) of ids below ``vocabulary``.
 
-    Takes an iterable of such tensors, one for each kind of text, or one tensor, whose consecutive
-    thirds then stand for three. ValueError for anything else.
+    Takes such a tensor or an iterable of them, of equal length. ValueError for anything else.
     """
     parts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
     for part in parts:
@@ -148,24 +157,20 @@ def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> list[Ten
                 f"tokens are {part.dtype} of shape {tuple(part.shape)}: must be int64 "
                 "(windows, length), all of one length"
             )
-    parts = [part for part in parts if part.numel()]
-    if not parts:
+    windows = torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64)
+    if windows.numel() == 0:
         raise ValueError("there are no calibration tokens")
-    most, least = max(int(p.max()) for p in parts), min(int(p.min()) for p in parts)
+    most, least = int(windows.max()), int(windows.min())
     if most >= vocabulary or least < 0:
         wrong = most if most >= vocabulary else least
         raise ValueError(f"token id {wrong}: the model's vocabulary is {vocabulary}")
-    if len(parts) == 1:
-        return list(parts[0].tensor_split(min(3, len(parts[0]))))
-    # Each source costs a solve for every ridge that is tried; neighbours share one beyond this.
-    step = -(-len(parts) // MAX_SOURCES)
-    return [torch.cat(parts[i : i + step]) for i in range(0, len(parts), step)]
+    return windows
 
 
 @torch.inference_mode()
 def collect(
     model: Any,
-    sources: list[Tensor],
+    tokens: Tensor,
     *,
     cost: bool = True,
     moment: bool = True,
@@ -187,9 +192,8 @@ def collect(
     if moment:
         moments = torch.zeros(len(names), width, width, dtype=torch.float64, device=device)
     count, seconds = 0, {"calibration": 0.0, "cost": 0.0}
-    total = sum(len(windows) for windows in sources)
-    progress = tqdm(total=total, desc="calibration", unit="window", disable=None)
-    for ids in (ids for windows in sources for ids in windows.split(batch_windows)):
+    progress = tqdm(total=len(tokens), desc="calibration", unit="window", disable=None)
+    for ids in tokens.split(batch_windows):
         ids = ids.to(device)
         start = time.perf_counter()
         stream = residual_stream(model, ids).float()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dotresize import sliced
 from dotresize.models import architecture_of
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -34,6 +35,10 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     """
     transformers: Any = importlib.import_module("transformers")
     where, options = _locate(source)
+    if not to_narrow and sliced.is_sliced(Path(where)):
+        with _one_line(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            return sliced.load(where).to(device), tokenizer
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
@@ -147,9 +152,12 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Plain checkpoint: config, safetensors shards, generation config, tokenizer."""
+    """Config, safetensors shards, generation config, tokenizer; plain unless sliced."""
     try:
-        model.save_pretrained(folder)
+        if sliced.is_one(model):
+            sliced.save(model, folder)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except OSError:
         raise

@@ -40,11 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"
     )
-    compress.add_argument("--method", default="pca", help="pca, dot or magnitude (pca)")
+    compress.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
     compress.add_argument(
         "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
     )
-    compress.add_argument("--scope", default="global", help="global (one map, plain checkpoint)")
+    compress.add_argument("--scope", default="global", help="global or location (global)")
     compress.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
     compress.add_argument(
         "--ff-method",
@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
     compress.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
     compress.add_argument("--no-refit", action="store_true", help="do not correct the weights")
-    compress.add_argument(
-        "--ridge", type=float, help="of the refit (chosen on calibration files left out)"
-    )
+    compress.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
     compress.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     compress.add_argument(
         "--calibration",
@@ -72,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "--compare",
         action="store_true",
         help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
+    )
+    compress.add_argument(
+        "--self-windows",
+        type=int,
+        help="windows that the model writes itself, one more source (a third of --windows)",
     )
     compress.add_argument("--seed", type=int, default=0, help="places the windows (0)")
     compress.add_argument(

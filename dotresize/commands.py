@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import dotresize
 from dotresize import checkpoint, report
-from dotresize.calibration import Statistics, collect, random_windows, read_text
+from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
 from dotresize.inputs import (
     already_done,
@@ -27,7 +28,9 @@ from dotresize.inputs import (
 )
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
-from dotresize.pipeline import METHODS, check_options, check_weights, compress, count_parameters
+from dotresize.options import Options
+from dotresize.pipeline import check_weights, compress, count_parameters, needed_statistics
+from dotresize.self_text import sample
 from dotresize.targets import read_targets
 from dotresize.width import choose_inner_width, choose_width, residual_share
 
@@ -36,9 +39,11 @@ logger = logging.getLogger("dotresize")
 # Options that decide what the output holds; a resumed run must have the same.
 _SETTINGS = (
     *("model", "width", "energy", "method", "targets", "scope", "ff_width", "ff_method"),
-    *("reg", "steps", "factor", "no_refit", "ridge", "untie"),
+    *("reg", "steps", "factor", "no_refit", "ridge", "untie", "self_windows"),
     *("calibration", "windows", "window", "seed", "eval", "eval_windows"),
 )
+# What ``--compare`` sets beside the method asked for.
+_COMPARED = ("magnitude", "pca", "dot")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +80,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     device = find_device(args.device)
-    _check_options(args, device)
+    options = _options(args)
+    _check_files(args, device)
     settings = {name: getattr(args, name) for name in _SETTINGS}
     settings["model_files"] = files(args.model)
     named = [*args.calibration, *(args.eval or []), *filter(None, [args.targets])]
@@ -86,8 +92,8 @@ def _compress(args: argparse.Namespace) -> int:
     checkpoint.check_output(args.out)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
-    tokens, texts = _inputs(args, model, tokenizer)
-    narrow, rows = _narrowed(args, model, tokens, texts)
+    tokens, texts = _inputs(args, options, model, tokenizer)
+    narrow, rows = _narrowed(args, options, model, tokens, texts)
     *others, main_report = rows
     main_report["settings"] = settings
     if args.compare:
@@ -98,16 +104,27 @@ def _compress(args: argparse.Namespace) -> int:
         report.write(main_report, folder, args.model)
 
     checkpoint.write_whole(args.out, fill)
-    sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with plain transformers\n")
+    loader = "dotresize.load" if options.per_location else "plain transformers"
+    sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with {loader}\n")
     return 0
 
 
+def _options(args: argparse.Namespace) -> Options:
+    """The choices that the command line shares with ``dotresize.compress``, checked."""
+    names = {field.name for field in fields(Options)} & vars(args).keys()
+    choices = {name: getattr(args, name) for name in names}
+    choices["targets"] = None if args.targets is None else read_targets(args.targets)
+    options = Options(refit=not args.no_refit, **choices)
+    options.check()
+    return options
+
+
 def _inputs(
-    args: argparse.Namespace, model: Any, tokenizer: Any
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+    args: argparse.Namespace, options: Options, model: Any, tokenizer: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Calibration windows and evaluation texts; announces the widths when all is checked."""
     streams = [tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
-    sources = random_windows(streams, args.windows, args.window, args.seed)
+    tokens = random_windows(streams, args.windows, args.window, args.seed)
     texts = evaluation_texts(args, model, tokenizer)
     inner = choose_inner_width(args.ff_width, model.config)
     if args.energy is None:
@@ -120,58 +137,29 @@ def _inputs(
     if inner is not None:
         old = model.config.intermediate_size
         logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, args.ff_width)
-    return sources, texts
+    own = options.own_windows(args.windows)
+    if own:
+        tokens = torch.cat([tokens, sample(model, own, args.window, args.seed)])
+    return tokens, texts
 
 
 def _narrowed(
-    args: argparse.Namespace, model: Any, sources: list[Tensor], texts: dict[str, Tensor]
+    args: argparse.Namespace,
+    options: Options,
+    model: Any,
+    tokens: Tensor,
+    texts: dict[str, Tensor],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    methods = METHODS if args.compare else (args.method,)
-    moment = "pca" in methods or args.energy is not None
-    statistics = collect(model, sources, cost="dot" in methods, moment=moment, backend=args.backend)
-    dense = _dense_report(model, texts)
-    rows = [dense]
-    for method in ("magnitude", "pca", "dot") if args.compare else ():
-        if args.no_refit and method == args.method:
-            continue  # it is the last row
-        narrow, row = _one(args, model, sources, statistics, method=method, refit=False)
-        rows.append(_evaluate_into(row, narrow, texts, dense))
-        del narrow
-    refit = not args.no_refit
-    narrow, row = _one(args, model, sources, statistics, method=args.method, refit=refit)
-    rows.append(_evaluate_into(row, narrow, texts, dense))
+    bare = replace(options, refit=False, scope="global", ff_width=None)
+    others = [replace(bare, method=method) for method in _COMPARED] if args.compare else []
+    others = [other for other in others if other != options]  # it is the last row
+    statistics = needed_statistics(model, tokens, options, *others)
+    rows = [_dense_report(model, texts)]
+    for one in [*others, options]:
+        narrow, row = compress(model, tokens, statistics=statistics, **vars(one))
+        rows.append(_evaluate_into(row, narrow, texts, rows[0]))
     return narrow, rows
-
-
-def _one(
-    args: argparse.Namespace,
-    model: Any,
-    sources: list[Tensor],
-    statistics: Statistics,
-    *,
-    method: str,
-    refit: bool,
-) -> tuple[Any, dict[str, Any]]:
-    return compress(
-        model,
-        sources,
-        width=args.width,
-        energy=args.energy,
-        method=method,
-        targets=None if args.targets is None else read_targets(args.targets),
-        scope=args.scope,
-        ff_width=args.ff_width,
-        ff_method=args.ff_method,
-        refit=refit,
-        ridge=args.ridge,
-        reg=args.reg,
-        steps=args.steps,
-        factor=args.factor,
-        untie=args.untie,
-        backend=args.backend,
-        statistics=statistics,
-    )
 
 
 def _evaluate_into(
@@ -192,6 +180,7 @@ def _dense_report(model: Any, texts: dict[str, Tensor]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": "dense",
         "width": {"new": model.config.hidden_size},
+        "feed_forward": {"new": model.config.intermediate_size},
         "parameters": {"narrow": count_parameters(model)},
         "tied": bool(model.config.tie_word_embeddings),
         "plain_checkpoint": True,
@@ -200,17 +189,10 @@ def _dense_report(model: Any, texts: dict[str, Tensor]) -> dict[str, Any]:
     return _evaluate_into(row, model, texts, None)
 
 
-def _check_options(args: argparse.Namespace, device: torch.device) -> None:
+def _check_files(args: argparse.Namespace, device: torch.device) -> None:
     """What can be refused before the model is read."""
     if not args.calibration:
         raise ValueError("--calibration: give at least one text or .jsonl file")
-    check_options(
-        method=args.method, scope=args.scope, ff_method=args.ff_method, reg=args.reg,
-        steps=args.steps, factor=args.factor, ridge=args.ridge, width=args.width,
-        energy=args.energy,
-    )  # fmt: skip
-    if args.targets is not None:
-        read_targets(args.targets)
     for path in [*args.calibration, *(args.eval or [])]:
         read_text(path)
     if args.windows < len(args.calibration):

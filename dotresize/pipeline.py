@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 import dotresize
-from dotresize import baselines, feed_forward, maps
+from dotresize import baselines, maps, sliced
 from dotresize.absorb import absorb, is_tied
 from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
-from dotresize.refit import Correction, correct
+from dotresize.options import Options
+from dotresize.refit import RIDGE, Correction, correct
+from dotresize.self_text import sample
 from dotresize.targets import Targets, kept_set
 from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
 
 logger = logging.getLogger("dotresize")
 
-METHODS = ("pca", "dot", "magnitude")
 STAGES = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "refit", "evaluation")
 
 
@@ -41,11 +42,13 @@ def compress(
     ff_width: float | None = None,
     ff_method: str = "eliminate",
     refit: bool = True,
-    ridge: float | None = None,
+    ridge: float = RIDGE,
     reg: float = 3.0,
     steps: int = 1,
     factor: str = "polar",
     untie: bool = False,
+    self_windows: int | None = None,
+    seed: int = 0,
     backend: str = "auto",
     batch_windows: int = 4,
     statistics: Statistics | None = None,
@@ -54,29 +57,31 @@ def compress(
 
     Args:
         model: a transformers model of a supported architecture, on any device; not changed.
-        tokens: calibration text without padding, an iterable of int64 (windows, length), one for
-            each kind of text, or a single one.
+        tokens: int64 (windows, length), calibration text without padding, or an iterable of such.
         width: residual width, a fraction up to 1, rounded to what loaders accept, or an exact
             number of channels. 0.8 if nothing else says how narrow to get.
         energy: instead of width: the share of the activations' variance to keep.
-        method: "pca", "dot" (transport) or "magnitude" (selection).
+        method: "pca", "dot" (transport), "magnitude" (selection), or "slicegpt" (see sliced).
         targets: the neurons onto which the others are transported ("dot"), or which alone are
             kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns them.
             The largest mean magnitudes if not given.
-        scope: "global": one map for every location, hence a plain checkpoint.
+        scope: "global": one map for every location, hence a plain checkpoint; "location": one for
+            each, with adapters (dotresize.sliced), for comparison.
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         ff_method: how that is done, see dotresize.feed_forward.
         refit: correct the weights by least squares on the same tokens (dotresize.refit).
-        ridge: weight of the uncorrected weights in the refit, relative to the mean Gram diagonal;
-            chosen on sources left out if not given.
+        ridge: weight of the uncorrected weights in the refit, relative to the mean Gram diagonal.
         reg: entropic regularisation in units of the mean cost ("dot").
         steps: transports in a row ("dot"); beyond the first, of all neurons onto all neurons.
         factor: "polar" or "qr" ("dot"; see dotresize.factorize).
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
+        self_windows: calibrate on so many windows more, which the model writes itself
+            (dotresize.self_text); a third of those given by default.
+        seed: of those.
         backend: of the solvers, see dotresize.backends().
         batch_windows: windows per forward pass.
         statistics: what ``calibration.collect`` returned for the same model and tokens, to share
-            one calibration between several calls.
+            one calibration between several calls; the model then writes nothing itself.
 
     Returns:
         the narrowed model, of the same class and dtype, and a report (a JSON-able dict).
@@ -85,55 +90,57 @@ def compress(
         ValueError: unsupported architecture; a width no loader accepts; a collapsed span; weights
             or activations that are not finite; unknown options.
     """
-    check_options(
-        method=method, scope=scope, ff_method=ff_method, reg=reg, steps=steps, factor=factor,
-        ridge=ridge, width=width, energy=energy,
+    options = Options(
+        width=width, energy=energy, method=method, targets=targets, scope=scope,
+        ff_width=ff_width, ff_method=ff_method, refit=refit, ridge=ridge, reg=reg, steps=steps,
+        factor=factor, untie=untie, self_windows=self_windows, seed=seed, backend=backend,
+        batch_windows=batch_windows,
     )  # fmt: skip
+    options.check()
     check_weights(model)
-    sources = check_tokens(tokens, model.config.vocab_size)
+    windows = check_tokens(tokens, model.config.vocab_size)
     divisor = architecture_of(model.config).divisor(model.config)
-    old_width = model.config.hidden_size
-    device = next(model.parameters()).device
     if energy is None:
         width = residual_share(width, ff_width)
-        new_width = choose_width(width, old_width, divisor)
+        new_width = choose_width(width, model.config.hidden_size, divisor)
     inner = choose_inner_width(ff_width, model.config)
+    own = 0 if statistics is not None else options.own_windows(len(windows))
+    if own:
+        windows = torch.cat([windows, sample(model, own, windows.shape[1], seed)])
     if statistics is None:
-        statistics = collect(
-            model,
-            sources,
-            cost=method == "dot",
-            moment=method == "pca" or energy is not None,
-            batch_windows=batch_windows,
-            backend=backend,
-        )
+        statistics = needed_statistics(model, windows, options)
     if energy is not None:
         new_width = width_for_energy(statistics, energy, divisor)
-        logger.info("width %d -> %d (energy %g)", old_width, new_width, energy)
+        logger.info("width %d -> %d (energy %g)", model.config.hidden_size, new_width, energy)
     seconds = dict.fromkeys(STAGES, 0.0)
     seconds["calibration"] = statistics.seconds["calibration"]
     seconds["cost"] = statistics.seconds["cost"] if method == "dot" else 0.0
     selection = kept_set(targets, statistics, new_width)
-    found = _width_map(statistics, method, selection, reg, steps, factor, backend)
+    if options.per_location:
+        narrow, found = _narrow_locations(model, windows, statistics, selection, options)
+    else:
+        found = _width_map(statistics.mean(), selection, options)
     seconds.update(found.seconds)
-    tied = is_tied(model) and not untie
-    start = time.perf_counter()
-    # Any basis of the span gives an untied model the same function; a tied one needs the basis
-    # nearest to the axes (see absorb).
-    q = maps.align(found.q, found.selection) if tied else found.q
-    narrow = absorb(model, q, untie=untie)
-    seconds["absorption"] = time.perf_counter() - start
     correction = Correction(refit, ridge, inner, ff_method)
-    if refit or inner is not None:
+    if not options.per_location:
         start = time.perf_counter()
-        correct(model, narrow, q, sources, correction, batch_windows=batch_windows)
-        seconds["refit"] = time.perf_counter() - start
+        # Any basis of the span gives an untied model the same function; a tied one needs the
+        # basis nearest to the axes (see absorb).
+        tied = is_tied(model) and not untie
+        q = maps.align(found.q, found.selection) if tied else found.q
+        narrow = absorb(model, q, untie=untie)
+        seconds["absorption"] = time.perf_counter() - start
+        if refit or inner is not None:
+            start = time.perf_counter()
+            correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
+            seconds["refit"] = time.perf_counter() - start
+    device = next(model.parameters()).device
     report = {
         "method": method,
-        "scope": scope,
-        "refit": {"ridge": ridge, "chosen": correction.chosen} if refit else None,
+        "scope": "location" if options.per_location else "global",
+        "refit": {"ridge": ridge} if refit else None,
         "width": {
-            "asked": width, "energy": energy, "old": old_width, "new": new_width,
+            "asked": width, "energy": energy, "old": model.config.hidden_size, "new": new_width,
             "multiple_of": divisor,
         },
         "feed_forward": {
@@ -141,13 +148,13 @@ def compress(
             "new": narrow.config.intermediate_size, "method": ff_method if inner else None,
         },
         "tied": is_tied(narrow),
-        "plain_checkpoint": True,
+        "plain_checkpoint": not options.per_location,
         "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},
         "map": found.details,
         "calibration": {
             "tokens": statistics.tokens,
             "locations": len(statistics.locations),
-            "sources": len(sources),
+            "self_windows": own,
         },
         "seconds": seconds,
         "device": str(device),
@@ -158,63 +165,57 @@ def compress(
     return narrow, report
 
 
-def check_options(
-    *,
-    method: str,
-    scope: str,
-    ff_method: str,
-    reg: float,
-    steps: int,
-    factor: str,
-    ridge: float | None,
-    width: float | None,
-    energy: float | None,
-) -> None:
-    """ValueError for the first option that ``compress`` would refuse whatever the model."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
-    if scope != "global":
-        raise ValueError(
-            f"scope {scope!r}: must be global; maps per location need an adapter at every residual "
-            "connection, which no plain checkpoint can hold"
-        )
-    if ff_method not in feed_forward.METHODS:
-        raise ValueError(
-            f"ff_method {ff_method!r}: must be one of {', '.join(feed_forward.METHODS)}"
-        )
-    if factor not in maps.FACTORS:
-        raise ValueError(f"factor {factor!r}: must be one of {', '.join(maps.FACTORS)}")
-    if not 0 < reg < float("inf"):
-        raise ValueError(f"reg {reg:g}: must be positive and finite")
-    if steps < 1:
-        raise ValueError(f"steps {steps}: must be at least 1")
-    if ridge is not None and not 0 < ridge < float("inf"):
-        raise ValueError(f"ridge {ridge:g}: must be positive and finite")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy {energy:g}: must be a share of the variance in (0, 1]")
-    if energy is not None and width is not None:
-        raise ValueError("give width or energy, not both")
+def needed_statistics(model: Any, tokens: Tensor, *wanted: Options) -> Statistics:
+    """One calibration pass with what any of the options will ask of it."""
+    return collect(
+        model,
+        tokens,
+        cost=any(options.method == "dot" for options in wanted),
+        moment=any(options.method == "pca" or options.energy is not None for options in wanted),
+        batch_windows=wanted[0].batch_windows,
+        backend=wanted[0].backend,
+    )
 
 
-def _width_map(
-    statistics: Statistics,
-    method: str,
-    selection: Tensor,
-    reg: float,
-    steps: int,
-    factor: str,
-    backend: str,
-) -> maps.WidthMap:
-    """The global map: every location weighs alike."""
-    if method == "magnitude":
-        return baselines.selected(selection, statistics.importance.shape[1])
-    if method == "pca":
+def _width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
+    """The map of one location, or of the mean over locations, all of which weigh alike."""
+    importance = statistics.importance[0]
+    if options.method == "magnitude":
+        return baselines.selected(selection, len(importance))
+    if options.method == "pca":
         assert statistics.moment is not None
-        return baselines.pca(statistics.moment.mean(0), selection, statistics.importance.mean(0))
+        return baselines.pca(statistics.moment[0], selection, importance)
     assert statistics.cost is not None
     return maps.transport(
-        statistics.cost.mean(0), selection, reg=reg, steps=steps, factor=factor, backend=backend
+        statistics.cost[0],
+        selection,
+        reg=options.reg,
+        steps=options.steps,
+        factor=options.factor,
+        backend=options.backend,
     )
+
+
+def _narrow_locations(
+    model: Any,
+    tokens: Tensor,
+    statistics: Statistics,
+    selection: Tensor,
+    options: Options,
+) -> tuple[Any, maps.WidthMap]:
+    """A model with a map and adapters at every location; its figures are those of the first."""
+    start = time.perf_counter()
+    if options.method == "slicegpt":
+        k, batch = len(selection), options.batch_windows
+        qs = sliced.sequential_pca(model, tokens, k, batch_windows=batch)
+        found = maps.WidthMap(qs[0], selection)
+    else:
+        each = [statistics.at(i) for i in range(len(statistics.locations))]
+        chosen = [kept_set(options.targets, one, len(selection)) for one in each]
+        located = [_width_map(one, kept, options) for one, kept in zip(each, chosen, strict=True)]
+        qs, found = [one.q for one in located], located[0]
+    found.seconds = {"factorisation": time.perf_counter() - start}
+    return sliced.slice_model(model, qs), found
 
 
 def count_parameters(model: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dotresize.pipeline import STAGES
 
-_LABELS = {"dot": "transport", "pca": "PCA", "magnitude": "magnitude"}
+_LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
 
 
 def label(report: dict[str, Any]) -> str:
@@ -22,6 +22,7 @@ def table(reports: list[dict[str, Any]]) -> str:
     texts = list(dict.fromkeys(name for report in reports for name in report["perplexity"]))
     rows: list[tuple[str, list[str]]] = [
         ("width", [str(r["width"]["new"]) for r in reports]),
+        ("feed-forward width", [str(r["feed_forward"]["new"]) for r in reports]),
         ("parameters, total", [_millions(r["parameters"]["narrow"]["total"]) for r in reports]),
         (
             "  non-embedding",
@@ -65,6 +66,14 @@ def _model_card(report: dict[str, Any], source: str) -> str:
     )
     if perplexity:
         perplexity = f"\n| perplexity | base | this model |\n|---|---|---|\n{perplexity}"
+    loading = (
+        "A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code."
+        if report["plain_checkpoint"]
+        else "It has adapters on its residual connections: `dotresize.load` loads it."
+    )
+    inner = report["feed_forward"]
+    if inner["method"]:
+        loading = f"Feed-forward width {inner['old']} -> {inner['new']}.\n{loading}"
     name = Path(source).resolve().name if Path(source).exists() else source
     return f"""---
 library_name: transformers
@@ -79,7 +88,7 @@ Residual width {width["old"]} -> {width["new"]} by {label(report)}, with
 dotresize {report["versions"]["dotresize"]}.
 Parameters {_millions(parameters["dense"]["total"])} -> {_millions(parameters["narrow"]["total"])}
 (tied tensors counted once); embeddings {"tied" if report["tied"] else "not tied"}.
-A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code.
+{loading}
 {perplexity}
 Every parameter of the run is in `dotresize.json`.
 """

@@ -71,17 +71,13 @@ class Streams:
 
     Attributes:
         stream: (windows, length, width) per batch, in front of the next layer.
-        sources: the calibration source of each batch.
     """
 
-    def __init__(self, model: Any, sources: list[Tensor], batch_windows: int) -> None:
-        """sources: int64 (windows, length) each; no batch holds two sources."""
+    def __init__(self, model: Any, tokens: Tensor, batch_windows: int) -> None:
+        """tokens: int64 (windows, length)."""
         architecture = architecture_of(model.config)
         self._layers = list(model.get_submodule(architecture.layers))
-        batches = [
-            (s, ids) for s, windows in enumerate(sources) for ids in windows.split(batch_windows)
-        ]
-        self.sources = [s for s, _ in batches]
+        batches = tokens.split(batch_windows)
         self.stream = Spill(len(batches))
         self._arguments: dict[nn.Module, list[tuple[tuple, dict]]] = {
             layer: [] for layer in self._layers
@@ -90,7 +86,7 @@ class Streams:
         for layer in self._layers:
             layer.forward = self._catcher(layer)  # on the instance, in front of the method
         try:
-            for _, ids in batches:
+            for ids in batches:
                 try:
                     model(input_ids=ids.to(device), use_cache=False)
                 except StopForward:
@@ -112,7 +108,7 @@ class Streams:
         return catch
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.stream)
 
     def run(self, layer: nn.Module, i: int) -> Tensor:
         """The layer's output for batch i."""

@@ -12,10 +12,12 @@ from dotresize import compress
 from dotresize.absorb import absorb
 from dotresize.calibration import collect, random_windows, residual_stream
 from dotresize.models import architecture_of, supported
-from dotresize.pipeline import METHODS, count_parameters
+from dotresize.options import Options
+from dotresize.pipeline import count_parameters
 from dotresize.refit import Correction, correct
 
 KINDS = supported()
+METHODS = ("pca", "dot", "magnitude")  # with one map for all locations
 
 
 @pytest.fixture
@@ -57,8 +59,9 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
     """float64: absorption is exact, whatever the map."""
     model = float64_norms(tiny_model(kind, tied=tied, dtype=torch.float64))
     narrow, report = compress(
-        model, tokens, width=16, method=method, refit=False, untie=True, factor="qr"
-    )
+        model, tokens, width=16, method=method, refit=False, untie=True, factor="qr",
+        self_windows=0,
+    )  # fmt: skip
     assert narrow.config.hidden_size == 16
     assert report["tied"] is False
     q = _map_of(model, tokens, method)
@@ -74,9 +77,9 @@ def _map_of(model, tokens, method):
     from dotresize.pipeline import _width_map
     from dotresize.targets import kept_set
 
-    statistics = collect(model, [tokens])
-    selection = kept_set(None, statistics, 16)
-    return _width_map(statistics, method, selection, 3.0, 1, "qr", "auto").q
+    statistics = collect(model, tokens)
+    options = Options(method=method, factor="qr")
+    return _width_map(statistics.mean(), kept_set(None, statistics, 16), options).q
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +113,7 @@ def test_dtypes_are_kept(tokens):
     model = tiny_model(dtype=torch.bfloat16)
     model.model.norm.float()
     state = torch.get_rng_state()
-    narrow, _ = compress(model, tokens, width=16, refit=False)
+    narrow, _ = compress(model, tokens, width=16, refit=False, self_windows=0)
     assert torch.equal(torch.get_rng_state(), state)
     pairs = zip(model.parameters(), narrow.parameters(), strict=True)
     assert all(old.dtype == new.dtype for old, new in pairs)
@@ -125,8 +128,10 @@ def test_models_share_no_memory(tokens):
 
 def test_tokens_may_come_in_parts(tokens):
     model = tiny_model()
-    whole, _ = compress(model, tokens, width=16)  # its thirds stand for three sources
-    parts, _ = compress(model, iter([tokens[:2], tokens[2:4], tokens[4:]]), width=16)
+    whole, _ = compress(model, tokens, width=16, self_windows=0)
+    parts, _ = compress(
+        model, iter([tokens[:2], tokens[2:4], tokens[4:]]), width=16, self_windows=0
+    )
     assert torch.equal(logits(whole, tokens), logits(parts, tokens))
 
 
@@ -175,7 +180,7 @@ def test_refit_brings_the_stream_closer(tokens):
 
     plain = absorb(model, q)
     corrected = absorb(model, q)
-    correct(model, corrected, q, [tokens[:3], tokens[3:]], Correction(ridge=1e-6))
+    correct(model, corrected, q, tokens, Correction(ridge=1e-6))
     assert distance(corrected) < 0.8 * distance(plain)
 
 
@@ -188,7 +193,7 @@ def test_refit_of_biased_writers(tokens):
 
 def test_statistics_match_a_direct_computation(tokens):
     model = tiny_model()
-    statistics = collect(model, [tokens[:4], tokens[4:]], batch_windows=2)
+    statistics = collect(model, tokens, batch_windows=2)
     with torch.inference_mode():
         stream = residual_stream(model, tokens).double()
     stream = stream / stream.square().mean(-1, keepdim=True).sqrt()
@@ -209,12 +214,13 @@ def test_parameters_are_counted_once():
 
 def test_windows_cover_every_source():
     streams = [torch.arange(1000), torch.arange(10_000, 10_090)]
-    first, second = random_windows(streams, 9, 20, seed=3)
-    assert first.shape == (5, 20)
-    assert second.shape == (4, 20)
-    assert (first[:, 0] // 196).tolist() == [0, 1, 2, 3, 4]  # one in each fifth of the text
-    assert torch.equal(first, random_windows(streams, 9, 20, seed=3)[0])
-    assert not torch.equal(first, random_windows(streams, 9, 20, seed=4)[0])
+    windows = random_windows(streams, 9, 20, seed=3)
+    assert windows.shape == (9, 20)
+    assert (windows[:, 0] < 1000).sum() == 5
+    starts = windows[:, 0][windows[:, 0] < 1000].sort().values
+    assert (starts // 196).tolist() == [0, 1, 2, 3, 4]  # one in each fifth of the text
+    assert torch.equal(windows, random_windows(streams, 9, 20, seed=3))
+    assert not torch.equal(windows, random_windows(streams, 9, 20, seed=4))
 
 
 def test_non_finite_weights_and_activations_are_named(tokens):
@@ -233,8 +239,12 @@ def test_non_finite_weights_and_activations_are_named(tokens):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "svd"}, "must be one of pca, dot, magnitude"),
-        ({"scope": "location"}, "must be global"),
+        ({"method": "svd"}, "must be one of pca, dot, magnitude, slicegpt"),
+        ({"scope": "layer"}, "must be one of global, location"),
+        ({"scope": "location"}, "scope location: cannot be refitted"),
+        ({"method": "slicegpt"}, "method slicegpt: cannot be refitted"),
+        ({"method": "slicegpt", "refit": False, "ff_width": 30}, "narrows the residual only"),
+        ({"self_windows": -1}, "self_windows -1"),
         ({"width": 25}, "up to the model's 24"),
         ({"width": 15}, "a multiple of 4"),
         ({"reg": 0.0}, "reg"),

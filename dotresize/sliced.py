@@ -1,0 +1,146 @@
+"""Models with a map for every residual location: SliceGPT's construction, for comparison.
+
+Where location r is narrowed by Q_r, the residual connection of the sublayer between r and r + 1
+carries an adapter Q_r' Q_(r+1), (k, k). No plain checkpoint can hold it, so such a model loads
+through this module only: its config names a type that transformers does not know, so that nobody
+loads it without its adapters.
+
+Reference: Ashkboos et al., SliceGPT, arXiv 2401.15024. As published, the maps are found in order,
+on what the already sliced part delivers, from second moments of the raw stream (its figure 4).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dotresize.absorb import absorb
+from dotresize.models import architecture_of
+from dotresize.streams import Streams, norms_of
+
+MODEL_TYPE = "dotresize-sliced"
+# Damping of the second moment, of its mean diagonal; SliceGPT's own.
+DAMPING = 0.01
+
+
+class SlicedLayer(nn.Module):
+    """A decoder layer with an adapter on each of its two residual connections."""
+
+    def __init__(self, layer: nn.Module, adapters: tuple[Tensor, Tensor], model: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_adapter = nn.Parameter(adapters[0])
+        self.feed_forward_adapter = nn.Parameter(adapters[1])
+        parts = architecture_of(model.config).sublayers
+        self._norms = [part.norm for part in parts]
+        self._blocks = [part.writer.rpartition(".")[0] for part in parts]
+        # What models ask of their layers besides running them.
+        self.attention_type = getattr(layer, "attention_type", None)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        attention, feed_forward = (self.layer.get_submodule(name) for name in self._blocks)
+        before_attention, before_feed_forward = map(self.layer.get_submodule, self._norms)
+        out = attention(before_attention(hidden_states), *args, **kwargs)
+        written = out[0] if isinstance(out, tuple) else out
+        middle = hidden_states @ self.attention_adapter + written
+        written = feed_forward(before_feed_forward(middle))
+        return middle @ self.feed_forward_adapter + written
+
+
+def add_adapters(narrow: Any, qs: list[Tensor]) -> Any:
+    """``absorb(model, qs, untie=True)`` with its adapters, in place; returned for convenience."""
+    layers = narrow.get_submodule(architecture_of(narrow.config).layers)
+    for i, layer in enumerate(layers):
+        weight = next(layer.parameters())
+        before, middle, after = qs[2 * i : 2 * i + 3]
+        adapters = ((before.mT @ middle).to(weight), (middle.mT @ after).to(weight))
+        layers[i] = SlicedLayer(layer, adapters, narrow)
+    return narrow
+
+
+def slice_model(model: Any, qs: list[Tensor]) -> Any:
+    """The model narrowed by a map per residual location, (D, k) each; its head is its own."""
+    return add_adapters(absorb(model, qs, untie=True), qs)
+
+
+@torch.no_grad()
+def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4) -> list[Tensor]:
+    """SliceGPT's maps: the principal directions of each location, given the maps before it.
+
+    tokens: int64 (windows, length). Returns (D, k) float64 per residual location.
+    """
+    architecture = architecture_of(model.config)
+    layers = model.get_submodule(architecture.layers)
+    streams = Streams(model, tokens, batch_windows)
+    qs = [_project(streams.stream, k)]
+    for layer in tqdm(layers, desc="slice", unit="layer", disable=None):
+        norm = norms_of(architecture, layer)[1]
+        for i in range(len(streams)):
+            streams.stream[i] = streams.until(layer, norm, i)
+        qs.append(_project(streams.stream, k))
+        block = layer.get_submodule(architecture.sublayers[1].writer.rpartition(".")[0])
+        for i, middle in enumerate(streams.stream):
+            streams.stream[i] = middle + block(norm(middle))
+        qs.append(_project(streams.stream, k))
+    return qs
+
+
+def _project(stream: Any, k: int) -> Tensor:
+    """Principal directions of a stream, which is then projected onto them."""
+    moment = sum((x.flatten(0, -2).mT @ x.flatten(0, -2)).double() for x in stream)
+    moment = torch.as_tensor(moment)
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
+    q = torch.linalg.eigh(moment).eigenvectors[:, -k:]
+    projector = (q @ q.mT).to(stream[0].dtype)
+    for i, x in enumerate(stream):
+        stream[i] = x @ projector
+    return q
+
+
+def is_one(model: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return any(isinstance(module, SlicedLayer) for module in model.modules())
+
+
+def save(model: Any, folder: Path) -> None:
+    """Weights and config of a sliced model into a directory."""
+    from safetensors.torch import save_file
+
+    config = {"model_type": MODEL_TYPE, "base": json.loads(model.config.to_json_string(False))}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def is_sliced(folder: Path) -> bool:
+    """Whether a directory holds what ``save`` writes."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def load(folder: str | Path) -> Any:
+    """A sliced model from its directory. ValueError where the directory holds none."""
+    import transformers
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not is_sliced(folder):
+        raise ValueError(f"model {folder}: is not a sliced model; plain transformers loads others")
+    base = json.loads((folder / "config.json").read_text(encoding="utf-8"))["base"]
+    config = transformers.AutoConfig.for_model(**base)
+    weights = load_file(folder / "model.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    width = config.hidden_size
+    identity = [torch.eye(width)] * (2 * config.num_hidden_layers + 1)
+    model = add_adapters(model, identity)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
