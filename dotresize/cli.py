@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"
     )
+    compress.add_argument(
+        "--params", type=float, help="instead: share of the parameters, split over both widths"
+    )
+    compress.add_argument(
+        "--params-count", default="total", help="of what: total or non_embedding (total)"
+    )
     compress.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
     compress.add_argument(
         "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"

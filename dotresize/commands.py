@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dotresize
 from dotresize import checkpoint, report
+from dotresize.accounting import check_weights, count_parameters
 from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
 from dotresize.inputs import (
@@ -29,7 +30,7 @@ from dotresize.inputs import (
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
 from dotresize.options import Options
-from dotresize.pipeline import check_weights, compress, count_parameters, needed_statistics
+from dotresize.pipeline import compress, needed_statistics
 from dotresize.self_text import sample
 from dotresize.targets import read_targets
 from dotresize.width import choose_inner_width, choose_width, residual_share
@@ -38,7 +39,18 @@ logger = logging.getLogger("dotresize")
 
 # Options that decide what the output holds; a resumed run must have the same.
 _SETTINGS = (
-    *("model", "width", "energy", "method", "targets", "scope", "ff_width", "ff_method"),
+    *(
+        "model",
+        "width",
+        "energy",
+        "params",
+        "params_count",
+        "method",
+        "targets",
+        "scope",
+        "ff_width",
+        "ff_method",
+    ),
     *("reg", "steps", "factor", "no_refit", "ridge", "untie", "self_windows"),
     *("calibration", "windows", "window", "seed", "eval", "eval_windows"),
 )
@@ -127,7 +139,7 @@ def _inputs(
     tokens = random_windows(streams, args.windows, args.window, args.seed)
     texts = evaluation_texts(args, model, tokenizer)
     inner = choose_inner_width(args.ff_width, model.config)
-    if args.energy is None:
+    if args.energy is None and args.params is None:
         asked = residual_share(args.width, args.ff_width)
         width = model.config.hidden_size
         divisor = architecture_of(model.config).divisor(model.config)
@@ -151,7 +163,7 @@ def _narrowed(
     texts: dict[str, Tensor],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    bare = replace(options, refit=False, scope="global", ff_width=None)
+    bare = replace(options, refit=False, scope="global", ff_width=None, params=None)
     others = [replace(bare, method=method) for method in _COMPARED] if args.compare else []
     others = [other for other in others if other != options]  # it is the last row
     statistics = needed_statistics(model, tokens, options, *others)

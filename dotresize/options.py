@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dotresize import feed_forward, maps
+from dotresize import budget, feed_forward, maps
 from dotresize.refit import RIDGE
 from dotresize.targets import Targets
 
@@ -18,6 +18,8 @@ class Options:
 
     width: float | None = None
     energy: float | None = None
+    params: float | None = None
+    params_count: str = "total"
     method: str = "pca"
     targets: Targets = None
     scope: str = "global"
@@ -49,6 +51,10 @@ class Options:
         self._check_numbers()
         if self.energy is not None and self.width is not None:
             raise ValueError("give width or energy, not both")
+        asked = {"width": self.width, "energy": self.energy, "ff_width": self.ff_width}
+        for name, value in asked.items():
+            if self.params is not None and value is not None:
+                raise ValueError(f"give params or {name}, not both: params chooses both widths")
         if self.per_location:
             self._check_per_location()
 
@@ -58,6 +64,7 @@ class Options:
             "scope": SCOPES,
             "ff_method": feed_forward.METHODS,
             "factor": maps.FACTORS,
+            "params_count": budget.COUNTS,
         }
         for name, words in allowed.items():
             if getattr(self, name) not in words:
@@ -77,12 +84,15 @@ class Options:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy {self.energy:g}: must be a share of the variance in (0, 1]")
 
+        if self.params is not None and not 0 < self.params <= 1:
+            raise ValueError(f"params {self.params:g}: must be a share of the parameters in (0, 1]")
+
     def _check_per_location(self) -> None:
         """Adapters at every residual connection: for comparison, and no more than that."""
         what = "method slicegpt" if self.method == "slicegpt" else "scope location"
         if self.refit:
             raise ValueError(f"{what}: cannot be refitted; give --no-refit (refit=False)")
-        if self.ff_width is not None:
-            raise ValueError(f"{what}: narrows the residual only; leave the feed-forward width out")
+        if self.ff_width is not None or self.params is not None:
+            raise ValueError(f"{what}: narrows the residual only; leave ff_width and params out")
         if self.method == "magnitude":
             raise ValueError(f"{what}: must be of pca or dot")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import platform
-import resource
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
-import dotresize
-from dotresize import baselines, maps, sliced
+from dotresize import baselines, budget, maps, sliced
 from dotresize.absorb import absorb, is_tied
+from dotresize.accounting import check_weights, count_parameters, peak_memory, versions
 from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
@@ -27,7 +24,14 @@ from dotresize.width import choose_inner_width, choose_width, residual_share, wi
 
 logger = logging.getLogger("dotresize")
 
-STAGES = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "refit", "evaluation")
+STAGES = (
+    *("calibration", "budget", "cost"),
+    "sinkhorn",
+    "factorisation",
+    "absorption",
+    "refit",
+    "evaluation",
+)
 
 
 def compress(
@@ -36,6 +40,8 @@ def compress(
     *,
     width: float | None = None,
     energy: float | None = None,
+    params: float | None = None,
+    params_count: str = "total",
     method: str = "pca",
     targets: Targets = None,
     scope: str = "global",
@@ -61,6 +67,9 @@ def compress(
         width: residual width, a fraction up to 1, rounded to what loaders accept, or an exact
             number of channels. 0.8 if nothing else says how narrow to get.
         energy: instead of width: the share of the activations' variance to keep.
+        params: instead of both widths: the share of the parameters to keep, split over them by
+            measured sensitivity (dotresize.budget).
+        params_count: "total", or "non_embedding": without embedding and head.
         method: "pca", "dot" (transport), "magnitude" (selection), or "slicegpt" (see sliced).
         targets: the neurons onto which the others are transported ("dot"), or which alone are
             kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns them.
@@ -91,7 +100,8 @@ def compress(
             or activations that are not finite; unknown options.
     """
     options = Options(
-        width=width, energy=energy, method=method, targets=targets, scope=scope,
+        width=width, energy=energy, params=params, params_count=params_count, method=method,
+        targets=targets, scope=scope,
         ff_width=ff_width, ff_method=ff_method, refit=refit, ridge=ridge, reg=reg, steps=steps,
         factor=factor, untie=untie, self_windows=self_windows, seed=seed, backend=backend,
         batch_windows=batch_windows,
@@ -100,7 +110,8 @@ def compress(
     check_weights(model)
     windows = check_tokens(tokens, model.config.vocab_size)
     divisor = architecture_of(model.config).divisor(model.config)
-    if energy is None:
+    split: dict[str, Any] | None = None
+    if energy is None and params is None:
         width = residual_share(width, ff_width)
         new_width = choose_width(width, model.config.hidden_size, divisor)
     inner = choose_inner_width(ff_width, model.config)
@@ -113,6 +124,10 @@ def compress(
         new_width = width_for_energy(statistics, energy, divisor)
         logger.info("width %d -> %d (energy %g)", model.config.hidden_size, new_width, energy)
     seconds = dict.fromkeys(STAGES, 0.0)
+    if params is not None:
+        start = time.perf_counter()
+        new_width, inner, split = _split_budget(model, windows, statistics, divisor, options)
+        seconds["budget"] = time.perf_counter() - start
     seconds["calibration"] = statistics.seconds["calibration"]
     seconds["cost"] = statistics.seconds["cost"] if method == "dot" else 0.0
     selection = kept_set(targets, statistics, new_width)
@@ -143,6 +158,7 @@ def compress(
             "asked": width, "energy": energy, "old": model.config.hidden_size, "new": new_width,
             "multiple_of": divisor,
         },
+        "budget": split,
         "feed_forward": {
             "asked": ff_width, "old": model.config.intermediate_size,
             "new": narrow.config.intermediate_size, "method": ff_method if inner else None,
@@ -159,8 +175,8 @@ def compress(
         "seconds": seconds,
         "device": str(device),
         "backend": choose(backend, device),
-        "peak_memory_bytes": _peak_memory(),
-        "versions": _versions(),
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
     }  # fmt: skip
     return narrow, report
 
@@ -175,6 +191,36 @@ def needed_statistics(model: Any, tokens: Tensor, *wanted: Options) -> Statistic
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,
     )
+
+
+def _split_budget(
+    model: Any, tokens: Tensor, statistics: Statistics, divisor: int, options: Options
+) -> tuple[int, int, dict[str, Any]]:
+    """Residual width, feed-forward width and what the report says of the choice."""
+    mean, full = statistics.mean(), model.config.hidden_size
+
+    def narrowed(width: int, inner: int) -> Any:
+        q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
+        if width < full:
+            found = _width_map(mean, kept_set(None, statistics, width), options)
+            q = maps.align(found.q, found.selection)
+        narrow = absorb(model, q, untie=options.untie)
+        if inner < model.config.intermediate_size:
+            cut = Correction(False, inner_width=inner, inner_method=options.ff_method)
+            correct(model, narrow, q, tokens, cut, batch_windows=options.batch_windows)
+        return narrow
+
+    laws = budget.measure(model, tokens, divisor, narrowed)
+    count = options.params_count
+    assert options.params is not None
+    split = budget.best_split(model, options.params, count, divisor, *laws)
+    logger.info(
+        "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
+        *(options.params, count.replace("_", "-"), full, split.width),
+        *(model.config.intermediate_size, split.inner, split.predicted),
+    )
+    asked = {"asked": options.params, "count": count}
+    return split.width, split.inner, asked | split.details()
 
 
 def _width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
@@ -216,48 +262,3 @@ def _narrow_locations(
         qs, found = [one.q for one in located], located[0]
     found.seconds = {"factorisation": time.perf_counter() - start}
     return sliced.slice_model(model, qs), found
-
-
-def count_parameters(model: Any) -> dict[str, int]:
-    """Parameters of a model: ``total``, tied tensors once, and ``non_embedding``.
-
-    Non-embedding leaves out the input embedding and the head, tied or not.
-    """
-    architecture = architecture_of(model.config)
-    outer = {
-        id(model.get_submodule(name).weight) for name in (architecture.embedding, architecture.head)
-    }
-    unique = {id(p): p.numel() for p in model.parameters()}
-    total = sum(unique.values())
-    return {
-        "total": total,
-        "non_embedding": total - sum(unique.get(key, 0) for key in outer),
-    }
-
-
-def check_weights(model: Any) -> None:
-    """ValueError naming the first weight that holds NaN or Inf."""
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"weight {name} of the model holds NaN or Inf")
-
-
-def _peak_memory() -> dict[str, int]:
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "dotresize": dotresize.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }

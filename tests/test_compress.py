@@ -10,10 +10,10 @@ from conftest import tiny_model
 
 from dotresize import compress
 from dotresize.absorb import absorb
+from dotresize.accounting import count_parameters
 from dotresize.calibration import collect, random_windows, residual_stream
 from dotresize.models import architecture_of, supported
 from dotresize.options import Options
-from dotresize.pipeline import count_parameters
 from dotresize.refit import Correction, correct
 
 KINDS = supported()

@@ -9,9 +9,9 @@ import torch
 from conftest import tiny_model
 
 from dotresize import compress
+from dotresize.accounting import count_parameters
 from dotresize.feed_forward import METHODS, choose_neurons, eliminate
 from dotresize.models import supported
-from dotresize.pipeline import count_parameters
 
 
 def inner(n: int = 12, rank: int = 12, tokens: int = 500) -> torch.Tensor:

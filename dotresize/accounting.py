@@ -1,0 +1,58 @@
+"""What a report says of a model and of the machine: parameters, memory, versions."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from typing import Any
+
+import numpy
+import torch
+
+import dotresize
+from dotresize.models import architecture_of
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Parameters of a model: ``total``, tied tensors once, and ``non_embedding``.
+
+    Non-embedding leaves out the input embedding and the head, tied or not.
+    """
+    architecture = architecture_of(model.config)
+    outer = {
+        id(model.get_submodule(name).weight) for name in (architecture.embedding, architecture.head)
+    }
+    unique = {id(p): p.numel() for p in model.parameters()}
+    total = sum(unique.values())
+    return {
+        "total": total,
+        "non_embedding": total - sum(unique.get(key, 0) for key in outer),
+    }
+
+
+def check_weights(model: Any) -> None:
+    """ValueError naming the first weight that holds NaN or Inf."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"weight {name} of the model holds NaN or Inf")
+
+
+def peak_memory() -> dict[str, int]:
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "dotresize": dotresize.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }

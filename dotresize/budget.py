@@ -1,0 +1,177 @@
+"""One parameter budget, split over residual and feed-forward width by measured sensitivity.
+
+Each width alone is narrowed by two amounts, without refit, and the loss on some calibration
+windows measured. A power law through the two points, excess(x) = a x^p for a removed share x,
+predicts every other amount; of all pairs of widths that fit the budget, the one with the smallest
+predicted sum is taken. The refit repairs both alike, so what it leaves is ranked the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dotresize.evaluate import perplexity
+from dotresize.models import architecture_of
+
+# Removed shares that are tried: far enough apart for a slope, near what a user asks for.
+PROBES = (0.08, 0.2)
+# Windows on which the loss is measured.
+WINDOWS = 4
+# Feed-forward widths are a multiple of this: matrix products want that.
+INNER_STEP = 16
+COUNTS = ("total", "non_embedding")
+
+
+@dataclass(frozen=True)
+class Law:
+    """Excess loss a x^p after removing the share x of a width."""
+
+    a: float
+    p: float
+
+    def __call__(self, share: float) -> float:
+        return self.a * share**self.p
+
+    @classmethod
+    def through(cls, shares: tuple[float, float], excesses: tuple[float, float]) -> Law:
+        """The law through two points; excesses are taken as at least a thousandth."""
+        low, high = (max(excess, 1e-3) for excess in excesses)
+        p = max(1.0, math.log(high / low) / math.log(shares[1] / shares[0]))
+        return cls(high / shares[1] ** p, p)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Widths that fit a budget, and why these."""
+
+    width: int
+    inner: int
+    predicted: float
+    residual: Law
+    feed_forward: Law
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "predicted_excess": self.predicted,
+            "laws": {
+                name: {"a": law.a, "p": law.p}
+                for name, law in (("residual", self.residual), ("feed_forward", self.feed_forward))
+            },
+        }
+
+
+def parameters_at(model: Any, count: str) -> Callable[[int, int], int]:
+    """Parameters of a model as a function of residual width and feed-forward width.
+
+    count: "total" (tied tensors once) or "non_embedding" (without embedding and head).
+    """
+    architecture = architecture_of(model.config)
+    attention, feed_forward = architecture.sublayers
+    layers = model.get_submodule(architecture.layers)
+    per_width = len(layers) * 2 + 1  # the norms
+    per_inner = per_both = constant = 0
+    for layer in layers:
+        size = _Sizes(layer)
+        for reader in attention.readers:
+            per_width += size.rows(reader)
+            constant += size.bias(reader)
+        per_width += size.columns(attention.writer) + bool(size.bias(attention.writer))
+        constant += size.others(attention.readers, attention.writer)
+        per_both += len(feed_forward.readers) + 1
+        per_inner += sum(bool(size.bias(reader)) for reader in feed_forward.readers)
+        per_width += bool(size.bias(feed_forward.writer))
+    if count == "total":
+        outer = [model.get_submodule(architecture.embedding).weight]
+        head = model.get_submodule(architecture.head).weight
+        outer += [] if head is outer[0] else [head]
+        per_width += sum(len(weight) for weight in outer)
+
+    def parameters(width: int, inner: int) -> int:
+        return constant + per_width * width + per_inner * inner + per_both * width * inner
+
+    return parameters
+
+
+class _Sizes:
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def _linear(self, name: str) -> Any:
+        return self._layer.get_submodule(name)
+
+    def rows(self, name: str) -> int:
+        return len(self._linear(name).weight)
+
+    def columns(self, name: str) -> int:
+        return self._linear(name).weight.shape[1]
+
+    def bias(self, name: str) -> int:
+        bias = self._linear(name).bias
+        return 0 if bias is None else len(bias)
+
+    def others(self, readers: tuple[str, ...], writer: str) -> int:
+        """Parameters of the block that are on neither width, such as norms of heads."""
+        block = self._linear(writer.rpartition(".")[0])
+        known = {id(p) for name in (*readers, writer) for p in self._linear(name).parameters()}
+        return sum(p.numel() for p in block.parameters() if id(p) not in known)
+
+
+def best_split(
+    model: Any, share: float, count: str, divisor: int, residual: Law, feed_forward: Law
+) -> Split:
+    """The widths with the least predicted excess among those within ``share`` of the parameters.
+
+    Raises ValueError where even the narrowest model has more.
+    """
+    parameters = parameters_at(model, count)
+    width, inner = model.config.hidden_size, model.config.intermediate_size
+    allowed = share * parameters(width, inner)
+    best: Split | None = None
+    for k in range(divisor, width + 1, divisor):
+        slope = parameters(k, 1) - parameters(k, 0)
+        room = int((allowed - parameters(k, 0)) // slope)
+        m = min(inner, room if room >= inner else room // INNER_STEP * INNER_STEP)
+        if m < 1:
+            break
+        predicted = residual(1 - k / width) + feed_forward(1 - m / inner)
+        if best is None or predicted <= best.predicted:
+            best = Split(k, m, predicted, residual, feed_forward)
+    if best is None:
+        raise ValueError(f"params {share:g}: no pair of widths has so few parameters")
+    return best
+
+
+def measure(
+    model: Any, tokens: Tensor, divisor: int, narrowed: Callable[[int, int], Any]
+) -> tuple[Law, Law]:
+    """Laws of the residual and of the feed-forward width.
+
+    Args:
+        tokens: int64 (windows, length); some are used.
+        divisor: of the residual width.
+        narrowed: (residual width, feed-forward width) -> the model narrowed to these.
+    """
+    windows = tokens[:: max(1, len(tokens) // WINDOWS)][:WINDOWS]
+    dense = math.log(perplexity(model, windows, desc="budget"))
+    laws = []
+    full = (model.config.hidden_size, model.config.intermediate_size)
+    for axis, step in enumerate((divisor, 1)):
+        shares: list[float] = []
+        excesses: list[float] = []
+        steps = 0
+        for probe in PROBES:
+            steps = max(steps + 1, round(probe * full[axis] / step))
+            removed = steps * step
+            if removed >= full[axis]:
+                raise ValueError(f"the model's width of {full[axis]} is too small to be probed")
+            size = [n - removed * (i == axis) for i, n in enumerate(full)]
+            found = math.log(perplexity(narrowed(*size), windows, desc="budget"))
+            shares.append(removed / full[axis])
+            excesses.append(found - dense)
+        laws.append(Law.through((shares[0], shares[1]), (excesses[0], excesses[1])))
+    return laws[0], laws[1]
