@@ -115,6 +115,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument("--windows", type=int, default=24, help="calibration windows (24)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the windows (0)")
+    parser.add_argument(
+        "--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES), help="(all of them)"
+    )
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases alone")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -127,6 +130,7 @@ def main() -> int:
         for case, mixture, seed in wanted(args.which, args.seeds)
         if (case.name, mixture, seed, args.windows) not in done
         and (args.only is None or case.name in args.only)
+        and mixture in args.mixtures
     ]
     if not left:
         return 0

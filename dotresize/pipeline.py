@@ -20,6 +20,7 @@ from dotresize.options import Options
 from dotresize.refit import RIDGE, Correction, correct
 from dotresize.self_text import sample
 from dotresize.targets import Targets, kept_set
+from dotresize.tied_head import choose_table
 from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
 
 logger = logging.getLogger("dotresize")
@@ -147,6 +148,9 @@ def compress(
         seconds["absorption"] = time.perf_counter() - start
         if refit or inner is not None:
             start = time.perf_counter()
+            if refit and tied:
+                assert statistics.moment is not None
+                choose_table(model, narrow, q, statistics.moment[-1], ridge=ridge)
             correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
             seconds["refit"] = time.perf_counter() - start
     device = next(model.parameters()).device
@@ -187,7 +191,10 @@ def needed_statistics(model: Any, tokens: Tensor, *wanted: Options) -> Statistic
         model,
         tokens,
         cost=any(options.method == "dot" for options in wanted),
-        moment=any(options.method == "pca" or options.energy is not None for options in wanted),
+        moment=any(
+            options.method == "pca" or options.energy is not None or options.refit
+            for options in wanted
+        ),
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,
     )

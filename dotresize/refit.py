@@ -10,7 +10,7 @@ writer    of the feed-forward: h is what it reads, x the narrowed stream before 
           stream after it;
           B = argmin |h B + x - s x_d Q|^2 + lam |B - B0|^2,   B0 what absorption left,
           and the writer becomes B'. It steers the stream back to the projected dense one, which
-          is all that a tied head, not to be corrected itself, can understand.
+          is what a tied head was chosen for (dotresize.tied_head).
 
 Attention's writers stay as they are: kinds of text left out of the calibration asked for that in
 nearly every layer. lam is ridge times the mean diagonal of the Gram matrix, three times that for
@@ -75,7 +75,8 @@ def correct(
         tokens: int64 (windows, length).
         correction: what to do.
 
-    A head of its own is a reader of the final norm and is corrected as such; a tied one is not.
+    A head of its own is a reader of the final norm and is corrected as such; a tied one has been
+    chosen before (dotresize.tied_head).
     """
     walk = _Walk(dense, narrow, q, tokens, correction, batch_windows)
     layers = list(zip(walk.dense_layers, walk.layers, strict=True))

@@ -1,0 +1,73 @@
+"""One table for the embeddings and the head of a narrowed model, chosen for the head.
+
+An untied head is a reader of the final norm like any other and is refitted: it becomes E A', with
+A = argmin |u A - v|^2 + lam |A - A0|^2 (dotresize.refit). A tied model has one table E B for both
+ends and the final norm's weight w' between stream and head, so that its logits are
+u diag(w') B' E'. With B = A' diag(1 / w') they are those of the refitted head. What is left free,
+w', brings the table as near to the projected embeddings as it goes:
+
+    w'_j = |E a_j|^2 / <E a_j, s E q_j>        (least squares, a_j and q_j columns of A' and Q)
+
+On SmolLM2-135M the table is then 1 % (squared) away from s E Q. The first layer's readers are
+refitted on it, and later ones see little of it, as the stream has grown: better than giving the
+head weights of its own, and without their parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.least_squares import FLOAT
+from dotresize.models import architecture_of
+
+
+@torch.no_grad()
+def choose_table(dense: Any, narrow: Any, q: Tensor, moment: Tensor, *, ridge: float) -> None:
+    """Set table and final norm of a tied ``narrow = absorb(dense, q)`` in place.
+
+    Args:
+        q: (D, k) float64, orthonormal columns.
+        moment: (D, D) second moment of the RMS-normalised stream that the final norm reads.
+        ridge: relative to the mean diagonal of Q' moment Q.
+    """
+    architecture = architecture_of(dense.config)
+    embedding = dense.get_submodule(architecture.embedding).weight
+    table = narrow.get_submodule(architecture.embedding).weight
+    norm = narrow.get_submodule(architecture.final_norm).weight
+    s = (q.shape[1] / q.shape[0]) ** 0.5
+    scale = dense.get_submodule(architecture.final_norm).weight.to(FLOAT)
+    basis, weights, between = head_basis(q, moment.to(FLOAT), scale, _gram(embedding), ridge)
+    # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.
+    kept = norm.to(FLOAT)
+    sound = (weights / kept - 1).abs() < 0.5
+    weights = torch.where(sound, weights, kept)
+    basis = torch.where(sound, between / weights, s * q)
+    for rows in torch.arange(len(table), device=table.device).split(8192):
+        table[rows] = (embedding[rows].to(FLOAT) @ basis).to(table.dtype)
+    norm.copy_(weights.to(norm.dtype))
+
+
+def head_basis(
+    q: Tensor, moment: Tensor, scale: Tensor, gram: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B (D, k), w' (k,) and A' (D, k) of the module's header; gram is E'E, scale the norm's w."""
+    s = (q.shape[1] / q.shape[0]) ** 0.5
+    inner = q.mT @ moment @ q
+    lam = ridge * inner.diagonal().mean()
+    identity = torch.eye(len(inner)).to(inner)
+    refitted = torch.linalg.solve(inner + lam * identity, q.mT @ moment + lam * q.mT)
+    between = (refitted * scale / s).mT
+    seen = gram @ between
+    weights = (between * seen).sum(0) / (s * q * seen).sum(0)
+    return between / weights, weights, between
+
+
+def _gram(embedding: Tensor) -> Tensor:
+    total = torch.zeros(embedding.shape[1], embedding.shape[1]).to(embedding.device, FLOAT)
+    for rows in embedding.split(8192):
+        part = rows.to(FLOAT)
+        total += part.mT @ part
+    return total
