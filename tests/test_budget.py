@@ -11,6 +11,8 @@ from dotresize.accounting import count_parameters
 from dotresize.budget import Law, best_split, parameters_at
 from dotresize.models import supported
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def tokens() -> torch.Tensor:

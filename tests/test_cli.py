@@ -18,6 +18,8 @@ from conftest import copy_of, fails
 
 from dotresize.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 
 

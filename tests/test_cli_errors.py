@@ -11,6 +11,8 @@ from conftest import copy_of, fails
 
 from dotresize.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),

@@ -16,6 +16,8 @@ from dotresize.models import architecture_of, supported
 from dotresize.options import Options
 from dotresize.refit import Correction, correct
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = supported()
 METHODS = ("pca", "dot", "magnitude")  # with one map for all locations
 

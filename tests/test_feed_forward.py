@@ -13,6 +13,8 @@ from dotresize.accounting import count_parameters
 from dotresize.feed_forward import METHODS, choose_neurons, eliminate
 from dotresize.models import supported
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def inner(n: int = 12, rank: int = 12, tokens: int = 500) -> torch.Tensor:
     return torch.randn(tokens, rank, dtype=torch.float64) @ torch.randn(

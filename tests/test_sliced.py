@@ -17,6 +17,8 @@ from dotresize.cli import main
 from dotresize.models import supported
 from dotresize.sliced import sequential_pca, slice_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def tokens() -> torch.Tensor:

@@ -11,6 +11,8 @@ from dotresize.absorb import absorb
 from dotresize.calibration import collect
 from dotresize.tied_head import choose_table, head_basis
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
