@@ -162,7 +162,8 @@ def quality() -> str:
     last = table[-1]
     lines += [
         "",
-        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, perplexity "
+        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
+        + "perplexity "
         + ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
         + f". {last['windows']} windows of 512 tokens,",
         f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "

@@ -12,6 +12,15 @@ import torch
 import dotresize
 from dotresize.models import architecture_of
 
+STAGES = (
+    *("calibration", "budget", "cost"),
+    "sinkhorn",
+    "factorisation",
+    "absorption",
+    "refit",
+    "evaluation",
+)
+
 
 def count_parameters(model: Any) -> dict[str, int]:
     """Parameters of a model: ``total``, tied tensors once, and ``non_embedding``.

@@ -1,4 +1,4 @@
-"""Command line: ``dotresize compress | eval | bench | info``.
+"""Command line: ``dotresize compress | sweep | eval | bench | info``.
 
 Exit codes: 0 done, 2 bad usage or bad input, 1 anything else; each failure is one line.
 """
@@ -32,62 +32,15 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
 
     compress = verbs.add_parser("compress", help="narrow a model into a new directory")
-    compress.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
-    compress.add_argument("out", metavar="OUT", help="directory to make")
-    compress.add_argument(
-        "--width", type=float, help="fraction up to 1, or an exact number (0.8; 1 with --ff-width)"
+    _add_compress(compress)
+    sweep = verbs.add_parser("sweep", help="methods and widths side by side, on one HTML page")
+    sweep.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
+    sweep.add_argument("out", metavar="DIR", help="directory to make, for the page")
+    sweep.add_argument(
+        "--widths", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)"
     )
-    compress.add_argument(
-        "--energy", type=float, help="instead: the share of the activations' variance to keep"
-    )
-    compress.add_argument(
-        "--params", type=float, help="instead: share of the parameters, split over both widths"
-    )
-    compress.add_argument(
-        "--params-count", default="total", help="of what: total or non_embedding (total)"
-    )
-    compress.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
-    compress.add_argument(
-        "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
-    )
-    compress.add_argument("--scope", default="global", help="global or location (global)")
-    compress.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
-    compress.add_argument(
-        "--ff-method",
-        default="eliminate",
-        help="eliminate, nystrom, magnitude or transport (eliminate)",
-    )
-    compress.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
-    compress.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
-    compress.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
-    compress.add_argument("--no-refit", action="store_true", help="do not correct the weights")
-    compress.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
-    compress.add_argument("--untie", action="store_true", help="give a tied head its own weights")
-    compress.add_argument(
-        "--calibration",
-        action="extend",
-        nargs="+",
-        metavar="FILE",
-        help="text or .jsonl; each file gives an equal share of the windows",
-    )
-    compress.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
-    compress.add_argument("--windows", type=int, default=32, help="calibration windows (32)")
-    compress.add_argument(
-        "--compare",
-        action="store_true",
-        help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
-    )
-    compress.add_argument(
-        "--self-windows",
-        type=int,
-        help="windows that the model writes itself, one more source (a third of --windows)",
-    )
-    compress.add_argument("--seed", type=int, default=0, help="places the windows (0)")
-    compress.add_argument(
-        "--resume", action="store_true", help="do nothing if OUT is complete with these settings"
-    )
-    _add_common(compress)
-    compress.add_argument("--eval", action="extend", nargs="+", metavar="FILE", help="as below")
+    sweep.set_defaults(energy=None, params=None, targets=None)
+    _add_narrowing(sweep)
 
     evaluate = verbs.add_parser("eval", help="perplexity of each text file")
     evaluate.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
@@ -113,6 +66,72 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("info", help="backends, devices and versions")
     return parser
+
+
+def _add_compress(compress: argparse.ArgumentParser) -> None:
+    compress.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
+    compress.add_argument("out", metavar="OUT", help="directory to make")
+    compress.add_argument(
+        "--width", type=float, help="fraction up to 1, or an exact number (0.8; 1 with --ff-width)"
+    )
+    compress.add_argument(
+        "--energy", type=float, help="instead: the share of the activations' variance to keep"
+    )
+    compress.add_argument(
+        "--params", type=float, help="instead: share of the parameters, split over both widths"
+    )
+    compress.add_argument(
+        "--params-count", default="total", help="of what: total or non_embedding (total)"
+    )
+    compress.add_argument(
+        "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
+    )
+    compress.add_argument(
+        "--compare",
+        action="store_true",
+        help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
+    )
+    compress.add_argument(
+        "--report", metavar="DIR", help="directory to make for an HTML page about the run"
+    )
+    compress.add_argument(
+        "--resume", action="store_true", help="do nothing if OUT is complete with these settings"
+    )
+    _add_narrowing(compress)
+
+
+def _add_narrowing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
+    parser.add_argument("--scope", default="global", help="global or location (global)")
+    parser.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
+    parser.add_argument(
+        "--ff-method",
+        default="eliminate",
+        help="eliminate, nystrom, magnitude or transport (eliminate)",
+    )
+    parser.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
+    parser.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
+    parser.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
+    parser.add_argument("--no-refit", action="store_true", help="do not correct the weights")
+    parser.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
+    parser.add_argument("--untie", action="store_true", help="give a tied head its own weights")
+    parser.add_argument(
+        "--calibration",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="text or .jsonl; each file gives an equal share of the windows",
+    )
+    parser.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows (32)")
+    parser.add_argument(
+        "--self-windows",
+        type=int,
+        help="windows that the model writes itself, one more source (a third of --windows)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="places the windows (0)")
+    parser.add_argument("--eval", action="extend", nargs="+", metavar="FILE", help="as below")
+    _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

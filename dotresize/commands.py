@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from dataclasses import fields, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dotresize
-from dotresize import checkpoint, report
+from dotresize import checkpoint, page, report
 from dotresize.accounting import check_weights, count_parameters
 from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
@@ -60,7 +61,8 @@ _COMPARED = ("magnitude", "pca", "dot")
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on ``args.verb``; returns the exit code."""
-    return {"compress": _compress, "eval": _eval, "info": _info}[args.verb](args)
+    verbs = {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}
+    return verbs[args.verb](args)
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -102,11 +104,16 @@ def _compress(args: argparse.Namespace) -> int:
         logger.info("%s is complete with these settings; nothing to do", args.out)
         return 0
     checkpoint.check_output(args.out)
+    if args.report is not None:
+        page.check()
+        checkpoint.check_output(args.report)
+        options = replace(options, figures=True)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
     tokens, texts = _inputs(args, options, model, tokenizer)
     narrow, rows = _narrowed(args, options, model, tokens, texts)
     *others, main_report = rows
+    figures = main_report.pop("figures", None)
     main_report["settings"] = settings
     if args.compare:
         main_report["compared"] = others
@@ -116,8 +123,53 @@ def _compress(args: argparse.Namespace) -> int:
         report.write(main_report, folder, args.model)
 
     checkpoint.write_whole(args.out, fill)
+    if args.report is not None:
+        _write_page(args.report, f"{Path(args.model).name}, narrowed", rows, figures)
     loader = "dotresize.load" if options.per_location else "plain transformers"
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with {loader}\n")
+    return 0
+
+
+def _write_page(
+    out: str, title: str, rows: list[dict[str, Any]], figures: dict[str, Any] | None = None
+) -> None:
+    command = shlex.join(["dotresize", *sys.argv[1:]])
+
+    def fill(folder: Path) -> None:
+        path = folder / "index.html"
+        page.write(path, title=title, command=command, rows=rows, figures=figures)
+
+    checkpoint.write_whole(out, fill)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    """The compared methods and the one asked for, at every width; a page, and no models."""
+    device = find_device(args.device)
+    page.check()
+    args.compare = True
+    for width in args.widths:
+        args.width = width
+        options = _options(args)
+    _check_files(args, device)
+    checkpoint.check_output(args.out)
+    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
+    check_weights(model)
+    divisor = architecture_of(model.config).divisor(model.config)
+    for width in args.widths:
+        choose_width(width, model.config.hidden_size, divisor)
+    tokens, texts = _inputs(args, options, model, tokenizer)
+    dense = _dense_report(model, texts)
+    bare = replace(options, refit=False)
+    wanted = [*(replace(bare, method=method) for method in _COMPARED), options]
+    statistics = needed_statistics(model, tokens, *wanted)
+    rows = [dense]
+    for width in args.widths:
+        for one in wanted:
+            choices = vars(one) | {"width": width}
+            narrow, row = compress(model, tokens, statistics=statistics, **choices)
+            rows.append(_evaluate_into(row, narrow, texts, dense))
+    _write_page(args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
+    sys.stdout.write(f"{report.table(rows)}\n\n{args.out}/index.html\n")
     return 0
 
 

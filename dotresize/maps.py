@@ -196,3 +196,25 @@ def transport(
         },
         {"sinkhorn": middle - start, "factorisation": time.perf_counter() - middle},
     )
+
+
+def figures_of(
+    q: Tensor, moment: Tensor, locations: list[str], details: dict[str, object]
+) -> dict[str, object]:
+    """What the page shows of a map: the variance it loses, the spectrum, the map itself.
+
+    q: (D, k) orthonormal; moment: (L, D, D) second moments of the locations.
+    """
+    moment, q = moment.double(), q.double()
+    kept = torch.einsum("lde,dk,ek->l", moment, q, q)
+    total = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    spectrum = torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0)
+    lost = 1 - spectrum.cumsum(0) / spectrum.sum()
+    return {
+        "locations": locations,
+        "lost": (1 - kept / total).clamp_min(0).tolist(),
+        "spectrum": lost.clamp_min(0).tolist(),
+        "width": q.shape[1],
+        "map": q.abs().tolist(),
+        "details": details,
+    }

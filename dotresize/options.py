@@ -35,6 +35,7 @@ class Options:
     seed: int = 0
     backend: str = "auto"
     batch_windows: int = 4
+    figures: bool = False
 
     @property
     def per_location(self) -> bool:

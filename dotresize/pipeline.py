@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dotresize import baselines, budget, maps, sliced
 from dotresize.absorb import absorb, is_tied
-from dotresize.accounting import check_weights, count_parameters, peak_memory, versions
+from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
 from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
@@ -24,15 +24,6 @@ from dotresize.tied_head import choose_table
 from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
 
 logger = logging.getLogger("dotresize")
-
-STAGES = (
-    *("calibration", "budget", "cost"),
-    "sinkhorn",
-    "factorisation",
-    "absorption",
-    "refit",
-    "evaluation",
-)
 
 
 def compress(
@@ -58,6 +49,7 @@ def compress(
     seed: int = 0,
     backend: str = "auto",
     batch_windows: int = 4,
+    figures: bool = False,
     statistics: Statistics | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Narrow the residual width, and the feed-forward width, of a causal language model.
@@ -90,6 +82,7 @@ def compress(
         seed: of those.
         backend: of the solvers, see dotresize.backends().
         batch_windows: windows per forward pass.
+        figures: put what a page shows of the map into the report (dotresize.page).
         statistics: what ``calibration.collect`` returned for the same model and tokens, to share
             one calibration between several calls; the model then writes nothing itself.
 
@@ -102,10 +95,9 @@ def compress(
     """
     options = Options(
         width=width, energy=energy, params=params, params_count=params_count, method=method,
-        targets=targets, scope=scope,
-        ff_width=ff_width, ff_method=ff_method, refit=refit, ridge=ridge, reg=reg, steps=steps,
-        factor=factor, untie=untie, self_windows=self_windows, seed=seed, backend=backend,
-        batch_windows=batch_windows,
+        targets=targets, scope=scope, ff_width=ff_width, ff_method=ff_method, refit=refit,
+        ridge=ridge, reg=reg, steps=steps, factor=factor, untie=untie, self_windows=self_windows,
+        seed=seed, backend=backend, batch_windows=batch_windows, figures=figures,
     )  # fmt: skip
     options.check()
     check_weights(model)
@@ -182,6 +174,11 @@ def compress(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }  # fmt: skip
+    if figures:
+        assert statistics.moment is not None
+        shown = found.q if options.per_location else q
+        places = statistics.locations
+        report["figures"] = maps.figures_of(shown, statistics.moment, places, found.details)
     return narrow, report
 
 
@@ -192,7 +189,10 @@ def needed_statistics(model: Any, tokens: Tensor, *wanted: Options) -> Statistic
         tokens,
         cost=any(options.method == "dot" for options in wanted),
         moment=any(
-            options.method == "pca" or options.energy is not None or options.refit
+            options.method == "pca"
+            or options.energy is not None
+            or options.refit
+            or options.figures
             for options in wanted
         ),
         batch_windows=wanted[0].batch_windows,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dotresize.pipeline import STAGES
+from dotresize.accounting import STAGES
 
 _LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
 
@@ -17,8 +17,8 @@ def label(report: dict[str, Any]) -> str:
     return f"{name} + refit" if report.get("refit") else name
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """Reports side by side, one column each; the first is usually the dense model's."""
+def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Rows of the comparison: a name, and one cell for each report."""
     texts = list(dict.fromkeys(name for report in reports for name in report["perplexity"]))
     rows: list[tuple[str, list[str]]] = [
         ("width", [str(r["width"]["new"]) for r in reports]),
@@ -37,12 +37,18 @@ def table(reports: list[dict[str, Any]]) -> str:
     for stage in STAGES:
         values = [r["seconds"].get(stage, 0.0) for r in reports]
         rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in values]))
+    return rows
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Reports side by side, one column each; the first is usually the dense model's."""
+    rows = cells(reports)
     heading = ("", [label(r) for r in reports])
     first = max(len(name) for name, _ in rows)
-    widths = [max(len(cells[i]) for _, cells in [heading, *rows]) for i in range(len(reports))]
+    widths = [max(len(column[i]) for _, column in [heading, *rows]) for i in range(len(reports))]
     lines = []
-    for name, cells in [heading, *rows]:
-        padded = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    for name, line in [heading, *rows]:
+        padded = "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append(f"{name.ljust(first)}  {padded}".rstrip())
     lines.insert(1, "-" * len(lines[1]))
     return "\n".join(lines)
