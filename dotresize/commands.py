@@ -106,7 +106,8 @@ def _compress(args: argparse.Namespace) -> int:
     checkpoint.check_output(args.out)
     if args.report is not None:
         page.check()
-        checkpoint.check_output(args.report)
+        if checkpoint.check_output(args.report).resolve() == Path(args.out).resolve():
+            raise ValueError(f"--report {args.report}: must not be the output directory")
         options = replace(options, figures=True)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
@@ -124,16 +125,16 @@ def _compress(args: argparse.Namespace) -> int:
 
     checkpoint.write_whole(args.out, fill)
     if args.report is not None:
-        _write_page(args.report, f"{Path(args.model).name}, narrowed", rows, figures)
+        _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
     loader = "dotresize.load" if options.per_location else "plain transformers"
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with {loader}\n")
     return 0
 
 
 def _write_page(
-    out: str, title: str, rows: list[dict[str, Any]], figures: dict[str, Any] | None = None
+    args: argparse.Namespace, out: str, title: str, rows: list[dict[str, Any]], figures: Any = None
 ) -> None:
-    command = shlex.join(["dotresize", *sys.argv[1:]])
+    command = shlex.join(["dotresize", *args.typed])
 
     def fill(folder: Path) -> None:
         path = folder / "index.html"
@@ -168,7 +169,7 @@ def _sweep(args: argparse.Namespace) -> int:
             choices = vars(one) | {"width": width}
             narrow, row = compress(model, tokens, statistics=statistics, **choices)
             rows.append(_evaluate_into(row, narrow, texts, dense))
-    _write_page(args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
+    _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out}/index.html\n")
     return 0
 
@@ -215,7 +216,7 @@ def _narrowed(
     texts: dict[str, Tensor],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    bare = replace(options, refit=False, scope="global", ff_width=None, params=None)
+    bare = replace(options, refit=False, scope="global", ff_width=None, params=None, figures=False)
     others = [replace(bare, method=method) for method in _COMPARED] if args.compare else []
     others = [other for other in others if other != options]  # it is the last row
     statistics = needed_statistics(model, tokens, options, *others)

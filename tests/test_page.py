@@ -52,7 +52,7 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     assert text.count("<svg") == 5
     for name in ("dense", "magnitude", "PCA", "transport", "PCA + refit"):
         assert f"<th>{name}</th>" in text
-    assert "dotresize" in re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)[1]
+    assert re.search(r"<pre>dotresize compress .* --width 16 --compare .*</pre>", text)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -70,6 +70,14 @@ def test_a_browser_finds_no_error(page, tmp_path):
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert picture.stat().st_size > 20_000
+
+
+def test_the_page_has_a_directory_of_its_own(model_directory, text_file, tmp_path, capsys):
+    words = ["compress", str(model_directory), str(tmp_path / "out"), "--width", "16"]
+    words += ["--calibration", str(text_file), *SMALL, "--report"]
+    assert "must not be the output" in fails([*words, str(tmp_path / "." / "out")], capsys)
+    assert "a file of that name exists" in fails([*words, str(text_file)], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweep(model_directory, text_file, tmp_path, capsys):
