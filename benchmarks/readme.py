@@ -13,6 +13,7 @@ from dotresize.report import label
 
 from . import l1
 from .gpu_summary import ceilings, l1_table, sinkhorn_table
+from .quality_cases import HEADLINE
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -132,12 +133,6 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-QUALITY = (
-    *("magnitude", "transport", "PCA", "SliceGPT", "default"),
-    *("feed-forward, magnitude", "feed-forward, nystrom", "feed-forward, eliminate + refit"),
-)
-
-
 def quality() -> str:
     """Excess by case: on the three texts, and on each when it was left out of the calibration."""
     table = rows("quality.jsonl")
@@ -145,7 +140,7 @@ def quality() -> str:
     texts = list(table[0]["excess"])
     head = ["", "widths", "parameters", *texts, "mean", *(f"{t}, left out" for t in texts), "mean"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for case in QUALITY:
+    for case in HEADLINE:
         row = found.get((case, "all", 0))
         if row is None:
             continue

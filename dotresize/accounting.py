@@ -13,7 +13,7 @@ import dotresize
 from dotresize.models import architecture_of
 
 STAGES = (
-    *("calibration", "budget", "cost"),
+    *("own text", "calibration", "budget", "cost"),
     "sinkhorn",
     "factorisation",
     "absorption",

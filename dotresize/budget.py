@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dotresize.absorb import is_tied
 from dotresize.evaluate import perplexity
 from dotresize.models import architecture_of
 
@@ -122,19 +123,30 @@ class _Sizes:
 
 
 def best_split(
-    model: Any, share: float, count: str, divisor: int, residual: Law, feed_forward: Law
+    model: Any,
+    share: float,
+    count: str,
+    divisor: int,
+    residual: Law,
+    feed_forward: Law,
+    *,
+    untied: bool = False,
 ) -> Split:
     """The widths with the least predicted excess among those within ``share`` of the parameters.
+
+    untied: whether a tied model's head gets weights of its own, which count.
 
     Raises ValueError where even the narrowest model has more.
     """
     parameters = parameters_at(model, count)
     width, inner = model.config.hidden_size, model.config.intermediate_size
     allowed = share * parameters(width, inner)
+    outputs = len(model.get_submodule(architecture_of(model.config).head).weight)
+    head = outputs if untied and is_tied(model) and count == "total" else 0
     best: Split | None = None
     for k in range(divisor, width + 1, divisor):
         slope = parameters(k, 1) - parameters(k, 0)
-        room = int((allowed - parameters(k, 0)) // slope)
+        room = int((allowed - parameters(k, 0) - head * k) // slope)
         m = min(inner, room if room >= inner else room // INNER_STEP * INNER_STEP)
         if m < 1:
             break

@@ -99,7 +99,8 @@ class Statistics:
         importance: (L, D) float64, mean |x|.
         moment: (L, D, D) float64, mean of x'x; None if not asked for.
         cost: (L, D, D) float32, mean |x_i - x_j|; None if not asked for.
-        seconds: "calibration" (forward passes and moments) and "cost".
+        seconds: "calibration" (forward passes and moments), "cost", and "own text".
+        own_windows: how many of the windows the model wrote itself.
     """
 
     locations: list[str]
@@ -108,6 +109,7 @@ class Statistics:
     moment: Tensor | None
     cost: Tensor | None
     seconds: dict[str, float] = field(default_factory=dict)
+    own_windows: int = 0
 
     def mean(self) -> Statistics:
         """The mean over locations, as statistics of a single one."""

@@ -113,7 +113,7 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
     parser.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
     parser.add_argument("--no-refit", action="store_true", help="do not correct the weights")
-    parser.add_argument("--ridge", type=float, default=0.1, help="of the refit (0.1)")
+    parser.add_argument("--ridge", type=float, help="of the refit (0.1)")
     parser.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     parser.add_argument(
         "--calibration",

@@ -17,7 +17,7 @@ from torch import Tensor
 import dotresize
 from dotresize import checkpoint, page, report
 from dotresize.accounting import check_weights, count_parameters
-from dotresize.calibration import random_windows, read_text
+from dotresize.calibration import Statistics, random_windows, read_text
 from dotresize.evaluate import perplexity
 from dotresize.inputs import (
     already_done,
@@ -31,9 +31,8 @@ from dotresize.inputs import (
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
 from dotresize.options import Options
-from dotresize.pipeline import compress, needed_statistics
-from dotresize.self_text import sample
-from dotresize.targets import read_targets
+from dotresize.pipeline import calibrate, compress
+from dotresize.targets import check_kept, read_targets
 from dotresize.width import choose_inner_width, choose_width, residual_share
 
 logger = logging.getLogger("dotresize")
@@ -61,8 +60,7 @@ _COMPARED = ("magnitude", "pca", "dot")
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on ``args.verb``; returns the exit code."""
-    verbs = {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}
-    return verbs[args.verb](args)
+    return {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}[args.verb](args)
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -85,6 +83,8 @@ def _info(_: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     check_windows(args)
+    for path in args.eval:
+        read_text(path)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=False)
     check_weights(model)
     for name, windows in evaluation_texts(args, model, tokenizer).items():
@@ -101,13 +101,15 @@ def _compress(args: argparse.Namespace) -> int:
     named = [*args.calibration, *(args.eval or []), *filter(None, [args.targets])]
     settings["text_sha256"] = digests(named)
     if args.resume and already_done(args.out, settings):
-        logger.info("%s is complete with these settings; nothing to do", args.out)
+        page_too = "; no page is made of it" if args.report is not None else ""
+        logger.info("%s is complete with these settings; nothing to do%s", args.out, page_too)
         return 0
     checkpoint.check_output(args.out)
     if args.report is not None:
         page.check()
-        if checkpoint.check_output(args.report).resolve() == Path(args.out).resolve():
-            raise ValueError(f"--report {args.report}: must not be the output directory")
+        folder = checkpoint.check_output(args.report).resolve()
+        if Path(args.out).resolve().is_relative_to(folder):
+            raise ValueError(f"--report {args.report}: must not be or hold the output directory")
         options = replace(options, figures=True)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
@@ -147,7 +149,6 @@ def _sweep(args: argparse.Namespace) -> int:
     """The compared methods and the one asked for, at every width; a page, and no models."""
     device = find_device(args.device)
     page.check()
-    args.compare = True
     for width in args.widths:
         args.width = width
         options = _options(args)
@@ -159,16 +160,14 @@ def _sweep(args: argparse.Namespace) -> int:
     for width in args.widths:
         choose_width(width, model.config.hidden_size, divisor)
     tokens, texts = _inputs(args, options, model, tokenizer)
+    wanted = [*_compared(options), options]
+    tokens, statistics = calibrate(model, tokens, options, *wanted)
     dense = _dense_report(model, texts)
-    bare = replace(options, refit=False)
-    wanted = [*(replace(bare, method=method) for method in _COMPARED), options]
-    statistics = needed_statistics(model, tokens, *wanted)
     rows = [dense]
     for width in args.widths:
         for one in wanted:
-            choices = vars(one) | {"width": width}
-            narrow, row = compress(model, tokens, statistics=statistics, **choices)
-            rows.append(_evaluate_into(row, narrow, texts, dense))
+            one = replace(one, width=width)
+            rows.append(_one(model, tokens, statistics, one, texts, dense)[1])
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out}/index.html\n")
     return 0
@@ -177,8 +176,9 @@ def _sweep(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> Options:
     """The choices that the command line shares with ``dotresize.compress``, checked."""
     names = {field.name for field in fields(Options)} & vars(args).keys()
-    choices = {name: getattr(args, name) for name in names}
-    choices["targets"] = None if args.targets is None else read_targets(args.targets)
+    choices = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.targets is not None:
+        choices["targets"] = read_targets(args.targets)
     options = Options(refit=not args.no_refit, **choices)
     options.check()
     return options
@@ -202,10 +202,20 @@ def _inputs(
     if inner is not None:
         old = model.config.intermediate_size
         logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, args.ff_width)
-    own = options.own_windows(args.windows)
-    if own:
-        tokens = torch.cat([tokens, sample(model, own, args.window, args.seed)])
+    if isinstance(options.targets, Tensor):
+        check_kept(options.targets, model.config.hidden_size, new)
     return tokens, texts
+
+
+def _compared(options: Options) -> list[Options]:
+    """What is set beside a method: the plain ones, without refit, at the same widths."""
+    bare = replace(options, refit=False, scope="global", figures=False)
+    chosen = options.targets
+    return [
+        replace(bare, method=method, targets=None if method == "pca" else chosen)
+        for method in _COMPARED
+        if options.refit or options.per_location or method != options.method
+    ]
 
 
 def _narrowed(
@@ -216,15 +226,32 @@ def _narrowed(
     texts: dict[str, Tensor],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    bare = replace(options, refit=False, scope="global", ff_width=None, params=None, figures=False)
-    others = [replace(bare, method=method) for method in _COMPARED] if args.compare else []
-    others = [other for other in others if other != options]  # it is the last row
-    statistics = needed_statistics(model, tokens, options, *others)
-    rows = [_dense_report(model, texts)]
-    for one in [*others, options]:
-        narrow, row = compress(model, tokens, statistics=statistics, **vars(one))
-        rows.append(_evaluate_into(row, narrow, texts, rows[0]))
-    return narrow, rows
+    others = _compared(options) if args.compare else []
+    tokens, statistics = calibrate(model, tokens, options, *others)
+    dense = _dense_report(model, texts)
+    narrow, main = _one(model, tokens, statistics, options, texts, dense)
+    inner = main["feed_forward"]
+    same_size = {
+        **{"width": main["width"]["new"], "energy": None, "params": None},
+        "ff_width": inner["new"] if inner["method"] else None,
+    }
+    rows = [
+        _one(model, tokens, statistics, replace(other, **same_size), texts, dense)[1]
+        for other in others
+    ]
+    return narrow, [dense, *rows, main]
+
+
+def _one(
+    model: Any,
+    tokens: Tensor,
+    statistics: Statistics,
+    options: Options,
+    texts: dict[str, Tensor],
+    dense: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    narrow, row = compress(model, tokens, statistics=statistics, **vars(options))
+    return narrow, _evaluate_into(row, narrow, texts, dense)
 
 
 def _evaluate_into(
@@ -267,7 +294,7 @@ def _check_files(args: argparse.Namespace, device: torch.device) -> None:
         )
     if not -(2**63) <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
-    if args.compare and not args.eval:
-        raise ValueError("--compare: give texts to compare on with --eval")
+    if not args.eval and getattr(args, "compare", True):
+        raise ValueError(f"{args.verb}: give texts to compare on with --eval")
     check_windows(args)
     choose(args.backend, device)

@@ -5,9 +5,9 @@ the function, so kept neurons keep theirs, and only the output side is recombine
 n) the inner activations, W (n, out) the writer, G = h'h and S the kept neurons:
 
 magnitude   S = top by |h_j| |w_j|                     W_S as it is
-nystrom     the same S                                 W_S = (G_SS + lam)^-1 G_S W
+nystrom     the same S                                 W_S = (G_SS + lam)^-1 (G_S W + lam W_S)
 transport   the same S                                 W_S = R' W, R the transport plan's rows
-eliminate   backward elimination (below)               W_S = (G_SS + lam)^-1 G_S W
+eliminate   backward elimination (below)               the same
 
 Backward elimination drops the neurons whose loss hurts least once the others have made up for it:
 with V = (G + lam)^-1 and B = V h'y, dropping j costs |b_j|^2 / V_jj (the optimal brain surgeon of

@@ -15,7 +15,7 @@ FLOAT = torch.float64
 
 
 class NormalEquations:
-    """Sums over tokens, in float64."""
+    """Sums over tokens: products of a chunk in float32, added up in float64."""
 
     def __init__(self, prior: Tensor) -> None:
         """prior: A0, (inputs, outputs) float64."""

@@ -198,23 +198,18 @@ def transport(
     )
 
 
-def figures_of(
-    q: Tensor, moment: Tensor, locations: list[str], details: dict[str, object]
-) -> dict[str, object]:
-    """What the page shows of a map: the variance it loses, the spectrum, the map itself.
+def figures_of(qs: list[Tensor], moment: Tensor, details: dict[str, object]) -> dict[str, object]:
+    """What a page shows of a map: the variance it loses, the spectrum, the map itself.
 
-    q: (D, k) orthonormal; moment: (L, D, D) second moments of the locations.
+    qs: (D, k) orthonormal for each location; moment: (L, D, D) second moments of the locations.
     """
-    moment, q = moment.double(), q.double()
-    kept = torch.einsum("lde,dk,ek->l", moment, q, q)
-    total = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    kept = [float(((m @ q) * q).sum() / m.trace()) for m, q in zip(moment, qs, strict=True)]
     spectrum = torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0)
     lost = 1 - spectrum.cumsum(0) / spectrum.sum()
     return {
-        "locations": locations,
-        "lost": (1 - kept / total).clamp_min(0).tolist(),
+        "lost": [max(0.0, 1 - share) for share in kept],
         "spectrum": lost.clamp_min(0).tolist(),
-        "width": q.shape[1],
-        "map": q.abs().tolist(),
+        "width": qs[0].shape[1],
+        "map": qs[0].abs().tolist(),
         "details": details,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from dotresize import budget, feed_forward, maps
 from dotresize.refit import RIDGE
@@ -21,7 +23,7 @@ class Options:
     params: float | None = None
     params_count: str = "total"
     method: str = "pca"
-    targets: Targets = None
+    targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     scope: str = "global"
     ff_width: float | None = None
     ff_method: str = "eliminate"
@@ -56,6 +58,11 @@ class Options:
         for name, value in asked.items():
             if self.params is not None and value is not None:
                 raise ValueError(f"give params or {name}, not both: params chooses both widths")
+        if self.targets is not None and self.method not in ("dot", "magnitude"):
+            raise ValueError(f"targets: method {self.method} has none; give dot or magnitude")
+        by_rule = "energy" if self.energy is not None else "params"
+        if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:
+            raise ValueError(f"targets: their number is the width; leave {by_rule} out")
         if self.per_location:
             self._check_per_location()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dotresize.ops.backends import choose
 from dotresize.options import Options
 from dotresize.refit import RIDGE, Correction, correct
 from dotresize.self_text import sample
-from dotresize.targets import Targets, kept_set
+from dotresize.targets import Targets, check_kept, kept_set
 from dotresize.tied_head import choose_table
 from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
 
@@ -83,8 +83,8 @@ def compress(
         backend: of the solvers, see dotresize.backends().
         batch_windows: windows per forward pass.
         figures: put what a page shows of the map into the report (dotresize.page).
-        statistics: what ``calibration.collect`` returned for the same model and tokens, to share
-            one calibration between several calls; the model then writes nothing itself.
+        statistics: what ``pipeline.calibrate`` returned with these tokens, to share one
+            calibration between several calls; the model then writes nothing itself.
 
     Returns:
         the narrowed model, of the same class and dtype, and a report (a JSON-able dict).
@@ -108,11 +108,11 @@ def compress(
         width = residual_share(width, ff_width)
         new_width = choose_width(width, model.config.hidden_size, divisor)
     inner = choose_inner_width(ff_width, model.config)
-    own = 0 if statistics is not None else options.own_windows(len(windows))
-    if own:
-        windows = torch.cat([windows, sample(model, own, windows.shape[1], seed)])
+    if isinstance(targets, Tensor):
+        check_kept(targets, model.config.hidden_size, new_width)
     if statistics is None:
-        statistics = needed_statistics(model, windows, options)
+        windows, statistics = calibrate(model, windows, options)
+    _check_statistics(statistics, options)
     if energy is not None:
         new_width = width_for_energy(statistics, energy, divisor)
         logger.info("width %d -> %d (energy %g)", model.config.hidden_size, new_width, energy)
@@ -121,11 +121,12 @@ def compress(
         start = time.perf_counter()
         new_width, inner, split = _split_budget(model, windows, statistics, divisor, options)
         seconds["budget"] = time.perf_counter() - start
-    seconds["calibration"] = statistics.seconds["calibration"]
+    for stage in ("own text", "calibration"):
+        seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if method == "dot" else 0.0
     selection = kept_set(targets, statistics, new_width)
     if options.per_location:
-        narrow, found = _narrow_locations(model, windows, statistics, selection, options)
+        narrow, found, qs = _narrow_locations(model, windows, statistics, selection, options)
     else:
         found = _width_map(statistics.mean(), selection, options)
     seconds.update(found.seconds)
@@ -141,8 +142,7 @@ def compress(
         if refit or inner is not None:
             start = time.perf_counter()
             if refit and tied:
-                assert statistics.moment is not None
-                choose_table(model, narrow, q, statistics.moment[-1], ridge=ridge)
+                choose_table(model, narrow, q, cast(Tensor, statistics.moment)[-1], ridge=ridge)
             correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
             seconds["refit"] = time.perf_counter() - start
     device = next(model.parameters()).device
@@ -166,7 +166,7 @@ def compress(
         "calibration": {
             "tokens": statistics.tokens,
             "locations": len(statistics.locations),
-            "self_windows": own,
+            "self_windows": statistics.own_windows,
         },
         "seconds": seconds,
         "device": str(device),
@@ -175,29 +175,49 @@ def compress(
         "versions": versions(),
     }  # fmt: skip
     if figures:
-        assert statistics.moment is not None
-        shown = found.q if options.per_location else q
-        places = statistics.locations
-        report["figures"] = maps.figures_of(shown, statistics.moment, places, found.details)
+        moment = cast(Tensor, statistics.moment)
+        shown = qs if options.per_location else [q] * len(moment)
+        report["figures"] = maps.figures_of(shown, moment, found.details)
     return narrow, report
 
 
-def needed_statistics(model: Any, tokens: Tensor, *wanted: Options) -> Statistics:
-    """One calibration pass with what any of the options will ask of it."""
-    return collect(
+def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
+    """The tokens, with those the model writes itself, and what any of the options will ask of them.
+
+    tokens: int64 (windows, length). The first options say how many windows are written.
+    """
+    start = time.perf_counter()
+    own = wanted[0].own_windows(len(tokens))
+    if own:
+        written = sample(model, own, tokens.shape[1], wanted[0].seed)
+        tokens = torch.cat([tokens, written.to(tokens.device)])
+    took = time.perf_counter() - start
+    statistics = collect(
         model,
         tokens,
-        cost=any(options.method == "dot" for options in wanted),
-        moment=any(
-            options.method == "pca"
-            or options.energy is not None
-            or options.refit
-            or options.figures
-            for options in wanted
-        ),
+        cost=any(_needs_cost(options) for options in wanted),
+        moment=any(_needs_moment(options) for options in wanted),
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,
     )
+    statistics.own_windows = own
+    statistics.seconds["own text"] = took
+    return tokens, statistics
+
+
+def _needs_cost(options: Options) -> bool:
+    return options.method == "dot"
+
+
+def _needs_moment(options: Options) -> bool:
+    by_variance = options.method == "pca" or options.energy is not None
+    return by_variance or options.refit or options.figures
+
+
+def _check_statistics(statistics: Statistics, options: Options) -> None:
+    for name, needs in (("cost", _needs_cost), ("moment", _needs_moment)):
+        if needs(options) and getattr(statistics, name) is None:
+            raise ValueError(f"statistics: collected without {name}, which these options need")
 
 
 def _split_budget(
@@ -220,7 +240,7 @@ def _split_budget(
     laws = budget.measure(model, tokens, divisor, narrowed)
     count = options.params_count
     assert options.params is not None
-    split = budget.best_split(model, options.params, count, divisor, *laws)
+    split = budget.best_split(model, options.params, count, divisor, *laws, untied=options.untie)
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
         *(options.params, count.replace("_", "-"), full, split.width),
@@ -236,11 +256,9 @@ def _width_map(statistics: Statistics, selection: Tensor, options: Options) -> m
     if options.method == "magnitude":
         return baselines.selected(selection, len(importance))
     if options.method == "pca":
-        assert statistics.moment is not None
-        return baselines.pca(statistics.moment[0], selection, importance)
-    assert statistics.cost is not None
+        return baselines.pca(cast(Tensor, statistics.moment)[0], selection, importance)
     return maps.transport(
-        statistics.cost[0],
+        cast(Tensor, statistics.cost)[0],
         selection,
         reg=options.reg,
         steps=options.steps,
@@ -255,8 +273,8 @@ def _narrow_locations(
     statistics: Statistics,
     selection: Tensor,
     options: Options,
-) -> tuple[Any, maps.WidthMap]:
-    """A model with a map and adapters at every location; its figures are those of the first."""
+) -> tuple[Any, maps.WidthMap, list[Tensor]]:
+    """A model with a map and adapters at every location; the first map, and all of them."""
     start = time.perf_counter()
     if options.method == "slicegpt":
         k, batch = len(selection), options.batch_windows
@@ -268,4 +286,4 @@ def _narrow_locations(
         located = [_width_map(one, kept, options) for one, kept in zip(each, chosen, strict=True)]
         qs, found = [one.q for one in located], located[0]
     found.seconds = {"factorisation": time.perf_counter() - start}
-    return sliced.slice_model(model, qs), found
+    return sliced.slice_model(model, qs), found, qs

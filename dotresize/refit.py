@@ -147,7 +147,7 @@ class _Walk:
         for i in range(len(self._wide)):
             with captured(norms) as seen:
                 self._wide.stream[i] = self._wide.run(layer, i)
-            for delivered, (_, output) in zip(self._delivered, seen, strict=True):
+            for delivered, output in zip(self._delivered, seen, strict=True):
                 delivered[i] = output
 
     def _readers(

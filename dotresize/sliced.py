@@ -24,8 +24,6 @@ from dotresize.models import architecture_of
 from dotresize.streams import Streams, norms_of
 
 MODEL_TYPE = "dotresize-sliced"
-# Damping of the second moment, of its mean diagonal; SliceGPT's own.
-DAMPING = 0.01
 
 
 class SlicedLayer(nn.Module):
@@ -92,9 +90,11 @@ def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4
 
 def _project(stream: Any, k: int) -> Tensor:
     """Principal directions of a stream, which is then projected onto them."""
-    moment = sum((x.flatten(0, -2).mT @ x.flatten(0, -2)).double() for x in stream)
-    moment = torch.as_tensor(moment)
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
+    width = stream[0].shape[-1]
+    moment = torch.zeros(width, width, dtype=torch.float64, device=stream[0].device)
+    for x in stream:
+        wide = x.flatten(0, -2).double()  # the raw stream holds channels in the thousands
+        moment += wide.mT @ wide
     q = torch.linalg.eigh(moment).eigenvectors[:, -k:]
     projector = (q @ q.mT).to(stream[0].dtype)
     for i, x in enumerate(stream):

@@ -146,12 +146,12 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 
 @contextmanager
-def captured(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(input, output) of each of the modules, in order of execution, during the block."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What each of the modules delivers, in order of execution, during the block."""
+    seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.append((args[0], output))
+        seen.append(output)
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:

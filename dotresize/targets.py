@@ -26,9 +26,15 @@ def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
     if targets is None:
         return largest(statistics.importance.mean(0), k)
     kept = targets(statistics, k) if callable(targets) else targets
+    check_kept(kept, width, k)
+    return kept.to(statistics.importance.device).sort().values
+
+
+def check_kept(kept: Tensor, width: int, k: int) -> None:
+    """ValueError unless ``kept`` is k different neurons out of ``width``."""
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.dim() != 1:
         raise ValueError("targets: must be a one-dimensional int64 tensor of neurons")
-    kept = kept.to(statistics.importance.device).sort().values
+    kept = kept.sort().values
     if len(kept) != k:
         raise ValueError(f"targets: {len(kept)} neurons are named, the new width is {k}")
     if int(kept[0]) < 0 or int(kept[-1]) >= width:
@@ -37,7 +43,6 @@ def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
     if (kept[1:] == kept[:-1]).any():
         twice = int(kept[1:][kept[1:] == kept[:-1]][0])
         raise ValueError(f"targets: neuron {twice} is named twice")
-    return kept
 
 
 def read_targets(path: str | Path) -> Tensor:

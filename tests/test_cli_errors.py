@@ -96,7 +96,7 @@ def test_a_collapsed_span(arguments, capsys):
 def test_bad_targets(arguments, capsys, tmp_path, content, message):
     path = tmp_path / "kept.json"
     path.write_text(content)
-    assert message in fails([*arguments, "--targets", str(path)], capsys)
+    assert message in fails([*arguments, "--method", "dot", "--targets", str(path)], capsys)
     assert not Path(arguments[2]).exists()
 
 

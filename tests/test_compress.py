@@ -256,7 +256,9 @@ def test_non_finite_weights_and_activations_are_named(tokens):
         ({"energy": 0.0}, "energy 0: must be a share"),
         ({"energy": 0.9, "width": 0.5}, "not both"),
         ({"steps": 0, "method": "dot"}, "steps 0"),
-        ({"targets": torch.arange(3)}, "3 neurons are named, the new width is 20"),
+        ({"targets": torch.arange(3)}, "targets: method pca has none"),
+        ({"targets": torch.arange(3), "method": "dot"}, "3 neurons are named, the new width is 20"),
+        ({"targets": torch.arange(3), "method": "dot", "params": 0.5}, "leave params out"),
         ({"backend": "cublas"}, "must be one of auto"),
     ],
 )

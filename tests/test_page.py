@@ -75,7 +75,7 @@ def test_a_browser_finds_no_error(page, tmp_path):
 def test_the_page_has_a_directory_of_its_own(model_directory, text_file, tmp_path, capsys):
     words = ["compress", str(model_directory), str(tmp_path / "out"), "--width", "16"]
     words += ["--calibration", str(text_file), *SMALL, "--report"]
-    assert "must not be the output" in fails([*words, str(tmp_path / "." / "out")], capsys)
+    assert "must not be or hold the output" in fails([*words, str(tmp_path / "." / "out")], capsys)
     assert "a file of that name exists" in fails([*words, str(text_file)], capsys)
     assert not (tmp_path / "out").exists()
 
