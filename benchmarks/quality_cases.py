@@ -69,6 +69,7 @@ PLAIN: dict[str, Any] = {"width": 0.8, "refit": False}
 REFIT: dict[str, Any] = {"width": 0.8}
 # 27 % of the inner neurons are 20 % of the parameters outside the embeddings.
 INNER = {"ff_width": 1126}
+BUDGET = {"params": 0.8}
 INNER_PLAIN = INNER | {"refit": False}
 
 CASES = (
@@ -94,6 +95,12 @@ CASES = (
         for name, kept in KEPT_SETS.items()
         for label, method in (("selection", "magnitude"), ("transport", "dot"))
     ),
+    Case(
+        "budget, 80 % outside the embeddings",
+        BUDGET | {"params_count": "non_embedding"},
+        own_text=True,
+    ),
+    Case("budget, 80 % in total", BUDGET, own_text=True),
     Case("PCA, untied", PLAIN | {"untie": True}),
     Case("transport, untied", PLAIN | {"method": "dot", "untie": True}),
     Case("feed-forward, magnitude", INNER_PLAIN | {"ff_method": "magnitude"}),
@@ -110,4 +117,5 @@ CASES = (
 HEADLINE = (
     *("magnitude", "transport", "PCA", "SliceGPT", "default"),
     *("feed-forward, magnitude", "feed-forward, nystrom", "feed-forward, eliminate + refit"),
+    *("budget, 80 % outside the embeddings", "budget, 80 % in total"),
 )
