@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dotresize import factorize, sinkhorn, transport_map
-from dotresize.baselines import magnitude, pca
+from dotresize.baselines import pca, selected
 from dotresize.maps import align, largest, transport
 from dotresize.ops.l1_cost import l1_cost
 from dotresize.width import choose_width
@@ -73,15 +73,28 @@ def test_transport_names_the_reg_that_collapses():
     x = torch.randn(200, 12)
     cost = l1_cost(x)
     with pytest.raises(ValueError, match=r"reg 1e\+15 x mean cost: its span has collapsed"):
-        transport(cost, x.abs().mean(0), 8, reg=1e15)
+        transport(cost, largest(x.abs().mean(0), 8), reg=1e15)
 
 
 def test_transport_reports_its_solve():
     x = torch.randn(300, 20)
-    found = transport(l1_cost(x), x.abs().mean(0), 15)
+    found = transport(l1_cost(x), largest(x.abs().mean(0), 15))
     assert orthonormal(found.q)
     assert found.details["status"] == "converged"
     assert set(found.seconds) == {"sinkhorn", "factorisation"}
+
+
+def test_transports_in_a_row_approach_the_dominant_subspace():
+    """(D P)^q of a selection is a subspace iteration; more steps come nearer to its limit."""
+    x = torch.randn(300, 20)
+    cost, selection = l1_cost(x), torch.arange(6)
+    limit = transport(cost, selection, steps=400).q
+
+    def distance(steps: int) -> float:
+        q = transport(cost, selection, steps=steps).q
+        return float((q - limit @ (limit.mT @ q)).norm())
+
+    assert distance(100) < 0.7 * distance(10) < 0.7 * distance(2)
 
 
 def test_align_keeps_the_span_and_approaches_the_axes():
@@ -100,16 +113,17 @@ def test_align_keeps_the_span_and_approaches_the_axes():
 def test_baselines():
     x = torch.randn(500, 10, dtype=torch.float64) * torch.arange(1, 11)
     importance, moment = x.abs().mean(0), x.mT @ x / len(x)
-    chosen = magnitude(importance, 4)
+    top = largest(importance, 4)
+    chosen = selected(top, 10)
     assert chosen.selection.tolist() == [6, 7, 8, 9]
     assert torch.equal(chosen.q.nonzero()[:, 0], chosen.selection)
-    kept = pca(moment, importance, 4, kept_axes=2)
+    kept = pca(moment, top, importance, kept_axes=2)
     assert orthonormal(kept.q)
     assert kept.q[8, 0] == 1
     assert kept.q[9, 1] == 1
-    plain = pca(moment, importance, 4, kept_axes=0)
-    top = torch.linalg.eigh(moment).eigenvectors[:, -4:]
-    assert same_span(plain.q, top)
+    plain = pca(moment, top, importance, kept_axes=0)
+    leading = torch.linalg.eigh(moment).eigenvectors[:, -4:]
+    assert same_span(plain.q, leading)
     assert largest(torch.tensor([3.0, 1.0, 2.0]), 2).tolist() == [0, 2]
 
 
