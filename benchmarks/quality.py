@@ -1,6 +1,6 @@
 """How much of a model survives: every method at equal size, on text it saw and on text it did not.
 
-    python -m benchmarks.quality headline --out FILE     the README's table, under an hour
+    python -m benchmarks.quality headline --out FILE     the table of docs/compress.md
     python -m benchmarks.quality study --out FILE        all cases of quality_cases.py
 
 Figure of merit: excess = ln(perplexity / dense perplexity), on Wikipedia articles, news and

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dotresize.absorb import is_tied
 from dotresize.evaluate import perplexity
-from dotresize.models import architecture_of
+from dotresize.models import Sublayer, architecture_of
 
 # Removed shares that are tried: far enough apart for a slope, near what a user asks for.
 PROBES = (0.08, 0.2)
@@ -82,7 +82,7 @@ def parameters_at(model: Any, count: str) -> Callable[[int, int], int]:
             per_width += size.rows(reader)
             constant += size.bias(reader)
         per_width += size.columns(attention.writer) + bool(size.bias(attention.writer))
-        constant += size.others(attention.readers, attention.writer)
+        constant += size.others(attention)
         per_both += len(feed_forward.readers) + 1
         per_inner += sum(bool(size.bias(reader)) for reader in feed_forward.readers)
         per_width += bool(size.bias(feed_forward.writer))
@@ -115,10 +115,10 @@ class _Sizes:
         bias = self._linear(name).bias
         return 0 if bias is None else len(bias)
 
-    def others(self, readers: tuple[str, ...], writer: str) -> int:
+    def others(self, part: Sublayer) -> int:
         """Parameters of the block that are on neither width, such as norms of heads."""
-        block = self._linear(writer.rpartition(".")[0])
-        known = {id(p) for name in (*readers, writer) for p in self._linear(name).parameters()}
+        block, on_widths = self._linear(part.block), (*part.readers, part.writer)
+        known = {id(p) for name in on_widths for p in self._linear(name).parameters()}
         return sum(p.numel() for p in block.parameters() if id(p) not in known)
 
 

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dotresize.least_squares import FLOAT
+from dotresize.least_squares import FLOAT, solve
 from dotresize.maps import largest, transport_map
 from dotresize.ops.sinkhorn import sinkhorn
 
@@ -60,11 +60,8 @@ def choose_neurons(
         return kept, writer[kept]
     if method == "transport":
         return kept, _handed_on(gram, kept).mT @ writer
-    block = gram[kept][:, kept]
-    lam = RIDGE[method] * block.diagonal().mean()
     # Ridge towards the weights that the kept neurons had.
-    right = gram[kept] @ writer + lam * writer[kept]
-    return kept, torch.linalg.solve(block + lam * torch.eye(count).to(block), right)
+    return kept, solve(gram[kept][:, kept], gram[kept] @ writer, writer[kept], RIDGE[method])
 
 
 def eliminate(
@@ -99,9 +96,8 @@ def _handed_on(gram: Tensor, kept: Tensor) -> Tensor:
     correlation = (gram / length[:, None] / length)[:, kept]
     cost = 1.0 - correlation.abs()
     plan = sinkhorn(cost.float(), TRANSPORT_REG * max(float(cost.mean()), 1e-6)).plan
-    shares = (
-        transport_map(cast(Tensor, plan).to(gram).mT).mT * correlation
-    )  # the projection of one onto the other
-    shares = shares * length[:, None] / length[kept]
+    shares = transport_map(cast(Tensor, plan).to(gram).mT).mT
+    # Times the projection of the one neuron onto the other.
+    shares = shares * correlation * length[:, None] / length[kept]
     shares[kept] = torch.eye(len(kept)).to(gram)
     return shares

@@ -37,9 +37,16 @@ class NormalEquations:
 
     def solve(self, ridge: float) -> Tensor:
         """A, (inputs, outputs)."""
-        # Inputs that are zero on every token leave the prior alone, whatever the ridge.
-        floor = torch.finfo(FLOAT).tiny
-        lam = (ridge * self.gram.diagonal().mean()).clamp_min(floor)
-        identity = torch.eye(len(self.gram)).to(self.gram)
-        factor = torch.linalg.cholesky(self.gram + lam * identity)
-        return torch.cholesky_solve(self.cross + lam * self.prior, factor)
+        return solve(self.gram, self.cross, self.prior, ridge)
+
+
+def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """A of the module's header from its sums: gram (inputs, inputs); the others (inputs, outputs).
+
+    Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
+    small ridge does not always cover.
+    """
+    # Inputs that are zero on every token leave the prior alone, whatever the ridge.
+    lam = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(FLOAT).tiny)
+    identity = torch.eye(len(gram)).to(gram)
+    return torch.linalg.solve(gram + lam * identity, cross + lam * prior)

@@ -36,7 +36,7 @@ class SlicedLayer(nn.Module):
         self.feed_forward_adapter = nn.Parameter(adapters[1])
         parts = architecture_of(model.config).sublayers
         self._norms = [part.norm for part in parts]
-        self._blocks = [part.writer.rpartition(".")[0] for part in parts]
+        self._blocks = [part.block for part in parts]
         # What models ask of their layers besides running them.
         self.attention_type = getattr(layer, "attention_type", None)
 
@@ -81,7 +81,7 @@ def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4
         for i in range(len(streams)):
             streams.stream[i] = streams.until(layer, norm, i)
         qs.append(_project(streams.stream, k))
-        block = layer.get_submodule(architecture.sublayers[1].writer.rpartition(".")[0])
+        block = layer.get_submodule(architecture.sublayers[1].block)
         for i, middle in enumerate(streams.stream):
             streams.stream[i] = middle + block(norm(middle))
         qs.append(_project(streams.stream, k))

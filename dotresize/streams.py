@@ -123,7 +123,7 @@ class Streams:
 
 def inner_neurons(layer: nn.Module, part: Sublayer, stream: Tensor) -> Tensor:
     """What a feed-forward's writer reads when ``stream`` is what its norm reads."""
-    block = layer.get_submodule(part.writer.rpartition(".")[0])
+    block = layer.get_submodule(part.block)
     norm, writer = layer.get_submodule(part.norm), layer.get_submodule(part.writer)
     return _input_of(writer, lambda: block(norm(stream)))
 

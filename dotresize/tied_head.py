@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize.least_squares import FLOAT
+from dotresize.least_squares import FLOAT, solve
 from dotresize.models import architecture_of
 
 
@@ -55,10 +55,7 @@ def head_basis(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """B (D, k), w' (k,) and A' (D, k) of the module's header; gram is E'E, scale the norm's w."""
     s = (q.shape[1] / q.shape[0]) ** 0.5
-    inner = q.mT @ moment @ q
-    lam = ridge * inner.diagonal().mean()
-    identity = torch.eye(len(inner)).to(inner)
-    refitted = torch.linalg.solve(inner + lam * identity, q.mT @ moment + lam * q.mT)
+    refitted = solve(q.mT @ moment @ q, q.mT @ moment, q.mT, ridge)
     between = (refitted * scale / s).mT
     seen = gram @ between
     weights = (between * seen).sum(0) / (s * q * seen).sum(0)

@@ -22,6 +22,11 @@ class Sublayer:
     readers: tuple[str, ...]
     writer: str
 
+    @property
+    def block(self) -> str:
+        """The module that holds readers and writer: attention, or the feed-forward."""
+        return self.writer.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Architecture:
