@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.pipeline import compress
 from dotresize.self_text import sample
 
-from .quality_cases import CASES, HEADLINE, MIXTURES, Case
+from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, Case
 from .rows import append, read, where
 from .texts import SOURCES, model_file, write_texts
 
@@ -77,13 +78,17 @@ class Study:
     def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:
         tokens, statistics = self.calibration(mixture, seed, case.own_text)
         start = time.perf_counter()
-        narrow, report = compress(self.model, tokens, statistics=statistics, **case.options)
+        options = dict(case.options)
+        if case.kept is not None:
+            options["targets"] = partial(KEPT_SETS[case.kept], self.model)
+        narrow, report = compress(self.model, tokens, statistics=statistics, **options)
         seconds = time.perf_counter() - start
         found = self.perplexities(narrow)
         return {
             **{"case": case.name, "mixture": mixture, "seed": seed, "windows": self.windows},
             **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
-            "options": {name: str(value) for name, value in case.options.items()},
+            "options": case.options,
+            "kept": case.kept,
             "perplexity": found,
             "dense_perplexity": self.dense,
             "excess": {name: math.log(found[name] / self.dense[name]) for name in found},
@@ -137,7 +142,9 @@ def main() -> int:
     about = where(torch.get_num_threads())
     study = Study(args.windows)
     for i, (case, mixture, seed) in enumerate(left):
+        start = time.perf_counter()
         row = about | study.run(case, mixture, seed)
+        row["wall_seconds"] = round(time.perf_counter() - start, 1)
         append(args.out, [row])
         figures = "  ".join(f"{name} {value:.3f}" for name, value in row["excess"].items())
         sys.stdout.write(f"{i + 1}/{len(left)}  {case.name}, {mixture}: {figures}\n")

@@ -1,9 +1,10 @@
 """One parameter budget, split over residual and feed-forward width by measured sensitivity.
 
-Each width alone is narrowed by two amounts, without refit, and the loss on some calibration
-windows measured. A power law through the two points, excess(x) = a x^p for a removed share x,
-predicts every other amount; of all pairs of widths that fit the budget, the one with the smallest
-predicted sum is taken. The refit repairs both alike, so what it leaves is ranked the same.
+Each width alone is narrowed by two amounts, without refit, and the loss measured on calibration
+windows that had no part in solving the feed-forward's. A power law through the two points,
+excess(x) = a x^p for a removed share x, predicts every other amount; of all pairs of widths that
+fit the budget, the one with the smallest predicted sum is taken. The refit repairs both alike, so
+what it leaves is ranked the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dotresize.absorb import is_tied
@@ -21,8 +23,9 @@ from dotresize.models import Sublayer, architecture_of
 
 # Removed shares that are tried: far enough apart for a slope, near what a user asks for.
 PROBES = (0.08, 0.2)
-# Windows on which the loss is measured.
+# Windows on which the loss is measured, and on which feed-forward blocks are narrowed for that.
 WINDOWS = 4
+CUT_WINDOWS = 12
 # Feed-forward widths are a multiple of this: matrix products want that.
 INNER_STEP = 16
 COUNTS = ("total", "non_embedding")
@@ -159,16 +162,16 @@ def best_split(
 
 
 def measure(
-    model: Any, tokens: Tensor, divisor: int, narrowed: Callable[[int, int], Any]
+    model: Any, tokens: Tensor, divisor: int, narrowed: Callable[[int, int, Tensor], Any]
 ) -> tuple[Law, Law]:
     """Laws of the residual and of the feed-forward width.
 
     Args:
         tokens: int64 (windows, length); some are used.
         divisor: of the residual width.
-        narrowed: (residual width, feed-forward width) -> the model narrowed to these.
+        narrowed: (residual width, feed-forward width, tokens) -> the model narrowed to these.
     """
-    windows = tokens[:: max(1, len(tokens) // WINDOWS)][:WINDOWS]
+    windows, rest = _apart(tokens)
     dense = math.log(perplexity(model, windows, desc="budget"))
     laws = []
     full = (model.config.hidden_size, model.config.intermediate_size)
@@ -181,9 +184,26 @@ def measure(
             removed = steps * step
             if removed >= full[axis]:
                 raise ValueError(f"the model's width of {full[axis]} is too small to be probed")
-            size = [n - removed * (i == axis) for i, n in enumerate(full)]
-            found = math.log(perplexity(narrowed(*size), windows, desc="budget"))
+            width, inner = (n - removed * (i == axis) for i, n in enumerate(full))
+            narrow = narrowed(width, inner, rest)
+            found = math.log(perplexity(narrow, windows, desc="budget"))
             shares.append(removed / full[axis])
             excesses.append(found - dense)
         laws.append(Law.through((shares[0], shares[1]), (excesses[0], excesses[1])))
     return laws[0], laws[1]
+
+
+def _apart(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows to measure on and windows to solve on, spread evenly; a single one does both."""
+    if len(tokens) == 1:
+        return tokens, tokens
+    held = torch.zeros(len(tokens), dtype=torch.bool)
+    held[_spread(len(tokens), min(WINDOWS, len(tokens) - 1))] = True
+    rest = tokens[~held]
+    return tokens[held], rest[_spread(len(rest), CUT_WINDOWS)]
+
+
+def _spread(count: int, wanted: int) -> Tensor:
+    """At most ``wanted`` of the numbers below ``count``, evenly spaced."""
+    wanted = min(wanted, count)
+    return torch.arange(wanted) * count // wanted

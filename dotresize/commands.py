@@ -230,10 +230,10 @@ def _narrowed(
     tokens, statistics = calibrate(model, tokens, options, *others)
     dense = _dense_report(model, texts)
     narrow, main = _one(model, tokens, statistics, options, texts, dense)
-    inner = main["feed_forward"]
+    inner = main["feed_forward"]["new"]
     same_size = {
-        **{"width": main["width"]["new"], "energy": None, "params": None},
-        "ff_width": inner["new"] if inner["method"] else None,
+        **{"width": main["width"]["new"], "energy": None},
+        **{"params": None, "params_count": "total", "ff_width": inner},
     }
     rows = [
         _one(model, tokens, statistics, replace(other, **same_size), texts, dense)[1]

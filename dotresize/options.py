@@ -60,6 +60,10 @@ class Options:
                 raise ValueError(f"give params or {name}, not both: params chooses both widths")
         if self.targets is not None and self.method not in ("dot", "magnitude"):
             raise ValueError(f"targets: method {self.method} has none; give dot or magnitude")
+        if self.ff_method != "eliminate" and self.ff_width is None and self.params is None:
+            raise ValueError(f"ff_method {self.ff_method}: does nothing without ff_width or params")
+        if self.params_count != "total" and self.params is None:
+            raise ValueError(f"params_count {self.params_count}: does nothing without params")
         by_rule = "energy" if self.energy is not None else "params"
         if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:
             raise ValueError(f"targets: their number is the width; leave {by_rule} out")
@@ -98,8 +102,6 @@ class Options:
     def _check_per_location(self) -> None:
         """Adapters at every residual connection: for comparison, and no more than that."""
         what = "method slicegpt" if self.method == "slicegpt" else "scope location"
-        if self.refit:
-            raise ValueError(f"{what}: cannot be refitted; give --no-refit (refit=False)")
         if self.ff_width is not None or self.params is not None:
             raise ValueError(f"{what}: narrows the residual only; leave ff_width and params out")
         if self.method == "magnitude":

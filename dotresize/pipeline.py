@@ -125,13 +125,13 @@ def compress(
         seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if method == "dot" else 0.0
     selection = kept_set(targets, statistics, new_width)
+    q: Tensor | list[Tensor]
     if options.per_location:
-        narrow, found, qs = _narrow_locations(model, windows, statistics, selection, options)
+        narrow, found, q = _narrow_locations(model, windows, statistics, selection, options)
+        seconds.update(found.seconds)
     else:
         found = _width_map(statistics.mean(), selection, options)
-    seconds.update(found.seconds)
-    correction = Correction(refit, ridge, inner, ff_method)
-    if not options.per_location:
+        seconds.update(found.seconds)
         start = time.perf_counter()
         # Any basis of the span gives an untied model the same function; a tied one needs the
         # basis nearest to the axes (see absorb).
@@ -139,12 +139,14 @@ def compress(
         q = maps.align(found.q, found.selection) if tied else found.q
         narrow = absorb(model, q, untie=untie)
         seconds["absorption"] = time.perf_counter() - start
-        if refit or inner is not None:
-            start = time.perf_counter()
-            if refit and tied:
-                choose_table(model, narrow, q, cast(Tensor, statistics.moment)[-1], ridge=ridge)
-            correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
-            seconds["refit"] = time.perf_counter() - start
+    if refit or inner is not None:
+        start = time.perf_counter()
+        if refit and is_tied(narrow):
+            final = cast(Tensor, statistics.moment)[-1]
+            choose_table(model, narrow, cast(Tensor, q), final, ridge=ridge)
+        correction = Correction(refit, ridge, inner, ff_method)
+        correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
+        seconds["refit"] = time.perf_counter() - start
     device = next(model.parameters()).device
     report = {
         "method": method,
@@ -176,7 +178,7 @@ def compress(
     }  # fmt: skip
     if figures:
         moment = cast(Tensor, statistics.moment)
-        shown = qs if options.per_location else [q] * len(moment)
+        shown = q if isinstance(q, list) else [q] * len(moment)
         report["figures"] = maps.figures_of(shown, moment, found.details)
     return narrow, report
 
@@ -222,11 +224,11 @@ def _check_statistics(statistics: Statistics, options: Options) -> None:
 
 def _split_budget(
     model: Any, tokens: Tensor, statistics: Statistics, divisor: int, options: Options
-) -> tuple[int, int, dict[str, Any]]:
+) -> tuple[int, int | None, dict[str, Any]]:
     """Residual width, feed-forward width and what the report says of the choice."""
     mean, full = statistics.mean(), model.config.hidden_size
 
-    def narrowed(width: int, inner: int) -> Any:
+    def narrowed(width: int, inner: int, some: Tensor) -> Any:
         q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
         if width < full:
             found = _width_map(mean, kept_set(None, statistics, width), options)
@@ -234,7 +236,7 @@ def _split_budget(
         narrow = absorb(model, q, untie=options.untie)
         if inner < model.config.intermediate_size:
             cut = Correction(False, inner_width=inner, inner_method=options.ff_method)
-            correct(model, narrow, q, tokens, cut, batch_windows=options.batch_windows)
+            correct(model, narrow, q, some, cut, batch_windows=options.batch_windows)
         return narrow
 
     laws = budget.measure(model, tokens, divisor, narrowed)
@@ -247,7 +249,8 @@ def _split_budget(
         *(model.config.intermediate_size, split.inner, split.predicted),
     )
     asked = {"asked": options.params, "count": count}
-    return split.width, split.inner, asked | split.details()
+    inner = choose_inner_width(split.inner, model.config)
+    return split.width, inner, asked | split.details()
 
 
 def _width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:

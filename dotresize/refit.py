@@ -17,6 +17,9 @@ nearly every layer. lam is ridge times the mean diagonal of the Gram matrix, thr
 writers. The ridge was chosen by the perplexity of kinds of text left out (benchmarks.quality);
 choosing it in every solve by the squared error on them asks for ten times as much, and is worse
 in perplexity on all text. No parameter is added.
+
+Where every location has a map of its own (dotresize.sliced), Q is that of the location which is
+read or written, and x has passed its adapter.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dotresize.absorb import is_tied
 from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.models import architecture_of
+from dotresize.sliced import past_feed_forward, without_adapters
 from dotresize.streams import Spill, Streams, captured, inner_neurons, norms_of
 
 RIDGE = 0.1
@@ -60,7 +64,7 @@ class Correction:
 def correct(
     dense: Any,
     narrow: Any,
-    q: Tensor,
+    q: Tensor | list[Tensor],
     tokens: Tensor,
     correction: Correction,
     *,
@@ -70,8 +74,8 @@ def correct(
 
     Args:
         dense: the original model.
-        narrow: ``absorb(dense, q)``.
-        q: (D, k) float64, orthonormal columns.
+        narrow: ``absorb(dense, q)``, or ``slice_model(dense, q)``.
+        q: (D, k) float64, orthonormal columns, or one for each residual location.
         tokens: int64 (windows, length).
         correction: what to do.
 
@@ -80,8 +84,9 @@ def correct(
     """
     walk = _Walk(dense, narrow, q, tokens, correction, batch_windows)
     layers = list(zip(walk.dense_layers, walk.layers, strict=True))
-    for dense_layer, layer in tqdm(layers, desc="refit", unit="layer", disable=None):
-        walk.layer(dense_layer, layer)
+    progress = tqdm(layers, desc="refit", unit="layer", disable=None)
+    for i, (dense_layer, layer) in enumerate(progress):
+        walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
     if correction.inner_width is not None:
         narrow.config.intermediate_size = correction.inner_width
     if correction.readers_and_writers and not is_tied(narrow):
@@ -95,7 +100,7 @@ class _Walk:
         self,
         dense: Any,
         narrow: Any,
-        q: Tensor,
+        q: Tensor | list[Tensor],
         tokens: Tensor,
         correction: Correction,
         batch_windows: int,
@@ -110,28 +115,32 @@ class _Walk:
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [Spill(count) for _ in self.architecture.sublayers]
         self._middle, self._inner = Spill(count), Spill(count)
-        self._q = q.to(FLOAT)
-        self._scale = (q.shape[1] / q.shape[0]) ** 0.5
+        locations = 2 * len(self.layers) + 1
+        self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
-    def layer(self, dense_layer: nn.Module, layer: nn.Module) -> None:
+    def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
+        """qs: of the locations that attention and feed-forward read, and of the next one."""
         attention, feed_forward = self.architecture.sublayers
+        body = without_adapters(layer)
         dense_norms = norms_of(self.architecture, dense_layer)
-        norms = norms_of(self.architecture, layer)
+        norms = norms_of(self.architecture, body)
         self._run_dense(dense_layer, dense_norms)
         self._readers(
-            self._thin.stream, self._delivered[0], dense_norms[0], norms[0],
-            _pairs(dense_layer, layer, attention.readers),
+            self._thin.stream, self._delivered[0], dense_norms[0], norms[0], qs[0],
+            _pairs(dense_layer, body, attention.readers),
         )  # fmt: skip
         for i in range(len(self._thin)):
             self._middle[i] = self._thin.until(layer, norms[1], i)
         self._readers(
-            self._middle, self._delivered[1], dense_norms[1], norms[1],
-            _pairs(dense_layer, layer, feed_forward.readers),
+            self._middle, self._delivered[1], dense_norms[1], norms[1], qs[1],
+            _pairs(dense_layer, body, feed_forward.readers),
         )  # fmt: skip
-        for i in range(len(self._thin)):
-            self._inner[i] = inner_neurons(layer, feed_forward, self._middle[i])
-        writer = layer.get_submodule(feed_forward.writer)
-        kept = self._write(writer, [layer.get_submodule(name) for name in feed_forward.readers])
+        for i, x in enumerate(self._middle):
+            self._inner[i] = inner_neurons(body, feed_forward, x)
+            self._middle[i] = past_feed_forward(layer, x)
+        writer = body.get_submodule(feed_forward.writer)
+        readers = [body.get_submodule(name) for name in feed_forward.readers]
+        kept = self._write(writer, readers, qs[2])
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
             self._thin.stream[i] = x + writer(h if kept is None else h[..., kept])
 
@@ -141,7 +150,7 @@ class _Walk:
         for i, x in enumerate(self._wide.stream):
             self._delivered[0][i] = dense_norm(x)
         heads = _pairs(dense, narrow, (self.architecture.head,))
-        self._readers(self._thin.stream, self._delivered[0], dense_norm, norm, heads)
+        self._readers(self._thin.stream, self._delivered[0], dense_norm, norm, self.qs[-1], heads)
 
     def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
         for i in range(len(self._wide)):
@@ -156,11 +165,12 @@ class _Walk:
         delivered: Spill,
         dense_norm: nn.Module,
         norm: nn.Module,
+        q: Tensor,
         readers: list[tuple[Any, Any]],
     ) -> None:
         if not self.correction.readers_and_writers:
             return
-        prior = self._q.mT * dense_norm.weight.to(FLOAT) / self._scale  # type: ignore[operator]
+        prior = q.mT * dense_norm.weight.to(FLOAT) / _scale(q)  # type: ignore[operator]
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
             equations.add(norm(x), v)
@@ -169,14 +179,14 @@ class _Walk:
             weight = dense_reader.weight.to(FLOAT) @ a.mT
             reader.weight.copy_(weight.to(reader.weight.dtype))
 
-    def _write(self, writer: Any, readers: list[Any]) -> Tensor | None:
+    def _write(self, writer: Any, readers: list[Any], q: Tensor) -> Tensor | None:
         """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
         correction = self.correction
         if not correction.readers_and_writers and correction.inner_width is None:
             return None
         prior = writer.weight.to(FLOAT).mT
         bias = 0.0 if writer.bias is None else writer.bias.float()
-        project = (self._scale * self._q).float()
+        project = (_scale(q) * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._wide.stream, strict=True):
             equations.add(h, wanted.float() @ project - x.float() - bias)
@@ -196,6 +206,11 @@ class _Walk:
         writer.in_features = len(b)
         writer.weight = nn.Parameter(b.mT.to(writer.weight.dtype).contiguous())
         return kept
+
+
+def _scale(q: Tensor) -> float:
+    """s of dotresize.absorb."""
+    return (q.shape[1] / q.shape[0]) ** 0.5
 
 
 def _pairs(dense: nn.Module, narrow: nn.Module, names: tuple[str, ...]) -> list[tuple[Any, Any]]:

@@ -47,7 +47,17 @@ class SlicedLayer(nn.Module):
         written = out[0] if isinstance(out, tuple) else out
         middle = hidden_states @ self.attention_adapter + written
         written = feed_forward(before_feed_forward(middle))
-        return middle @ self.feed_forward_adapter + written
+        return past_feed_forward(self, middle) + written
+
+
+def without_adapters(layer: nn.Module) -> nn.Module:
+    """The decoder layer itself, whether or not it carries adapters."""
+    return layer.layer if isinstance(layer, SlicedLayer) else layer
+
+
+def past_feed_forward(layer: nn.Module, middle: Tensor) -> Tensor:
+    """What the residual connection around a layer's feed-forward makes of the stream."""
+    return middle @ layer.feed_forward_adapter if isinstance(layer, SlicedLayer) else middle
 
 
 def add_adapters(narrow: Any, qs: list[Tensor]) -> Any:

@@ -58,13 +58,14 @@ def residual_share(asked: float | None, inner: float | None) -> float:
 
 
 def choose_inner_width(asked: float | None, config: Any) -> int | None:
-    """The inner width of the feed-forward blocks; None leaves it as it is."""
+    """The inner width of the feed-forward blocks; None where it stays as it is."""
     if asked is None:
         return None
     try:
-        return choose_width(asked, config.intermediate_size, 1)
+        width = choose_width(asked, config.intermediate_size, 1)
     except ValueError as error:
         raise ValueError(f"feed-forward {error}") from None
+    return width if width < config.intermediate_size else None
 
 
 def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:

@@ -243,8 +243,7 @@ def test_non_finite_weights_and_activations_are_named(tokens):
     [
         ({"method": "svd"}, "must be one of pca, dot, magnitude, slicegpt"),
         ({"scope": "layer"}, "must be one of global, location"),
-        ({"scope": "location"}, "scope location: cannot be refitted"),
-        ({"method": "slicegpt"}, "method slicegpt: cannot be refitted"),
+        ({"scope": "location", "method": "magnitude"}, "scope location: must be of pca or dot"),
         ({"method": "slicegpt", "refit": False, "ff_width": 30}, "narrows the residual only"),
         ({"self_windows": -1}, "self_windows -1"),
         ({"width": 25}, "up to the model's 24"),

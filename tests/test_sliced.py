@@ -15,6 +15,7 @@ from dotresize import compress
 from dotresize.calibration import residual_stream
 from dotresize.cli import main
 from dotresize.models import supported
+from dotresize.refit import Correction, correct
 from dotresize.sliced import sequential_pca, slice_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,3 +111,28 @@ def test_transport_per_location(tokens):
     assert report["plain_checkpoint"] is False
     assert logits(narrow, tokens).isfinite().all()
     assert (logits(narrow, tokens) - logits(model, tokens)).abs().max() > 1e-3
+
+
+def refitted(model, tokens, qs):
+    sliced = float64_norms(slice_model(model, qs))
+    correct(model, sliced, qs, tokens, Correction(ridge=1e-3))
+    return sliced
+
+
+def test_refit_at_full_width_is_the_identity(tokens):
+    model = float64_norms(tiny_model(dtype=torch.float64))
+    sliced = refitted(model, tokens, sequential_pca(model, tokens, 24))
+    # Products of the normal equations are in float32.
+    assert torch.allclose(logits(sliced, tokens), logits(model, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_refit_of_locations_brings_the_logits_closer(kind, tokens):
+    model = float64_norms(tiny_model(kind, dtype=torch.float64, tied=False))
+    qs = sequential_pca(model, tokens, 16)
+    wanted = logits(model, tokens)
+    found = [
+        (logits(m, tokens) - wanted).square().mean()
+        for m in (float64_norms(slice_model(model, qs)), refitted(model, tokens, qs))
+    ]
+    assert found[1] < 0.8 * found[0]
