@@ -1,5 +1,6 @@
 """Narrower neural networks by optimal transport: fast solvers, and a compressor made with them."""
 
+import importlib
 from typing import Any
 
 from dotresize import ot
@@ -27,19 +28,17 @@ __all__ = [
     "l1_cost",
     "load",
     "ot",
+    "recover",
     "sinkhorn",
     "transport_map",
 ]
 
 
+# Importing the package costs torch and numpy only; models are touched on first use.
+_LATER = {"compress": "pipeline", "load": "sliced", "recover": "recovery"}
+
+
 def __getattr__(name: str) -> Any:
-    # Importing the package costs torch and numpy only; models are touched on first use.
-    if name == "compress":
-        from dotresize.pipeline import compress
-
-        return compress
-    if name == "load":
-        from dotresize.sliced import load
-
-        return load
-    raise AttributeError(f"module 'dotresize' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'dotresize' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dotresize.{_LATER[name]}"), name)

@@ -17,7 +17,7 @@ STAGES = (
     "sinkhorn",
     "factorisation",
     "absorption",
-    "refit",
+    *("refit", "recovery"),
     "evaluation",
 )
 

@@ -92,10 +92,18 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
     )
     compress.add_argument(
+        "--recover",
+        type=int,
+        metavar="STEPS",
+        help="then distil the dense model into it, for so many steps (needs accelerate)",
+    )
+    compress.add_argument(
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"
     )
     compress.add_argument(
-        "--resume", action="store_true", help="do nothing if OUT is complete with these settings"
+        "--resume",
+        action="store_true",
+        help="do nothing if OUT is complete with these settings; go on with its recovery",
     )
     _add_narrowing(compress)
 
@@ -130,7 +138,16 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
         help="windows that the model writes itself, one more source (a third of --windows)",
     )
     parser.add_argument("--seed", type=int, default=0, help="places the windows (0)")
-    parser.add_argument("--eval", action="extend", nargs="+", metavar="FILE", help="as below")
+    parser.add_argument(
+        "--eval", action="extend", nargs="+", metavar="FILE", help="texts to evaluate on"
+    )
+    parser.add_argument(
+        "--unseen",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="more of them, of kinds that the calibration has not; the page shows them apart",
+    )
     _add_common(parser)
 
 
@@ -164,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         return commands.run(args)
     except KeyboardInterrupt:
         kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
+        if getattr(args, "recover", None) and os.path.exists(f"{args.out}.recovery"):
+            kept = f"{args.out}.recovery is kept, --resume goes on from it"
         return _fail(f"interrupted; {kept}", 1)
     except (ValueError, BackendError) as error:
         if os.environ.get("DOTRESIZE_DEBUG"):

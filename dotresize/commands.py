@@ -6,7 +6,6 @@ import argparse
 import logging
 import shlex
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 import dotresize
-from dotresize import checkpoint, page, report
-from dotresize.accounting import check_weights, count_parameters
-from dotresize.calibration import Statistics, random_windows, read_text
+from dotresize import checkpoint, comparison, page, report
+from dotresize.accounting import check_weights
+from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
 from dotresize.inputs import (
+    Texts,
     already_done,
     check_windows,
     digests,
@@ -31,7 +31,9 @@ from dotresize.inputs import (
 from dotresize.models import architecture_of
 from dotresize.ops.backends import choose
 from dotresize.options import Options
-from dotresize.pipeline import calibrate, compress
+from dotresize.pipeline import calibrate
+from dotresize.recovery import BATCH_WINDOWS
+from dotresize.recovery_folder import RecoveryFolder
 from dotresize.targets import check_kept, read_targets
 from dotresize.width import choose_inner_width, choose_width, residual_share
 
@@ -52,10 +54,8 @@ _SETTINGS = (
         "ff_method",
     ),
     *("reg", "steps", "factor", "no_refit", "ridge", "untie", "self_windows"),
-    *("calibration", "windows", "window", "seed", "eval", "eval_windows"),
+    *("calibration", "windows", "window", "seed", "eval", "unseen", "eval_windows", "recover"),
 )
-# What ``--compare`` sets beside the method asked for.
-_COMPARED = ("magnitude", "pca", "dot")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +87,7 @@ def _eval(args: argparse.Namespace) -> int:
         read_text(path)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=False)
     check_weights(model)
-    for name, windows in evaluation_texts(args, model, tokenizer).items():
+    for name, windows in evaluation_texts(args.eval, [], args, model, tokenizer).windows.items():
         sys.stdout.write(f"{name}  {perplexity(model, windows, desc=name):.4f}\n")
     return 0
 
@@ -95,11 +95,11 @@ def _eval(args: argparse.Namespace) -> int:
 def _compress(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     options = _options(args)
-    _check_files(args, device)
+    _check_files(args, options, device)
     settings = {name: getattr(args, name) for name in _SETTINGS}
     settings["model_files"] = files(args.model)
-    named = [*args.calibration, *(args.eval or []), *filter(None, [args.targets])]
-    settings["text_sha256"] = digests(named)
+    named = [*args.calibration, *(args.eval or []), *(args.unseen or [])]
+    settings["text_sha256"] = digests([*named, *filter(None, [args.targets])])
     if args.resume and already_done(args.out, settings):
         page_too = "; no page is made of it" if args.report is not None else ""
         logger.info("%s is complete with these settings; nothing to do%s", args.out, page_too)
@@ -107,25 +107,38 @@ def _compress(args: argparse.Namespace) -> int:
     checkpoint.check_output(args.out)
     if args.report is not None:
         page.check()
-        folder = checkpoint.check_output(args.report).resolve()
-        if Path(args.out).resolve().is_relative_to(folder):
+        if Path(args.out).resolve().is_relative_to(checkpoint.check_output(args.report).resolve()):
             raise ValueError(f"--report {args.report}: must not be or hold the output directory")
         options = replace(options, figures=True)
+    folder = None
+    if args.recover is not None:
+        folder = RecoveryFolder(args.out, settings, resume=args.resume)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
-    tokens, texts = _inputs(args, options, model, tokenizer)
-    narrow, rows = _narrowed(args, options, model, tokens, texts)
-    *others, main_report = rows
-    figures = main_report.pop("figures", None)
-    main_report["settings"] = settings
+    streams, tokens, texts = _inputs(args, options, model, tokenizer)
+    if folder is not None and folder.begun:
+        narrow, rows = folder.kept(device)
+    else:
+        narrow, rows = comparison.narrowed(model, tokens, options, texts, compare=args.compare)
+        if folder is not None:
+            folder.keep(narrow, tokenizer, rows)
+    figures = rows[-1].pop("figures", None)
+    if folder is not None:
+        new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
+        row = folder.recovered(model, narrow, new, rows[-1], seed=args.seed)
+        rows.append(comparison.evaluate_into(row, narrow, texts))
+    *others, last = rows
+    last["settings"] = settings
     if args.compare:
-        main_report["compared"] = others
+        last["compared"] = others
 
     def fill(folder: Path) -> None:
         checkpoint.save(narrow, tokenizer, folder)
-        report.write(main_report, folder, args.model)
+        report.write(last, folder, args.model)
 
     checkpoint.write_whole(args.out, fill)
+    if folder is not None:
+        folder.remove()
     if args.report is not None:
         _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
     loader = "dotresize.load" if options.per_location else "plain transformers"
@@ -152,22 +165,22 @@ def _sweep(args: argparse.Namespace) -> int:
     for width in args.widths:
         args.width = width
         options = _options(args)
-    _check_files(args, device)
+    _check_files(args, options, device)
     checkpoint.check_output(args.out)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
     divisor = architecture_of(model.config).divisor(model.config)
     for width in args.widths:
         choose_width(width, model.config.hidden_size, divisor)
-    tokens, texts = _inputs(args, options, model, tokenizer)
-    wanted = [*_compared(options), options]
+    _, tokens, texts = _inputs(args, options, model, tokenizer)
+    wanted = [*comparison.compared(options), options]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
-    dense = _dense_report(model, texts)
+    dense = comparison.dense_report(model, texts)
     rows = [dense]
     for width in args.widths:
         for one in wanted:
             one = replace(one, width=width)
-            rows.append(_one(model, tokens, statistics, one, texts, dense)[1])
+            rows.append(comparison.one(model, tokens, statistics, one, texts, dense)[1])
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     sys.stdout.write(f"{report.table(rows)}\n\n{args.out}/index.html\n")
     return 0
@@ -186,11 +199,11 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _inputs(
     args: argparse.Namespace, options: Options, model: Any, tokenizer: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Calibration windows and evaluation texts; announces the widths when all is checked."""
+) -> tuple[list[Tensor], Tensor, Texts]:
+    """Calibration streams, windows of them, evaluation texts; announces the widths at the end."""
     streams = [tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
     tokens = random_windows(streams, args.windows, args.window, args.seed)
-    texts = evaluation_texts(args, model, tokenizer)
+    texts = evaluation_texts(args.eval or [], args.unseen or [], args, model, tokenizer)
     inner = choose_inner_width(args.ff_width, model.config)
     if args.energy is None and args.params is None:
         asked = residual_share(args.width, args.ff_width)
@@ -204,89 +217,20 @@ def _inputs(
         logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, args.ff_width)
     if isinstance(options.targets, Tensor):
         check_kept(options.targets, model.config.hidden_size, new)
-    return tokens, texts
+    return streams, tokens, texts
 
 
-def _compared(options: Options) -> list[Options]:
-    """What is set beside a method: the plain ones, without refit, at the same widths."""
-    bare = replace(options, refit=False, scope="global", figures=False)
-    chosen = options.targets
-    return [
-        replace(bare, method=method, targets=None if method == "pca" else chosen)
-        for method in _COMPARED
-        if options.refit or options.per_location or method != options.method
-    ]
-
-
-def _narrowed(
-    args: argparse.Namespace,
-    options: Options,
-    model: Any,
-    tokens: Tensor,
-    texts: dict[str, Tensor],
-) -> tuple[Any, list[dict[str, Any]]]:
-    """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    others = _compared(options) if args.compare else []
-    tokens, statistics = calibrate(model, tokens, options, *others)
-    dense = _dense_report(model, texts)
-    narrow, main = _one(model, tokens, statistics, options, texts, dense)
-    inner = main["feed_forward"]["new"]
-    same_size = {
-        **{"width": main["width"]["new"], "energy": None},
-        **{"params": None, "params_count": "total", "ff_width": inner},
-    }
-    rows = [
-        _one(model, tokens, statistics, replace(other, **same_size), texts, dense)[1]
-        for other in others
-    ]
-    return narrow, [dense, *rows, main]
-
-
-def _one(
-    model: Any,
-    tokens: Tensor,
-    statistics: Statistics,
-    options: Options,
-    texts: dict[str, Tensor],
-    dense: dict[str, Any],
-) -> tuple[Any, dict[str, Any]]:
-    narrow, row = compress(model, tokens, statistics=statistics, **vars(options))
-    return narrow, _evaluate_into(row, narrow, texts, dense)
-
-
-def _evaluate_into(
-    row: dict[str, Any], model: Any, texts: dict[str, Tensor], dense: dict[str, Any] | None
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    row["perplexity"] = {
-        name: perplexity(model, windows, desc=f"{report.label(row)}, {name}")
-        for name, windows in texts.items()
-    }
-    row["seconds"]["evaluation"] = time.perf_counter() - start if texts else 0.0
-    if dense is not None:
-        row["dense_perplexity"] = dense["perplexity"]
-    return row
-
-
-def _dense_report(model: Any, texts: dict[str, Tensor]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "method": "dense",
-        "width": {"new": model.config.hidden_size},
-        "feed_forward": {"new": model.config.intermediate_size},
-        "parameters": {"narrow": count_parameters(model)},
-        "tied": bool(model.config.tie_word_embeddings),
-        "plain_checkpoint": True,
-        "seconds": {},
-    }
-    return _evaluate_into(row, model, texts, None)
-
-
-def _check_files(args: argparse.Namespace, device: torch.device) -> None:
+def _check_files(args: argparse.Namespace, options: Options, device: torch.device) -> None:
     """What can be refused before the model is read."""
     if not args.calibration:
         raise ValueError("--calibration: give at least one text or .jsonl file")
-    for path in [*args.calibration, *(args.eval or [])]:
+    for path in [*args.calibration, *(args.eval or []), *(args.unseen or [])]:
         read_text(path)
+    if getattr(args, "recover", None) is not None:
+        if args.recover < 1:
+            raise ValueError(f"--recover {args.recover}: must be at least 1 step")
+        if options.per_location:
+            raise ValueError("--recover: trains plain checkpoints only, with one map for all")
     if args.windows < len(args.calibration):
         raise ValueError(
             f"--windows {args.windows}: must be at least one for each of the "
@@ -294,7 +238,7 @@ def _check_files(args: argparse.Namespace, device: torch.device) -> None:
         )
     if not -(2**63) <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
-    if not args.eval and getattr(args, "compare", True):
+    if not args.eval and not args.unseen and getattr(args, "compare", True):
         raise ValueError(f"{args.verb}: give texts to compare on with --eval")
     check_windows(args)
     choose(args.backend, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,35 @@ def tokens_of(path: str, model: Any, tokenizer: Any, at_least: int) -> Tensor:
     return stream
 
 
-def evaluation_texts(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """Windows of each text, by its file's stem, or by its path where two stems are alike."""
+@dataclass(frozen=True)
+class Texts:
+    """Texts to evaluate on.
+
+    Attributes:
+        windows: of each text, by its file's stem, or by its path where two stems are alike.
+        unseen: those of a kind that the calibration has not.
+    """
+
+    windows: dict[str, Tensor]
+    unseen: list[str]
+
+
+def evaluation_texts(
+    seen: list[str], unseen: list[str], args: argparse.Namespace, model: Any, tokenizer: Any
+) -> Texts:
     positions = getattr(model.config, "max_position_embeddings", args.window)
     if args.window > positions:
         raise ValueError(f"--window {args.window}: the model has {positions} positions")
-    paths = args.eval or []
+    paths = [*seen, *unseen]
     stems = [Path(path).stem for path in paths]
-    texts = {}
-    for path, stem in zip(paths, stems, strict=True):
+    names = [
+        stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)
+    ]
+    windows = {}
+    for path, name in zip(paths, names, strict=True):
         stream = tokens_of(path, model, tokenizer, 2)
-        name = stem if stems.count(stem) == 1 else path
-        texts[name] = evaluation_windows(stream, args.window, args.eval_windows)
-    return texts
+        windows[name] = evaluation_windows(stream, args.window, args.eval_windows)
+    return Texts(windows, names[len(seen) :])
 
 
 def digests(paths: list[str]) -> dict[str, str]:

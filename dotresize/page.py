@@ -53,7 +53,9 @@ def write(
         f'<div class="wide">{_table(rows)}</div>',
     ]
     if any(row["perplexity"] for row in rows):
-        parts += ["<h2>Perplexity against size</h2>", _svg(lambda figure: _sizes(figure, rows))]
+        groups = _groups(rows[0])
+        drawn = _svg(lambda figure: _sizes(figure, rows, groups), height=4.0 * len(groups))
+        parts += ["<h2>Perplexity against size</h2>", drawn]
     if figures is not None:
         parts += _map_parts(figures)
     parts += ["<h2>Time by stage</h2>", _svg(lambda figure: _stages(figure, rows), height=3.0)]
@@ -111,28 +113,46 @@ def _svg(draw: Callable[[Any], None], *, height: float = 4.0) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _sizes(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """A panel each for width and parameters; the mean over texts, a line for each method."""
-    widths, parameters = figure.subplots(1, 2, sharey=True)
+def _groups(dense: dict[str, Any]) -> dict[str, list[str]]:
+    """Texts of the kinds that the calibration has, and of others; by what their axis is called."""
+    apart = dense["unseen"]
+    groups = {
+        "perplexity": [name for name in dense["perplexity"] if name not in apart],
+        "perplexity, unseen kinds": apart,
+    }
+    return {name: texts for name, texts in groups.items() if texts}
+
+
+def _sizes(figure: Any, rows: list[dict[str, Any]], groups: dict[str, list[str]]) -> None:
+    """A row of panels for each group of texts: their mean against width and parameters."""
+    panels = figure.subplots(len(groups), 2, squeeze=False, sharey="row", sharex="col")
+    for axes, (name, texts) in zip(panels, groups.items(), strict=True):
+        _size_panels(axes[0], axes[1], rows, texts)
+        axes[0].set_ylabel(name)
+    panels[-1][0].set_xlabel("residual width")
+    panels[-1][1].set_xlabel("parameters, millions")
+
+
+def _size_panels(
+    widths: Any, parameters: Any, rows: list[dict[str, Any]], texts: list[str]
+) -> None:
+    """A line for each method; the geometric mean over the texts."""
     dense = rows[0]
     for name in dict.fromkeys(report.label(row) for row in rows[1:]):
         points = sorted(
-            (row["width"]["new"], row["parameters"]["narrow"]["total"] / 1e6, _mean(row))
+            (row["width"]["new"], row["parameters"]["narrow"]["total"] / 1e6, _mean(row, texts))
             for row in [dense, *(row for row in rows if report.label(row) == name)]
         )
         for axis, i in ((widths, 0), (parameters, 1)):
             axis.plot([p[i] for p in points], [p[2] for p in points], marker="o", label=name)
-    widths.set(xlabel="residual width", ylabel="perplexity, geometric mean of the texts")
     widths.set_yscale("log")
-    parameters.set(xlabel="parameters, millions")
     parameters.legend(fontsize=8)
     for axis in (widths, parameters):
         axis.grid(True, which="both", alpha=0.25)
 
 
-def _mean(row: dict[str, Any]) -> float:
-    values = row["perplexity"].values()
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+def _mean(row: dict[str, Any], texts: list[str]) -> float:
+    return math.exp(sum(math.log(row["perplexity"][text]) for text in texts) / len(texts))
 
 
 def _stages(figure: Any, rows: list[dict[str, Any]]) -> None:

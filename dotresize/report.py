@@ -12,9 +12,10 @@ _LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
 
 
 def label(report: dict[str, Any]) -> str:
-    """A column's heading: the method, and whether its readers were refitted."""
+    """A column's heading: the method, and what corrected the weights after it."""
     name = _LABELS.get(report["method"], report["method"])
-    return f"{name} + refit" if report.get("refit") else name
+    after = [stage for stage in ("refit", "recovery") if report.get(stage)]
+    return " + ".join([name, *after])
 
 
 def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -33,7 +34,10 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
     for name in texts:
         values = [r["perplexity"].get(name) for r in reports]
-        rows.append((f"perplexity, {name}", ["-" if v is None else f"{v:.2f}" for v in values]))
+        apart = ", unseen" if name in reports[0]["unseen"] else ""
+        rows.append(
+            (f"perplexity, {name}{apart}", ["-" if v is None else f"{v:.2f}" for v in values])
+        )
     for stage in STAGES:
         values = [r["seconds"].get(stage, 0.0) for r in reports]
         rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in values]))
@@ -66,12 +70,7 @@ def write(report: dict[str, Any], folder: Path, source: str) -> None:
 
 def _model_card(report: dict[str, Any], source: str) -> str:
     width, parameters = report["width"], report["parameters"]
-    perplexity = "".join(
-        f"| {name} | {report['dense_perplexity'][name]:.2f} | {value:.2f} |\n"
-        for name, value in report["perplexity"].items()
-    )
-    if perplexity:
-        perplexity = f"\n| perplexity | base | this model |\n|---|---|---|\n{perplexity}"
+    perplexity = _perplexities(report)
     loading = (
         "A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code."
         if report["plain_checkpoint"]
@@ -98,3 +97,19 @@ Parameters {_millions(parameters["dense"]["total"])} -> {_millions(parameters["n
 {perplexity}
 Every parameter of the run is in `dotresize.json`.
 """
+
+
+def _perplexities(report: dict[str, Any]) -> str:
+    """A table for the model card, if anything was evaluated; what recovery did stands apart."""
+    found = report["perplexity"]
+    if not found:
+        return ""
+    columns = [("base", report["dense_perplexity"]), ("this model", found)]
+    if report.get("recovery"):
+        columns.insert(1, ("without recovery", report["training_free"]["perplexity"]))
+    lines = ["", "| perplexity | " + " | ".join(name for name, _ in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    for text in found:
+        cells = " | ".join(f"{values[text]:.2f}" for _, values in columns)
+        lines.append(f"| {text} | {cells} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,123 @@
+"""Distillation after the training-free part: it helps, goes on after a stop, and keeps the ties."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+
+from dotresize import compress, recover
+from dotresize.cli import main
+from dotresize.recovery import BATCH_WINDOWS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (40, 33))
+
+
+def divergence(dense, narrow, tokens) -> float:
+    with torch.inference_mode():
+        wanted, found = (m(input_ids=tokens).logits.log_softmax(-1) for m in (dense, narrow))
+    return float(torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum"))
+
+
+def test_recovery_brings_the_narrow_model_closer(tokens, tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    narrow, _ = compress(model, tokens[:6], width=16)
+    before = divergence(model, narrow, tokens)
+    report = recover(model, narrow, tokens, folder=tmp_path, learning_rate=1e-2)
+    assert divergence(model, narrow, tokens) < 0.9 * before
+    assert report["steps"] == 20
+    assert report["tokens"] == tokens.numel()
+    assert report["losses"][-1] < report["losses"][0]
+    assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
+    assert narrow.dtype == torch.bfloat16
+    assert not narrow.training
+
+
+def test_an_interrupted_recovery_ends_alike(tokens, tmp_path, monkeypatch):
+    import transformers
+
+    model = tiny_model()
+    narrow, _ = compress(model, tokens[:6], width=16, refit=False)
+    whole, stopped, again = (copy.deepcopy(narrow) for _ in range(3))
+    recover(model, whole, tokens, folder=tmp_path / "whole")
+    step = transformers.Trainer.training_step
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, stopped, tokens, folder=tmp_path / "stopped")
+    # A state that was being written when the process was killed.
+    (state,) = (tmp_path / "stopped").glob("checkpoint-*")
+    shutil.copytree(state, state.with_name("checkpoint-14"))
+    (state.with_name("checkpoint-14") / "trainer_state.json").unlink()
+    calls.clear()
+    monkeypatch.setattr(transformers.Trainer, "training_step", step)
+    report = recover(model, again, tokens, folder=tmp_path / "stopped")
+    assert report["steps"] == 20
+    for (name, one), other in zip(
+        whole.state_dict().items(), again.state_dict().values(), strict=1
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_too_few_windows(tokens, tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"1 windows are less than a step of {BATCH_WINDOWS}"):
+        recover(model, copy.deepcopy(model), tokens[:1], folder=tmp_path)
+
+
+def test_command_line(arguments, capsys, monkeypatch):
+    words = [*arguments, "--recover", "10"]
+    out, folder = Path(arguments[2]), Path(f"{arguments[2]}.recovery")
+    import transformers
+
+    step = transformers.Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", interrupted)
+    assert "--resume goes on" in fails(words, capsys, code=1)
+    monkeypatch.setattr(transformers.Trainer, "training_step", step)
+    assert not out.exists()
+    assert "holds an unfinished recovery" in fails(words, capsys)
+    assert "another recover (10 then, 11 now)" in fails([*words[:-1], "11", "--resume"], capsys)
+    assert main([*words, "--resume"]) == 0
+    assert not folder.exists()
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert [name.strip() for name in heading.split("  ") if name.strip()] == [
+        "dense", "PCA + refit", "PCA + refit + recovery",
+    ]  # fmt: skip
+    report = json.loads((out / "dotresize.json").read_text())
+    assert report["recovery"]["steps"] == 10
+    assert report["perplexity"] != report["training_free"]["perplexity"]
+    assert "| without recovery |" in (out / "README.md").read_text()
+    assert main(["eval", str(out), words[8], *words[9:11], *words[13:16]]) == 0
+    found = float(capsys.readouterr().out.split()[1])
+    assert found == pytest.approx(report["perplexity"]["topics"], rel=1e-4)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(arguments, capsys):
+    folder = Path(f"{arguments[2]}.recovery")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert "is not empty" in fails([*arguments, "--recover", "5", "--resume"], capsys)
+    assert (folder / "notes.txt").read_text() == "mine"
