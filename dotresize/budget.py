@@ -1,10 +1,10 @@
 """One parameter budget, split over residual and feed-forward width by measured sensitivity.
 
-Each width alone is narrowed by two amounts, without refit, and the loss measured on calibration
-windows that had no part in solving the feed-forward's. A power law through the two points,
-excess(x) = a x^p for a removed share x, predicts every other amount; of all pairs of widths that
-fit the budget, the one with the smallest predicted sum is taken. The refit repairs both alike, so
-what it leaves is ranked the same.
+Each width alone is narrowed by two amounts, by the same method and refit but on fewer windows, and
+the loss measured on others. A power law through the two points, excess(x) = a x^p for a removed
+share x, predicts every other amount; of all pairs of widths that fit the budget, the one with the
+smallest predicted sum is taken. Without the refit the residual would look dearer than it is: the
+refit makes up for more of it than of the feed-forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dotresize.models import Sublayer, architecture_of
 
 # Removed shares that are tried: far enough apart for a slope, near what a user asks for.
 PROBES = (0.08, 0.2)
-# Windows on which the loss is measured, and on which feed-forward blocks are narrowed for that.
+# Windows on which the loss is measured, and on which the models for that are narrowed.
 WINDOWS = 4
 CUT_WINDOWS = 12
 # Feed-forward widths are a multiple of this: matrix products want that.

@@ -10,17 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dotresize import baselines, budget, maps, sliced
+from dotresize import budget, maps
 from dotresize.absorb import absorb, is_tied
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
 from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.models import architecture_of
+from dotresize.narrowing import correct_weights, narrow_locations, width_map
 from dotresize.ops.backends import choose
 from dotresize.options import Options
-from dotresize.refit import RIDGE, Correction, correct
+from dotresize.refit import RIDGE
 from dotresize.self_text import sample
 from dotresize.targets import Targets, check_kept, kept_set
-from dotresize.tied_head import choose_table
 from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
 
 logger = logging.getLogger("dotresize")
@@ -127,10 +127,10 @@ def compress(
     selection = kept_set(targets, statistics, new_width)
     q: Tensor | list[Tensor]
     if options.per_location:
-        narrow, found, q = _narrow_locations(model, windows, statistics, selection, options)
+        narrow, found, q = narrow_locations(model, windows, statistics, selection, options)
         seconds.update(found.seconds)
     else:
-        found = _width_map(statistics.mean(), selection, options)
+        found = width_map(statistics.mean(), selection, options)
         seconds.update(found.seconds)
         start = time.perf_counter()
         # Any basis of the span gives an untied model the same function; a tied one needs the
@@ -141,11 +141,7 @@ def compress(
         seconds["absorption"] = time.perf_counter() - start
     if refit or inner is not None:
         start = time.perf_counter()
-        if refit and is_tied(narrow):
-            final = cast(Tensor, statistics.moment)[-1]
-            choose_table(model, narrow, cast(Tensor, q), final, ridge=ridge)
-        correction = Correction(refit, ridge, inner, ff_method)
-        correct(model, narrow, q, windows, correction, batch_windows=batch_windows)
+        correct_weights(model, narrow, q, windows, statistics, inner, options)
         seconds["refit"] = time.perf_counter() - start
     device = next(model.parameters()).device
     report = {
@@ -231,12 +227,12 @@ def _split_budget(
     def narrowed(width: int, inner: int, some: Tensor) -> Any:
         q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
         if width < full:
-            found = _width_map(mean, kept_set(None, statistics, width), options)
+            found = width_map(mean, kept_set(None, statistics, width), options)
             q = maps.align(found.q, found.selection)
         narrow = absorb(model, q, untie=options.untie)
-        if inner < model.config.intermediate_size:
-            cut = Correction(False, inner_width=inner, inner_method=options.ff_method)
-            correct(model, narrow, q, some, cut, batch_windows=options.batch_windows)
+        less = inner if inner < model.config.intermediate_size else None
+        if options.refit or less is not None:
+            correct_weights(model, narrow, q, some, statistics, less, options)
         return narrow
 
     laws = budget.measure(model, tokens, divisor, narrowed)
@@ -251,42 +247,3 @@ def _split_budget(
     asked = {"asked": options.params, "count": count}
     inner = choose_inner_width(split.inner, model.config)
     return split.width, inner, asked | split.details()
-
-
-def _width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
-    """The map of one location, or of the mean over locations, all of which weigh alike."""
-    importance = statistics.importance[0]
-    if options.method == "magnitude":
-        return baselines.selected(selection, len(importance))
-    if options.method == "pca":
-        return baselines.pca(cast(Tensor, statistics.moment)[0], selection, importance)
-    return maps.transport(
-        cast(Tensor, statistics.cost)[0],
-        selection,
-        reg=options.reg,
-        steps=options.steps,
-        factor=options.factor,
-        backend=options.backend,
-    )
-
-
-def _narrow_locations(
-    model: Any,
-    tokens: Tensor,
-    statistics: Statistics,
-    selection: Tensor,
-    options: Options,
-) -> tuple[Any, maps.WidthMap, list[Tensor]]:
-    """A model with a map and adapters at every location; the first map, and all of them."""
-    start = time.perf_counter()
-    if options.method == "slicegpt":
-        k, batch = len(selection), options.batch_windows
-        qs = sliced.sequential_pca(model, tokens, k, batch_windows=batch)
-        found = maps.WidthMap(qs[0], selection)
-    else:
-        each = [statistics.at(i) for i in range(len(statistics.locations))]
-        chosen = [kept_set(options.targets, one, len(selection)) for one in each]
-        located = [_width_map(one, kept, options) for one, kept in zip(each, chosen, strict=True)]
-        qs, found = [one.q for one in located], located[0]
-    found.seconds = {"factorisation": time.perf_counter() - start}
-    return sliced.slice_model(model, qs), found, qs

@@ -76,12 +76,12 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
 
 
 def _map_of(model, tokens, method):
-    from dotresize.pipeline import _width_map
+    from dotresize.narrowing import width_map
     from dotresize.targets import kept_set
 
     statistics = collect(model, tokens)
     options = Options(method=method, factor="qr")
-    return _width_map(statistics.mean(), kept_set(None, statistics, 16), options).q
+    return width_map(statistics.mean(), kept_set(None, statistics, 16), options).q
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,10 @@ SMALL = ("--window", "32", "--windows", "8", "--eval-windows", "4", "--quiet")
 def page(model_directory, text_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     words = ["compress", str(model_directory), str(folder / "out"), "--width", "16", "--compare"]
+    other = folder / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
     words += ["--calibration", str(text_file), "--eval", str(text_file), *SMALL]
+    words += ["--unseen", str(other)]
     assert main([*words, "--report", str(folder / "report")]) == 0
     return folder / "report" / "index.html"
 
@@ -50,6 +53,9 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     for heading in ("Perplexity against size", "Variance lost", "Spectrum", "The map", "Time by"):
         assert heading in text
     assert text.count("<svg") == 5
+    assert "<td>perplexity, topics</td>" in text
+    assert "<td>perplexity, other, unseen</td>" in text
+    assert "perplexity, unseen kinds</text>" in text
     for name in ("dense", "magnitude", "PCA", "transport", "PCA + refit"):
         assert f"<th>{name}</th>" in text
     assert re.search(r"<pre>dotresize compress .* --width 16 --compare .*</pre>", text)
