@@ -13,7 +13,7 @@ from dotresize.report import label
 
 from . import l1
 from .gpu_summary import ceilings, l1_table, sinkhorn_table
-from .quality_cases import HEADLINE
+from .quality_tables import headline, study
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -133,46 +133,6 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-def quality() -> str:
-    """Excess by case: on the three texts, and on each when it was left out of the calibration."""
-    table = rows("quality.jsonl")
-    found = {(row["case"], row["mixture"], row["seed"]): row for row in table}
-    texts = list(table[0]["excess"])
-    head = ["", "widths", "parameters", *texts, "mean", *(f"{t}, left out" for t in texts), "mean"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for case in HEADLINE:
-        row = found.get((case, "all", 0))
-        if row is None:
-            continue
-        inside = [row["excess"][text] for text in texts]
-        apart = [found.get((case, f"without {text}", 0)) for text in texts]
-        outside = [r["excess"][t] for r, t in zip(apart, texts, strict=True) if r is not None]
-        cells = [f"**{case}**" if case == "default" else case]
-        cells += [f"{row['width']} / {row['ff_width']}", _millions(row["parameters"]["total"])]
-        cells += [f"{value:.2f}" for value in inside] + [f"{sum(inside) / len(inside):.2f}"]
-        complete = len(outside) == len(texts)
-        cells += [f"{value:.2f}" for value in outside] if complete else ["-"] * len(texts)
-        cells += [f"{sum(outside) / len(outside):.2f}" if complete else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    last = table[-1]
-    lines += [
-        "",
-        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
-        + "perplexity "
-        + ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
-        + f". {last['windows']} windows of 512 tokens,",
-        f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
-        "checkpoint but SliceGPT's. `default` and `eliminate + refit` write",
-        f"{last['windows'] // 3} windows themselves. {last['device']}, {last['date']}; rows: "
-        f"`{RESULTS / 'quality.jsonl'}`.",
-    ]
-    return "\n".join(lines)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"
-
-
 def gpu() -> str:
     """Rates and ratios of the last run of ``benchmarks.gpu``, or that there was none."""
     path = ROOT / RESULTS / "gpu.jsonl"
@@ -235,7 +195,10 @@ def pot() -> str:
 
 TABLES = {
     "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
-    "docs/compress.md": {"quality": quality},
+    "docs/compress.md": {
+        "quality": lambda: headline(rows("quality.jsonl")),
+        "study": lambda: study(rows("quality.jsonl")),
+    },
     "docs/sinkhorn.md": {"acceleration": acceleration},
     "docs/ot.md": {"pot": pot},
 }

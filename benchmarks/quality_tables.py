@@ -1,0 +1,177 @@
+"""Tables of docs/compress.md from the rows of benchmarks.quality."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .quality_cases import HEADLINE, KEPT_SETS
+from .texts import SOURCES
+
+Row = dict[str, Any]
+Found = dict[tuple[str, str, int], Row]
+
+# Cases that remove a fifth of the parameters in total, or outside the embeddings, or less.
+EQUAL_TOTAL = (
+    *("magnitude", "transport", "PCA", "SliceGPT"),
+    *(f"feed-forward 1024, {name}" for name in ("magnitude", "transport", "nystrom")),
+    *("default", "feed-forward 1024, eliminate + refit", "budget, 80 % in total"),
+)
+EQUAL_NON_EMBEDDING = (
+    *(f"feed-forward, {name}" for name in ("magnitude", "transport", "nystrom", "eliminate")),
+    *("default", "feed-forward, eliminate + refit", "budget, 80 % outside the embeddings"),
+)
+REFITTED = {
+    **{name: f"{name} + refit" for name in ("magnitude", "transport", "SliceGPT")},
+    **{"PCA": "default, no own text", "PCA, own text": "default"},
+}
+
+
+def headline(rows: list[Row]) -> str:
+    """Excess by case: on the three texts, and on each when the calibration did not have it."""
+    found = _by_case(rows)
+    head = ["", "widths", "parameters", *SOURCES, "mean"]
+    lines = _head([*head, *(f"{text}, left out" for text in SOURCES), "mean"])
+    for case in HEADLINE:
+        row = found.get((case, "all", 0))
+        if row is None:
+            continue
+        outside = _left_out(found, case, 0)
+        cells = [f"**{case}**" if case == "default" else case, *_size(row), *_excess(row)]
+        cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
+        lines.append(_line(cells))
+    last = rows[-1]
+    dense = ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
+    lines += [
+        "",
+        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
+        f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
+        f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
+        "checkpoint but SliceGPT's. `default`, `eliminate + refit` and",
+        f"the budgets calibrate on {last['windows'] // 3} windows more, of their own text. "
+        f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def study(rows: list[Row]) -> str:
+    """The other comparisons, one table each."""
+    found = _by_case(rows)
+    return "\n".join(
+        [
+            "**At 80 % of all parameters** (baselines have a little more):",
+            "",
+            *_equal(found, EQUAL_TOTAL),
+            "",
+            "**At 80 % of the parameters outside the embeddings:**",
+            "",
+            *_equal(found, EQUAL_NON_EMBEDDING),
+            "",
+            "**Transport added to a pruner**, mean excess, by who chose the kept set:",
+            "",
+            *_added(found),
+            "",
+            "**With and without refit**, mean excess:",
+            "",
+            *_refitted(found),
+            "",
+            "**What the tie costs**, mean excess, and perplexity against a head of its own:",
+            "",
+            *_ties(found),
+            "",
+            "**Two seeds of the calibration windows**, mean excess, all kinds / left out:",
+            "",
+            *_seeds(found),
+        ]
+    )
+
+
+def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
+    lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
+    rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]
+    return lines + [_line([row["case"], *_size(row), *_excess(row)]) for row in rows]
+
+
+def _added(found: Found) -> list[str]:
+    lines = _head(["kept set", "selection alone", "transport", "transport + refit"])
+    alone = {"largest magnitudes": ("magnitude", "transport", "transport + refit")}
+    for name in KEPT_SETS:
+        labels = ("selection", "transport", "transport + refit")
+        alone[name] = tuple(f"{label}, kept set {name}" for label in labels)  # type: ignore[assignment]
+    return lines + [_line([name, *_means(found, cases)]) for name, cases in alone.items()]
+
+
+def _refitted(found: Found) -> list[str]:
+    lines = _head(["", "as it is", "refitted"])
+    for plain, refitted in REFITTED.items():
+        base = "default, no refit" if plain == "PCA, own text" else plain
+        lines.append(_line([plain, *_means(found, (base, refitted))]))
+    return lines
+
+
+def _ties(found: Found) -> list[str]:
+    lines = _head(["", "tied", "untied", "cost"])
+    for name in ("transport", "PCA", "default"):
+        pair = [found.get((case, "all", 0)) for case in (name, f"{name}, untied")]
+        if None not in pair:
+            tied, untied = (_average(row) for row in pair if row is not None)
+            cost = f"{math.expm1(tied - untied):+.1%}"
+            lines.append(_line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
+    return lines
+
+
+def _seeds(found: Found) -> list[str]:
+    seeds = sorted({seed for _, _, seed in found})
+    lines = _head(["", *(f"seed {seed}" for seed in seeds)])
+    for case in ("PCA", "default"):
+        cells = []
+        for seed in seeds:
+            row, outside = found.get((case, "all", seed)), _left_out(found, case, seed)
+            cells.append(f"{_average(row):.2f} / {_mean(outside)}" if row and outside else "-")
+        lines.append(_line([case, *cells]))
+    return lines
+
+
+def _by_case(rows: list[Row]) -> Found:
+    return {(row["case"], row["mixture"], row["seed"]): row for row in rows}
+
+
+def _left_out(found: Found, case: str, seed: int) -> list[float]:
+    """Excess on each text by the calibration without it; nothing unless all are there."""
+    apart = [found.get((case, f"without {text}", seed)) for text in SOURCES]
+    excess = [row["excess"][text] for row, text in zip(apart, SOURCES, strict=True) if row]
+    return excess if len(excess) == len(SOURCES) else []
+
+
+def _means(found: Found, cases: tuple[str, ...]) -> list[str]:
+    rows = [found.get((case, "all", 0)) for case in cases]
+    return [f"{_average(row):.2f}" if row else "-" for row in rows]
+
+
+def _average(row: Row) -> float:
+    return sum(row["excess"][text] for text in SOURCES) / len(SOURCES)
+
+
+def _size(row: Row) -> list[str]:
+    return [f"{row['width']} / {row['ff_width']}", _millions(row["parameters"]["total"])]
+
+
+def _excess(row: Row) -> list[str]:
+    values = [row["excess"][text] for text in SOURCES]
+    return [*(f"{value:.2f}" for value in values), _mean(values)]
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.2f}"
+
+
+def _head(names: list[str]) -> list[str]:
+    return [_line(names), "|---" * len(names) + "|"]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
