@@ -47,13 +47,12 @@ def _random(model: Any, statistics: Statistics, k: int) -> Tensor:
 def _wanda(model: Any, statistics: Statistics, k: int) -> Tensor:
     """Wanda's score |W_ij| |x_j| (arXiv 2306.11695), added up over all that read neuron j."""
     assert statistics.moment is not None
+    architecture = architecture_of(model.config)
     score = torch.zeros(statistics.importance.shape[1], dtype=torch.float64)
-    for (layer, sublayer), moment in zip(
-        architecture_of(model.config).each(model), statistics.moment, strict=False
-    ):
-        scale = model.get_submodule(f"{layer}.{sublayer.norm}").weight.double().abs()
+    for (layer, sublayer), moment in zip(architecture.each(model), statistics.moment, strict=False):
+        scale = architecture.gain(model.get_submodule(f"{layer}.{sublayer.norm}")).abs()
         for reader in sublayer.readers:
-            weight = model.get_submodule(f"{layer}.{reader}").weight.double().abs()
+            weight = model.get_parameter(f"{layer}.{reader}").double().abs()
             score += weight.sum(0) * scale * moment.diagonal().sqrt()
     return largest(score.detach(), k)
 

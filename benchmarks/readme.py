@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dotresize.models import FAMILIES
 from dotresize.report import label
 
 from . import l1
@@ -150,6 +151,21 @@ def gpu() -> str:
     return "\n".join([*lines, "", f"{about}. All rows: `{RESULTS / 'gpu.jsonl'}`."])
 
 
+def families() -> str:
+    """What can be narrowed of which family, from the axis tables."""
+    lines = [
+        "| model types | residual | feed-forward | the width is a multiple of |",
+        "|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        multiple = [name.removeprefix("num_").replace("_", " ") for name in family.width_divisors]
+        multiple += [str(family.width_multiple)] if family.width_multiple > 1 else []
+        inner = "yes" if family.has_inner_width else "no: experts"
+        types = ", ".join(family.model_types)
+        lines.append(f"| {types} | yes | {inner} | {', '.join(multiple) or '-'} |")
+    return "\n".join(lines)
+
+
 def acceleration() -> str:
     """Iterations and milliseconds to a tolerance, each solver as it was measured last."""
     last = rows("acceleration.jsonl")
@@ -199,6 +215,7 @@ TABLES = {
         "quality": lambda: headline(rows("quality.jsonl")),
         "study": lambda: study(rows("quality.jsonl")),
     },
+    "docs/families.md": {"families": families},
     "docs/sinkhorn.md": {"acceleration": acceleration},
     "docs/ot.md": {"pot": pot},
 }

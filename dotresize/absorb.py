@@ -7,7 +7,8 @@ With an orthonormal Q (D, k) and s = sqrt(k / D), weights in ``nn.Linear`` layou
 
 An RMSNorm divides by the root of the mean over its width. Scaling what is written by s makes the
 mean over k channels what the mean over D was, so the new model's own norms, eps included, equal
-the projected dense model's, up to the factor s that the readers undo.
+the projected dense model's, up to the factor s that the readers undo. Embeddings that the model
+itself multiplies by the root of its width (Gemma) are E Q instead.
 
 With a map for every residual location, a reader takes the map of the location that it reads, a
 writer that of the next location, and the residual connection between them an adapter (k, k):
@@ -62,39 +63,51 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
         return old[name].to(qs[0])
 
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
-    put(embedding, s * wide(embedding) @ qs[0])
+    table = architecture.table_scale(width, narrow)
+    put(embedding, table * wide(embedding) @ qs[0])
+    unit = torch.ones(narrow) - architecture.norm_offset
     steps = zip(sublayers, qs, qs[1:], strict=False)
     progress = tqdm(steps, desc="absorb", unit="sublayer", total=len(sublayers), disable=None)
     for (prefix, sublayer), read, written in progress:
-        norm = f"{prefix}.{sublayer.norm}.weight"
+        norm = f"{prefix}.{sublayer.norm}"
+        gain = architecture.gain(model.get_submodule(norm)).to(qs[0])
         for reader in sublayer.readers:
-            name = f"{prefix}.{reader}.weight"
-            put(name, (wide(name) * wide(norm)) @ read / s)
+            name = f"{prefix}.{reader}"
+            put(name, (wide(name) * gain) @ read / s)
         writer = f"{prefix}.{sublayer.writer}"
-        put(f"{writer}.weight", s * written.mT @ wide(f"{writer}.weight"))
-        if f"{writer}.bias" in old:
-            put(f"{writer}.bias", s * wide(f"{writer}.bias") @ written)
-        put(norm, torch.ones(narrow))
+        put(writer, s * written.mT @ wide(writer))
+        bias = writer.removesuffix("weight") + "bias"
+        if bias in old:
+            put(bias, s * wide(bias) @ written)
+        put(f"{norm}.weight", unit.clone())
     final = f"{architecture.final_norm}.weight"
-    scale, last = wide(final), qs[-1]
+    scale = architecture.gain(model.get_submodule(architecture.final_norm)).to(qs[0])
+    last = qs[-1]
     if tied:
-        put(final, (last * last * scale[:, None]).sum(0) / s**2)
+        diagonal = (last * last * scale[:, None]).sum(0)
+        put(final, diagonal / (s * table) - architecture.norm_offset)
         new[head] = new[embedding]
     else:
         source = head if head in old else embedding
         new[head] = ((wide(source) * scale) @ last / s).to(old[source].dtype).contiguous()
-        put(final, torch.ones(narrow))
+        put(final, unit.clone())
     for name in old.keys() - new.keys():
         new[name] = old[name].clone()  # off the residual; the models share no memory
     return _build(model, narrow, tied, new)
 
 
-def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
-    config = copy.deepcopy(model.config)
+def resized(config: Any, width: int) -> Any:
+    """A copy of a config with another residual width, its heads as large as before."""
+    config = copy.deepcopy(config)
     # Explicit from now on: no longer what the width divided by the heads would give.
     heads = config.num_attention_heads
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     config.hidden_size = width
+    return config
+
+
+def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
+    config = resized(model.config, width)
     config.tie_word_embeddings = tied
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):  # its random start weights are nobody's business

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dotresize.absorb import is_tied
+from dotresize.absorb import is_tied, resized
+from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
-from dotresize.models import Sublayer, architecture_of
+from dotresize.models import architecture_of
 
 # Removed shares that are tried: far enough apart for a slope, near what a user asks for.
 PROBES = (0.08, 0.2)
@@ -72,28 +73,16 @@ class Split:
 def parameters_at(model: Any, count: str) -> Callable[[int, int], int]:
     """Parameters of a model as a function of residual width and feed-forward width.
 
+    Four models without memory of their own tell: the count is linear in each width.
     count: "total" (tied tensors once) or "non_embedding" (without embedding and head).
     """
-    architecture = architecture_of(model.config)
-    attention, feed_forward = architecture.sublayers
-    layers = model.get_submodule(architecture.layers)
-    per_width = len(layers) * 2 + 1  # the norms
-    per_inner = per_both = constant = 0
-    for layer in layers:
-        size = _Sizes(layer)
-        for reader in attention.readers:
-            per_width += size.rows(reader)
-            constant += size.bias(reader)
-        per_width += size.columns(attention.writer) + bool(size.bias(attention.writer))
-        constant += size.others(attention)
-        per_both += len(feed_forward.readers) + 1
-        per_inner += sum(bool(size.bias(reader)) for reader in feed_forward.readers)
-        per_width += bool(size.bias(feed_forward.writer))
-    if count == "total":
-        outer = [model.get_submodule(architecture.embedding).weight]
-        head = model.get_submodule(architecture.head).weight
-        outer += [] if head is outer[0] else [head]
-        per_width += sum(len(weight) for weight in outer)
+    divisor = architecture_of(model.config).divisor(model.config)
+    widths, inners = (divisor, 2 * divisor), (1, 2)
+    (a, b), (c, d) = ([_counted(model, k, m)[count] for m in inners] for k in widths)
+    per_both = ((d - c) - (b - a)) // divisor
+    per_width = (c - a) // divisor - per_both
+    per_inner = (b - a) - divisor * per_both
+    constant = a - divisor * per_width - per_inner - divisor * per_both
 
     def parameters(width: int, inner: int) -> int:
         return constant + per_width * width + per_inner * inner + per_both * width * inner
@@ -101,28 +90,11 @@ def parameters_at(model: Any, count: str) -> Callable[[int, int], int]:
     return parameters
 
 
-class _Sizes:
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def _linear(self, name: str) -> Any:
-        return self._layer.get_submodule(name)
-
-    def rows(self, name: str) -> int:
-        return len(self._linear(name).weight)
-
-    def columns(self, name: str) -> int:
-        return self._linear(name).weight.shape[1]
-
-    def bias(self, name: str) -> int:
-        bias = self._linear(name).bias
-        return 0 if bias is None else len(bias)
-
-    def others(self, part: Sublayer) -> int:
-        """Parameters of the block that are on neither width, such as norms of heads."""
-        block, on_widths = self._linear(part.block), (*part.readers, part.writer)
-        known = {id(p) for name in on_widths for p in self._linear(name).parameters()}
-        return sum(p.numel() for p in block.parameters() if id(p) not in known)
+def _counted(model: Any, width: int, inner: int) -> dict[str, int]:
+    config = resized(model.config, width)
+    config.intermediate_size = inner
+    with torch.device("meta"):
+        return count_parameters(type(model)(config))
 
 
 def best_split(

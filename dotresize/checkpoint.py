@@ -62,6 +62,8 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     if damaged:
         kind, names = next(iter(damaged.items()))
         raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+    if to_narrow:
+        architecture_of(config).check(model)
     _forget_quantisation(model)
     return model.to(device).eval(), tokenizer
 

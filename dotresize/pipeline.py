@@ -100,9 +100,13 @@ def compress(
         seed=seed, backend=backend, batch_windows=batch_windows, figures=figures,
     )  # fmt: skip
     options.check()
+    architecture = architecture_of(model.config)
+    architecture.check(model)
     check_weights(model)
+    if not architecture.has_inner_width and (ff_width is not None or params is not None):
+        raise ValueError("ff_width, params: experts have no single inner width; give width")
     windows = check_tokens(tokens, model.config.vocab_size)
-    divisor = architecture_of(model.config).divisor(model.config)
+    divisor = architecture.divisor(model.config)
     split: dict[str, Any] | None = None
     if energy is None and params is None:
         width = residual_share(width, ff_width)

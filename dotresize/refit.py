@@ -8,7 +8,8 @@ readers   u is what a narrowed norm delivers, v what the dense norm delivers;
           and every dense reader W becomes W A'.
 writer    of the feed-forward: h is what it reads, x the narrowed stream before it, x_d the dense
           stream after it;
-          B = argmin |h B + x - s x_d Q|^2 + lam |B - B0|^2,   B0 what absorption left,
+          B = argmin |h B + (x - s x_d Q) / m|^2 + lam |B - B0|^2,   B0 what absorption left and m
+          what the model multiplies the writer's output by (1 in most),
           and the writer becomes B'. It steers the stream back to the projected dense one, which
           is what a tied head was chosen for (dotresize.tied_head).
 
@@ -115,6 +116,7 @@ class _Walk:
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [Spill(count) for _ in self.architecture.sublayers]
         self._middle, self._inner = Spill(count), Spill(count)
+        self._multiplier = self.architecture.multiplier(dense.config)
         locations = 2 * len(self.layers) + 1
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
@@ -135,21 +137,28 @@ class _Walk:
             self._middle, self._delivered[1], dense_norms[1], norms[1], qs[1],
             _pairs(dense_layer, body, feed_forward.readers),
         )  # fmt: skip
+        if feed_forward.experts:
+            for i in range(len(self._thin)):
+                self._thin.stream[i] = self._thin.run(layer, i)
+            return
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
             self._middle[i] = past_feed_forward(layer, x)
-        writer = body.get_submodule(feed_forward.writer)
-        readers = [body.get_submodule(name) for name in feed_forward.readers]
-        kept = self._write(writer, readers, qs[2])
+        writer = _linear(body, feed_forward.writer)
+        kept = self._write(writer, qs[2])
+        if kept is not None:
+            for name in feed_forward.readers:
+                _keep_rows(_linear(body, name), kept, feed_forward.stacked)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
-            self._thin.stream[i] = x + writer(h if kept is None else h[..., kept])
+            written = writer(h if kept is None else h[..., kept])
+            self._thin.stream[i] = x + self._multiplier * written
 
     def head(self, dense: Any, narrow: Any) -> None:
         norm = narrow.get_submodule(self.architecture.final_norm)
         dense_norm = dense.get_submodule(self.architecture.final_norm)
         for i, x in enumerate(self._wide.stream):
             self._delivered[0][i] = dense_norm(x)
-        heads = _pairs(dense, narrow, (self.architecture.head,))
+        heads = _pairs(dense, narrow, (f"{self.architecture.head}.weight",))
         self._readers(self._thin.stream, self._delivered[0], dense_norm, norm, self.qs[-1], heads)
 
     def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
@@ -166,20 +175,19 @@ class _Walk:
         dense_norm: nn.Module,
         norm: nn.Module,
         q: Tensor,
-        readers: list[tuple[Any, Any]],
+        readers: list[tuple[Tensor, Tensor]],
     ) -> None:
         if not self.correction.readers_and_writers:
             return
-        prior = q.mT * dense_norm.weight.to(FLOAT) / _scale(q)  # type: ignore[operator]
+        prior = q.mT * self.architecture.gain(dense_norm) / _scale(q)
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
             equations.add(norm(x), v)
         a = equations.solve(self.correction.ridge)
         for dense_reader, reader in readers:
-            weight = dense_reader.weight.to(FLOAT) @ a.mT
-            reader.weight.copy_(weight.to(reader.weight.dtype))
+            reader.copy_((dense_reader.to(FLOAT) @ a.mT).to(reader.dtype))
 
-    def _write(self, writer: Any, readers: list[Any], q: Tensor) -> Tensor | None:
+    def _write(self, writer: Any, q: Tensor) -> Tensor | None:
         """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
         correction = self.correction
         if not correction.readers_and_writers and correction.inner_width is None:
@@ -189,7 +197,8 @@ class _Walk:
         project = (_scale(q) * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._wide.stream, strict=True):
-            equations.add(h, wanted.float() @ project - x.float() - bias)
+            missing = wanted.float() @ project - x.float()
+            equations.add(h, missing / self._multiplier - bias)
         kept = None
         if correction.inner_width is not None:
             gram = equations.gram
@@ -198,8 +207,6 @@ class _Walk:
                 correction.inner_method, gram, cross, prior, correction.inner_width
             )
             equations.restrict(kept, prior)
-            for reader in readers:
-                _keep_rows(reader, kept)
         b = prior
         if correction.readers_and_writers:
             b = equations.solve(WRITER_RIDGES * correction.ridge)
@@ -213,11 +220,19 @@ def _scale(q: Tensor) -> float:
     return (q.shape[1] / q.shape[0]) ** 0.5
 
 
-def _pairs(dense: nn.Module, narrow: nn.Module, names: tuple[str, ...]) -> list[tuple[Any, Any]]:
-    return [(dense.get_submodule(name), narrow.get_submodule(name)) for name in names]
+def _pairs(
+    dense: nn.Module, narrow: nn.Module, names: tuple[str, ...]
+) -> list[tuple[Tensor, Tensor]]:
+    return [(dense.get_parameter(name), narrow.get_parameter(name)) for name in names]
 
 
-def _keep_rows(linear: Any, kept: Tensor) -> None:
+def _linear(layer: nn.Module, weight: str) -> Any:
+    return layer.get_submodule(weight.removesuffix(".weight"))
+
+
+def _keep_rows(linear: Any, kept: Tensor, stacked: int) -> None:
+    part = linear.out_features // stacked
+    kept = torch.cat([kept + i * part for i in range(stacked)])
     linear.out_features = len(kept)
     for name in ("weight", "bias"):
         parameter = getattr(linear, name)

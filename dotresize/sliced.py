@@ -37,6 +37,7 @@ class SlicedLayer(nn.Module):
         parts = architecture_of(model.config).sublayers
         self._norms = [part.norm for part in parts]
         self._blocks = [part.block for part in parts]
+        self._multiplier = architecture_of(model.config).multiplier(model.config)
         # What models ask of their layers besides running them.
         self.attention_type = getattr(layer, "attention_type", None)
 
@@ -45,9 +46,9 @@ class SlicedLayer(nn.Module):
         before_attention, before_feed_forward = map(self.layer.get_submodule, self._norms)
         out = attention(before_attention(hidden_states), *args, **kwargs)
         written = out[0] if isinstance(out, tuple) else out
-        middle = hidden_states @ self.attention_adapter + written
+        middle = hidden_states @ self.attention_adapter + self._multiplier * written
         written = feed_forward(before_feed_forward(middle))
-        return past_feed_forward(self, middle) + written
+        return past_feed_forward(self, middle) + self._multiplier * written
 
 
 def without_adapters(layer: nn.Module) -> nn.Module:
@@ -85,6 +86,7 @@ def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4
     architecture = architecture_of(model.config)
     layers = model.get_submodule(architecture.layers)
     streams = Streams(model, tokens, batch_windows)
+    multiplier = architecture.multiplier(model.config)
     qs = [_project(streams.stream, k)]
     for layer in tqdm(layers, desc="slice", unit="layer", disable=None):
         norm = norms_of(architecture, layer)[1]
@@ -93,7 +95,7 @@ def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4
         qs.append(_project(streams.stream, k))
         block = layer.get_submodule(architecture.sublayers[1].block)
         for i, middle in enumerate(streams.stream):
-            streams.stream[i] = middle + block(norm(middle))
+            streams.stream[i] = middle + multiplier * block(norm(middle))
         qs.append(_project(streams.stream, k))
     return qs
 

@@ -124,7 +124,8 @@ class Streams:
 def inner_neurons(layer: nn.Module, part: Sublayer, stream: Tensor) -> Tensor:
     """What a feed-forward's writer reads when ``stream`` is what its norm reads."""
     block = layer.get_submodule(part.block)
-    norm, writer = layer.get_submodule(part.norm), layer.get_submodule(part.writer)
+    norm = layer.get_submodule(part.norm)
+    writer = layer.get_submodule(part.writer.removesuffix(".weight"))
     return _input_of(writer, lambda: block(norm(stream)))
 
 

@@ -36,29 +36,33 @@ def choose_table(dense: Any, narrow: Any, q: Tensor, moment: Tensor, *, ridge: f
     architecture = architecture_of(dense.config)
     embedding = dense.get_submodule(architecture.embedding).weight
     table = narrow.get_submodule(architecture.embedding).weight
-    norm = narrow.get_submodule(architecture.final_norm).weight
-    s = (q.shape[1] / q.shape[0]) ** 0.5
-    scale = dense.get_submodule(architecture.final_norm).weight.to(FLOAT)
-    basis, weights, between = head_basis(q, moment.to(FLOAT), scale, _gram(embedding), ridge)
+    norm = narrow.get_submodule(architecture.final_norm)
+    goal = architecture.table_scale(*q.shape) * q
+    scale = architecture.gain(dense.get_submodule(architecture.final_norm))
+    basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, _gram(embedding), ridge)
     # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.
-    kept = norm.to(FLOAT)
+    kept = architecture.gain(norm)
     sound = (weights / kept - 1).abs() < 0.5
     weights = torch.where(sound, weights, kept)
-    basis = torch.where(sound, between / weights, s * q)
+    basis = torch.where(sound, between / weights, goal)
     for rows in torch.arange(len(table), device=table.device).split(8192):
         table[rows] = (embedding[rows].to(FLOAT) @ basis).to(table.dtype)
-    norm.copy_(weights.to(norm.dtype))
+    norm.weight.copy_((weights - architecture.norm_offset).to(norm.weight.dtype))
 
 
 def head_basis(
-    q: Tensor, moment: Tensor, scale: Tensor, gram: Tensor, ridge: float
+    q: Tensor, goal: Tensor, moment: Tensor, scale: Tensor, gram: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """B (D, k), w' (k,) and A' (D, k) of the module's header; gram is E'E, scale the norm's w."""
+    """B (D, k), w' (k,) and A' (D, k) of the module's header.
+
+    goal: what the table is brought near to, E goal, s Q unless the model scales its embeddings;
+    scale: the norm's w; gram: E'E.
+    """
     s = (q.shape[1] / q.shape[0]) ** 0.5
     refitted = solve(q.mT @ moment @ q, q.mT @ moment, q.mT, ridge)
     between = (refitted * scale / s).mT
     seen = gram @ between
-    weights = (between * seen).sum(0) / (s * q * seen).sum(0)
+    weights = (between * seen).sum(0) / (goal * seen).sum(0)
     return between / weights, weights, between
 
 

@@ -45,6 +45,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+EXPERTS = ("mixtral", "qwen3_moe")
+# What a config must say besides, to be tiny.
+_OF_KIND = {
+    "granite": {"residual_multiplier": 0.7, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+}
+
+
 def tiny_model(kind: str = "llama", *, tied: bool = True, dtype=torch.float32, **changes):
     """A random model of 3 layers and width 24, its norms and biases not at their initial values."""
     import transformers
@@ -64,9 +73,9 @@ def tiny_model(kind: str = "llama", *, tied: bool = True, dtype=torch.float32, *
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=256,
-        **changes,
+        **(_OF_KIND.get(kind, {}) | changes),
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -119,7 +119,7 @@ def test_bad_models(arguments, capsys, tmp_path, model_directory):
     assert "without config.json" in message(tmp_path / "hollow")
     gpt = copy_of(model_directory, tmp_path / "gpt")
     change_config(gpt, model_type="gpt2")
-    assert "'gpt2' is not supported; supported: llama" in message(gpt)
+    assert "'gpt2' is not supported; supported: gemma, granite" in message(gpt)
     pickled = copy_of(model_directory, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")

@@ -28,8 +28,8 @@ def test_the_tied_head_is_the_refitted_one(q):
     """u diag(w') B' E' = u A E', and A is the least-squares reader."""
     x = torch.randn(300, 24, dtype=torch.float64) @ torch.randn(24, 24, dtype=torch.float64)
     scale, table = torch.rand(24, dtype=torch.float64) + 0.5, torch.randn(50, 24).double()
-    basis, weights, between = head_basis(q, x.mT @ x, scale, table.mT @ table, 1e-12)
     s = (16 / 24) ** 0.5
+    basis, weights, between = head_basis(q, s * q, x.mT @ x, scale, table.mT @ table, 1e-12)
     reader = torch.linalg.lstsq(s * x @ q, x * scale).solution
     assert torch.allclose(between, reader.mT, atol=1e-6)
     assert torch.allclose(basis * weights, between)
@@ -38,8 +38,9 @@ def test_the_tied_head_is_the_refitted_one(q):
 def test_the_table_is_as_near_to_the_embeddings_as_a_scale_per_column_allows(q):
     x = torch.randn(300, 24, dtype=torch.float64)
     scale, table = torch.rand(24, dtype=torch.float64) + 0.5, torch.randn(50, 24).double()
-    basis, weights, between = head_basis(q, x.mT @ x, scale, table.mT @ table, 0.1)
-    goal = (16 / 24) ** 0.5 * table @ q
+    wanted = (16 / 24) ** 0.5 * q
+    basis, weights, between = head_basis(q, wanted, x.mT @ x, scale, table.mT @ table, 0.1)
+    goal = table @ wanted
 
     def distance(weights: torch.Tensor) -> torch.Tensor:
         return (table @ (between / weights) - goal).square().sum(0)
@@ -62,9 +63,10 @@ def test_full_width_changes_nothing(tokens):
         assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
 @pytest.mark.parametrize("method", ["pca", "dot", "magnitude"])
-def test_every_method_is_refitted_with_it(method, tokens):
-    model = tiny_model()
+def test_every_method_is_refitted_with_it(kind, method, tokens):
+    model = tiny_model(kind)
     narrow, report = compress(model, tokens, width=16, method=method)
     assert report["tied"]
     assert narrow.lm_head.weight is narrow.model.embed_tokens.weight

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dotresize.models.architecture import Architecture, Sublayer
-from dotresize.models.llama import LLAMA, LLAMA_LIKE
-
-FAMILIES: tuple[Architecture, ...] = (LLAMA, LLAMA_LIKE)
+from dotresize.models.llama import FAMILIES
 
 __all__ = ["FAMILIES", "Architecture", "Sublayer", "architecture_of", "supported"]
 

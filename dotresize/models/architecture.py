@@ -5,27 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A norm of the residual, the linears that read its output, the linear that writes back.
+    """A norm of the residual, the weights that read its output, the weight that writes back.
 
-    Names are relative to the decoder layer. Readers are ``nn.Linear`` with the residual on their
-    input axis, the writer has it on its output axis; what it writes is added to the residual.
+    Names are relative to the decoder layer. Readers are of shape (..., outputs, inputs) with the
+    residual on the last axis, the writer has it on the last but one; what it writes is added to
+    the residual. Leading axes are experts.
+
+    Attributes:
+        stacked: equal parts that a feed-forward's readers hold one above the other, each with a
+            row for every inner neuron.
+        experts: whether there is a feed-forward for every expert, so that no single inner width
+            exists and the writer is not refitted.
     """
 
     norm: str
     readers: tuple[str, ...]
     writer: str
+    stacked: int = 1
+    experts: bool = False
 
     @property
     def block(self) -> str:
         """The module that holds readers and writer: attention, or the feed-forward."""
-        return self.writer.rpartition(".")[0]
+        return self.writer.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,54 @@ class Architecture:
         model_types: ``config.model_type`` values it serves.
         sublayers: of every layer, in order of execution.
         width_divisors: config entries that the loader requires to divide the width.
+        width_multiple: what its kernels require to divide the width.
+        norm_offset: what a norm adds to its weight.
+        root_scaled: whether embeddings are multiplied by the root of the width.
+        residual_multiplier: config entry that every writer's output is multiplied by.
         embedding, layers, final_norm, head: module names.
     """
 
     model_types: tuple[str, ...]
     sublayers: tuple[Sublayer, ...]
     width_divisors: tuple[str, ...] = ()
+    width_multiple: int = 1
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    norm_offset: float = 0.0
+    root_scaled: bool = False
+    residual_multiplier: str | None = None
+
+    def multiplier(self, config: Any) -> float:
+        """What a writer's output is multiplied by before it is added to the residual."""
+        return (
+            1.0 if self.residual_multiplier is None else getattr(config, self.residual_multiplier)
+        )
+
+    def gain(self, norm: nn.Module) -> Tensor:
+        """What a norm multiplies by, channel for channel, in float64."""
+        return cast(Tensor, norm.weight).double() + self.norm_offset
+
+    def table_scale(self, width: int, narrow: int) -> float:
+        """What embeddings E Q are multiplied by, for the stream to be sqrt(narrow / width) x Q."""
+        return 1.0 if self.root_scaled else (narrow / width) ** 0.5
+
+    @property
+    def has_inner_width(self) -> bool:
+        """Whether the feed-forward blocks have one inner width that can be narrowed."""
+        return not any(sublayer.experts for sublayer in self.sublayers)
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError where a layer has not the weights that this table names."""
+        for layer, sublayer in self.each(model):
+            for name in (*sublayer.readers, sublayer.writer):
+                try:
+                    model.get_parameter(f"{layer}.{name}")
+                except AttributeError:
+                    raise ValueError(
+                        f"{layer} has no {name}: its layers are not all of one kind"
+                    ) from None
 
     def each(self, model: nn.Module) -> Iterator[tuple[str, Sublayer]]:
         """Every sublayer in order of execution, with the name of its layer."""
@@ -62,4 +109,5 @@ class Architecture:
 
     def divisor(self, config: Any) -> int:
         """The residual width of a loadable checkpoint is a multiple of this."""
-        return math.lcm(*(int(getattr(config, name)) for name in self.width_divisors), 1)
+        entries = (int(getattr(config, name)) for name in self.width_divisors)
+        return math.lcm(*entries, self.width_multiple)

@@ -1,4 +1,4 @@
-"""The Llama family: RMSNorm before attention and before a gated feed-forward."""
+"""The Llama family and what differs from it by little: RMSNorm before both sublayers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,55 @@ from dataclasses import replace
 
 from dotresize.models.architecture import Architecture, Sublayer
 
+ATTENTION = Sublayer(
+    norm="input_layernorm",
+    readers=tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+    writer="self_attn.o_proj.weight",
+)
+FEED_FORWARD = Sublayer(
+    norm="post_attention_layernorm",
+    readers=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    writer="mlp.down_proj.weight",
+)
+
 LLAMA = Architecture(
     model_types=("llama",),
-    sublayers=(
-        Sublayer(
-            norm="input_layernorm",
-            readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            writer="self_attn.o_proj",
-        ),
-        Sublayer(
-            norm="post_attention_layernorm",
-            readers=("mlp.gate_proj", "mlp.up_proj"),
-            writer="mlp.down_proj",
-        ),
-    ),
+    sublayers=(ATTENTION, FEED_FORWARD),
     # LlamaConfig refuses a width that its heads do not divide, even with an explicit head_dim.
     width_divisors=("num_attention_heads",),
 )
 
 # The same names, and configs that take any width once head_dim is explicit. Biases of q, k and v
 # and Qwen3's per-head norms lie behind the readers, off the residual.
-LLAMA_LIKE = replace(LLAMA, model_types=("mistral", "qwen2", "qwen3"), width_divisors=())
+LLAMA_LIKE = replace(LLAMA, model_types=("mistral", "qwen2", "qwen3", "smollm3"), width_divisors=())
+
+GRANITE = replace(LLAMA_LIKE, model_types=("granite",), residual_multiplier="residual_multiplier")
+
+GEMMA = replace(LLAMA_LIKE, model_types=("gemma",), norm_offset=1.0, root_scaled=True)
+
+PHI3 = replace(
+    LLAMA_LIKE,
+    model_types=("phi3",),
+    sublayers=(
+        replace(ATTENTION, readers=("self_attn.qkv_proj.weight",)),
+        replace(FEED_FORWARD, readers=("mlp.gate_up_proj.weight",), stacked=2),
+    ),
+)
+
+EXPERTS = replace(
+    LLAMA_LIKE,
+    model_types=("mixtral", "qwen3_moe"),
+    # Grouped matrix products want rows of 16 bytes, in half precision too.
+    width_multiple=8,
+    sublayers=(
+        ATTENTION,
+        replace(
+            FEED_FORWARD,
+            readers=("mlp.gate.weight", "mlp.experts.gate_up_proj"),
+            writer="mlp.experts.down_proj",
+            experts=True,
+        ),
+    ),
+)
+
+FAMILIES = (LLAMA, LLAMA_LIKE, GRANITE, GEMMA, PHI3, EXPERTS)
