@@ -162,7 +162,8 @@ def families() -> str:
         multiple += [str(family.width_multiple)] if family.width_multiple > 1 else []
         inner = "yes" if family.has_inner_width else "no: experts"
         types = ", ".join(family.model_types)
-        lines.append(f"| {types} | yes | {inner} | {', '.join(multiple) or '-'} |")
+        residual = f"no: {family.fixed_residual}" if family.fixed_residual else "yes"
+        lines.append(f"| {types} | {residual} | {inner} | {', '.join(multiple) or '-'} |")
     return "\n".join(lines)
 
 

@@ -92,7 +92,7 @@ def parameters_at(model: Any, count: str) -> Callable[[int, int], int]:
 
 def _counted(model: Any, width: int, inner: int) -> dict[str, int]:
     config = resized(model.config, width)
-    config.intermediate_size = inner
+    setattr(config, architecture_of(config).inner, inner)
     with torch.device("meta"):
         return count_parameters(type(model)(config))
 
@@ -114,7 +114,8 @@ def best_split(
     Raises ValueError where even the narrowest model has more.
     """
     parameters = parameters_at(model, count)
-    width, inner = model.config.hidden_size, model.config.intermediate_size
+    width = model.config.hidden_size
+    inner = architecture_of(model.config).inner_width(model.config)
     allowed = share * parameters(width, inner)
     outputs = len(model.get_submodule(architecture_of(model.config).head).weight)
     head = outputs if untied and is_tied(model) and count == "total" else 0
@@ -146,7 +147,7 @@ def measure(
     windows, rest = _apart(tokens)
     dense = math.log(perplexity(model, windows, desc="budget"))
     laws = []
-    full = (model.config.hidden_size, model.config.intermediate_size)
+    full = (model.config.hidden_size, architecture_of(model.config).inner_width(model.config))
     for axis, step in enumerate((divisor, 1)):
         shares: list[float] = []
         excesses: list[float] = []

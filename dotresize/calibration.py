@@ -111,6 +111,12 @@ class Statistics:
     seconds: dict[str, float] = field(default_factory=dict)
     own_windows: int = 0
 
+    @classmethod
+    def none(cls, tokens: int, width: int) -> Statistics:
+        """Of no location: for a model whose residual stays as it is."""
+        seconds = {"calibration": 0.0, "cost": 0.0}
+        return cls([], tokens, torch.empty(0, width), None, None, seconds)
+
     def mean(self) -> Statistics:
         """The mean over locations, as statistics of a single one."""
         return self._reduced(["mean"], lambda x: x.mean(0, keepdim=True))

@@ -35,7 +35,7 @@ from dotresize.pipeline import calibrate
 from dotresize.recovery import BATCH_WINDOWS
 from dotresize.recovery_folder import RecoveryFolder
 from dotresize.targets import check_kept, read_targets
-from dotresize.width import choose_inner_width, choose_width, residual_share
+from dotresize.width import check_residual, choose_inner_width, choose_width, residual_share
 
 logger = logging.getLogger("dotresize")
 
@@ -204,6 +204,7 @@ def _inputs(
     streams = [tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
     tokens = random_windows(streams, args.windows, args.window, args.seed)
     texts = evaluation_texts(args.eval or [], args.unseen or [], args, model, tokenizer)
+    check_residual(model.config, options)
     inner = choose_inner_width(args.ff_width, model.config)
     if args.energy is None and args.params is None:
         asked = residual_share(args.width, args.ff_width)
@@ -213,7 +214,7 @@ def _inputs(
         note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
         logger.info("width %d -> %d (asked for %g%s)", width, new, asked, note)
     if inner is not None:
-        old = model.config.intermediate_size
+        old = architecture_of(model.config).inner_width(model.config)
         logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, args.ff_width)
     if isinstance(options.targets, Tensor):
         check_kept(options.targets, model.config.hidden_size, new)

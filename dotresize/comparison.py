@@ -13,6 +13,7 @@ from dotresize.accounting import count_parameters
 from dotresize.calibration import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.inputs import Texts
+from dotresize.models import architecture_of
 from dotresize.options import Options
 from dotresize.pipeline import calibrate, compress
 
@@ -80,7 +81,7 @@ def dense_report(model: Any, texts: Texts) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": "dense",
         "width": {"new": model.config.hidden_size},
-        "feed_forward": {"new": model.config.intermediate_size},
+        "feed_forward": {"new": architecture_of(model.config).inner_width(model.config)},
         "parameters": {"narrow": count_parameters(model)},
         "tied": bool(model.config.tie_word_embeddings),
         "plain_checkpoint": True,

@@ -14,6 +14,7 @@ from dotresize import budget, maps
 from dotresize.absorb import absorb, is_tied
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
 from dotresize.calibration import Statistics, check_tokens, collect
+from dotresize.inner_width import narrow_inner
 from dotresize.models import architecture_of
 from dotresize.narrowing import correct_weights, narrow_locations, width_map
 from dotresize.ops.backends import choose
@@ -21,7 +22,13 @@ from dotresize.options import Options
 from dotresize.refit import RIDGE
 from dotresize.self_text import sample
 from dotresize.targets import Targets, check_kept, kept_set
-from dotresize.width import choose_inner_width, choose_width, residual_share, width_for_energy
+from dotresize.width import (
+    check_residual,
+    choose_inner_width,
+    choose_width,
+    residual_share,
+    width_for_energy,
+)
 
 logger = logging.getLogger("dotresize")
 
@@ -103,8 +110,7 @@ def compress(
     architecture = architecture_of(model.config)
     architecture.check(model)
     check_weights(model)
-    if not architecture.has_inner_width and (ff_width is not None or params is not None):
-        raise ValueError("ff_width, params: experts have no single inner width; give width")
+    check_residual(model.config, options)
     windows = check_tokens(tokens, model.config.vocab_size)
     divisor = architecture.divisor(model.config)
     split: dict[str, Any] | None = None
@@ -116,7 +122,8 @@ def compress(
         check_kept(targets, model.config.hidden_size, new_width)
     if statistics is None:
         windows, statistics = calibrate(model, windows, options)
-    _check_statistics(statistics, options)
+    if not architecture.fixed_residual:
+        _check_statistics(statistics, options)
     if energy is not None:
         new_width = width_for_energy(statistics, energy, divisor)
         logger.info("width %d -> %d (energy %g)", model.config.hidden_size, new_width, energy)
@@ -128,7 +135,33 @@ def compress(
     for stage in ("own text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if method == "dot" else 0.0
-    selection = kept_set(targets, statistics, new_width)
+    narrow, found, q = _narrowed(model, windows, statistics, new_width, inner, options, seconds)
+    report = _report(model, narrow, statistics, options, seconds)
+    report["width"] |= {"asked": width, "multiple_of": divisor}
+    report |= {"budget": split, "map": found.details}
+    if figures and q is not None:
+        moment = cast(Tensor, statistics.moment)
+        shown = q if isinstance(q, list) else [q] * len(moment)
+        report["figures"] = maps.figures_of(shown, moment, found.details)
+    return narrow, report
+
+
+def _narrowed(
+    model: Any,
+    windows: Tensor,
+    statistics: Statistics,
+    width: int,
+    inner: int | None,
+    options: Options,
+    seconds: dict[str, float],
+) -> tuple[Any, maps.WidthMap, Tensor | list[Tensor] | None]:
+    """The narrowed model, its map, and the basis or bases, if any; adds times by stage."""
+    if architecture_of(model.config).fixed_residual:
+        start = time.perf_counter()
+        narrow = narrow_inner(model, windows, inner, options)
+        seconds["refit"] = time.perf_counter() - start
+        return narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), None
+    selection = kept_set(options.targets, statistics, width)
     q: Tensor | list[Tensor]
     if options.per_location:
         narrow, found, q = narrow_locations(model, windows, statistics, selection, options)
@@ -139,32 +172,38 @@ def compress(
         start = time.perf_counter()
         # Any basis of the span gives an untied model the same function; a tied one needs the
         # basis nearest to the axes (see absorb).
-        tied = is_tied(model) and not untie
+        tied = is_tied(model) and not options.untie
         q = maps.align(found.q, found.selection) if tied else found.q
-        narrow = absorb(model, q, untie=untie)
+        narrow = absorb(model, q, untie=options.untie)
         seconds["absorption"] = time.perf_counter() - start
-    if refit or inner is not None:
+    if options.refit or inner is not None:
         start = time.perf_counter()
         correct_weights(model, narrow, q, windows, statistics, inner, options)
         seconds["refit"] = time.perf_counter() - start
+    return narrow, found, q
+
+
+def _report(
+    model: Any, narrow: Any, statistics: Statistics, options: Options, seconds: dict[str, float]
+) -> dict[str, Any]:
     device = next(model.parameters()).device
-    report = {
-        "method": method,
+    inner_of = architecture_of(model.config).inner_width
+    old, new = inner_of(model.config), inner_of(narrow.config)
+    return {
+        "method": options.method,
         "scope": "location" if options.per_location else "global",
-        "refit": {"ridge": ridge} if refit else None,
+        "refit": {"ridge": options.ridge} if options.refit else None,
         "width": {
-            "asked": width, "energy": energy, "old": model.config.hidden_size, "new": new_width,
-            "multiple_of": divisor,
+            "asked": options.width, "energy": options.energy,
+            "old": model.config.hidden_size, "new": narrow.config.hidden_size,
         },
-        "budget": split,
         "feed_forward": {
-            "asked": ff_width, "old": model.config.intermediate_size,
-            "new": narrow.config.intermediate_size, "method": ff_method if inner else None,
+            "asked": options.ff_width, "old": old, "new": new,
+            "method": options.ff_method if new < old else None,
         },
         "tied": is_tied(narrow),
         "plain_checkpoint": not options.per_location,
         "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},
-        "map": found.details,
         "calibration": {
             "tokens": statistics.tokens,
             "locations": len(statistics.locations),
@@ -172,15 +211,10 @@ def compress(
         },
         "seconds": seconds,
         "device": str(device),
-        "backend": choose(backend, device),
+        "backend": choose(options.backend, device),
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }  # fmt: skip
-    if figures:
-        moment = cast(Tensor, statistics.moment)
-        shown = q if isinstance(q, list) else [q] * len(moment)
-        report["figures"] = maps.figures_of(shown, moment, found.details)
-    return narrow, report
 
 
 def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
@@ -194,14 +228,17 @@ def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Sta
         written = sample(model, own, tokens.shape[1], wanted[0].seed)
         tokens = torch.cat([tokens, written.to(tokens.device)])
     took = time.perf_counter() - start
-    statistics = collect(
-        model,
-        tokens,
-        cost=any(_needs_cost(options) for options in wanted),
-        moment=any(_needs_moment(options) for options in wanted),
-        batch_windows=wanted[0].batch_windows,
-        backend=wanted[0].backend,
-    )
+    if architecture_of(model.config).fixed_residual:
+        statistics = Statistics.none(tokens.numel(), model.config.hidden_size)
+    else:
+        statistics = collect(
+            model,
+            tokens,
+            cost=any(_needs_cost(options) for options in wanted),
+            moment=any(_needs_moment(options) for options in wanted),
+            batch_windows=wanted[0].batch_windows,
+            backend=wanted[0].backend,
+        )
     statistics.own_windows = own
     statistics.seconds["own text"] = took
     return tokens, statistics
@@ -234,7 +271,7 @@ def _split_budget(
             found = width_map(mean, kept_set(None, statistics, width), options)
             q = maps.align(found.q, found.selection)
         narrow = absorb(model, q, untie=options.untie)
-        less = inner if inner < model.config.intermediate_size else None
+        less = choose_inner_width(inner, model.config)
         if options.refit or less is not None:
             correct_weights(model, narrow, q, some, statistics, less, options)
         return narrow
@@ -246,7 +283,7 @@ def _split_budget(
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
         *(options.params, count.replace("_", "-"), full, split.width),
-        *(model.config.intermediate_size, split.inner, split.predicted),
+        *(architecture_of(model.config).inner_width(model.config), split.inner, split.predicted),
     )
     asked = {"asked": options.params, "count": count}
     inner = choose_inner_width(split.inner, model.config)

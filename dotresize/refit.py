@@ -35,6 +35,7 @@ from tqdm import tqdm
 from dotresize.absorb import is_tied
 from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
+from dotresize.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.models import architecture_of
 from dotresize.sliced import past_feed_forward, without_adapters
 from dotresize.streams import Spill, Streams, captured, inner_neurons, norms_of
@@ -89,7 +90,7 @@ def correct(
     for i, (dense_layer, layer) in enumerate(progress):
         walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
     if correction.inner_width is not None:
-        narrow.config.intermediate_size = correction.inner_width
+        setattr(narrow.config, walk.architecture.inner, correction.inner_width)
     if correction.readers_and_writers and not is_tied(narrow):
         walk.head(dense, narrow)
 
@@ -144,11 +145,11 @@ class _Walk:
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
             self._middle[i] = past_feed_forward(layer, x)
-        writer = _linear(body, feed_forward.writer)
+        writer = linear_of(body, feed_forward.writer)
         kept = self._write(writer, qs[2])
         if kept is not None:
             for name in feed_forward.readers:
-                _keep_rows(_linear(body, name), kept, feed_forward.stacked)
+                keep_outputs(linear_of(body, name), kept, feed_forward.stacked)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
             written = writer(h if kept is None else h[..., kept])
             self._thin.stream[i] = x + self._multiplier * written
@@ -192,7 +193,7 @@ class _Walk:
         correction = self.correction
         if not correction.readers_and_writers and correction.inner_width is None:
             return None
-        prior = writer.weight.to(FLOAT).mT
+        prior = rows_of(writer).to(FLOAT)
         bias = 0.0 if writer.bias is None else writer.bias.float()
         project = (_scale(q) * q).float()
         equations = NormalEquations(prior)
@@ -210,8 +211,7 @@ class _Walk:
         b = prior
         if correction.readers_and_writers:
             b = equations.solve(WRITER_RIDGES * correction.ridge)
-        writer.in_features = len(b)
-        writer.weight = nn.Parameter(b.mT.to(writer.weight.dtype).contiguous())
+        set_rows(writer, b)
         return kept
 
 
@@ -224,17 +224,3 @@ def _pairs(
     dense: nn.Module, narrow: nn.Module, names: tuple[str, ...]
 ) -> list[tuple[Tensor, Tensor]]:
     return [(dense.get_parameter(name), narrow.get_parameter(name)) for name in names]
-
-
-def _linear(layer: nn.Module, weight: str) -> Any:
-    return layer.get_submodule(weight.removesuffix(".weight"))
-
-
-def _keep_rows(linear: Any, kept: Tensor, stacked: int) -> None:
-    part = linear.out_features // stacked
-    kept = torch.cat([kept + i * part for i in range(stacked)])
-    linear.out_features = len(kept)
-    for name in ("weight", "bias"):
-        parameter = getattr(linear, name)
-        if parameter is not None:
-            setattr(linear, name, nn.Parameter(parameter[kept].clone()))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dotresize.linear import linear_of
 from dotresize.models import Architecture, Sublayer, architecture_of
 
 
@@ -125,7 +126,7 @@ def inner_neurons(layer: nn.Module, part: Sublayer, stream: Tensor) -> Tensor:
     """What a feed-forward's writer reads when ``stream`` is what its norm reads."""
     block = layer.get_submodule(part.block)
     norm = layer.get_submodule(part.norm)
-    writer = layer.get_submodule(part.writer.removesuffix(".weight"))
+    writer = linear_of(layer, part.writer)
     return _input_of(writer, lambda: block(norm(stream)))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from dotresize.calibration import Statistics
+from dotresize.models import architecture_of
+from dotresize.options import Options
 
 
 def choose_width(asked: float, width: int, divisor: int) -> int:
@@ -62,10 +64,25 @@ def choose_inner_width(asked: float | None, config: Any) -> int | None:
     if asked is None:
         return None
     try:
-        width = choose_width(asked, config.intermediate_size, 1)
+        old = architecture_of(config).inner_width(config)
+        width = choose_width(asked, old, 1)
     except ValueError as error:
         raise ValueError(f"feed-forward {error}") from None
-    return width if width < config.intermediate_size else None
+    return width if width < old else None
+
+
+def check_residual(config: Any, options: Options) -> None:
+    """ValueError where the options ask for more than the model's family lets be narrowed."""
+    architecture = architecture_of(config)
+    asked = options.width not in (None, 1.0, config.hidden_size) or options.ff_width is None
+    if architecture.fixed_residual and (asked or options.energy is not None):
+        raise ValueError(
+            f"width: {config.model_type} keeps its residual ({architecture.fixed_residual}); "
+            "give ff_width alone"
+        )
+    inner = options.ff_width is not None or options.params is not None
+    if not architecture.has_inner_width and inner:
+        raise ValueError("ff_width, params: experts have no single inner width; give width")
 
 
 def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:

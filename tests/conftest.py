@@ -45,9 +45,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-EXPERTS = ("mixtral", "qwen3_moe")
 # What a config must say besides, to be tiny.
 _OF_KIND = {
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "init_std": 0.3},
+    "gpt2": {"n_inner": 40},
     "granite": {"residual_multiplier": 0.7, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},

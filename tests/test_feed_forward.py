@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import EXPERTS, tiny_model
+from conftest import tiny_model
 
 from dotresize import compress
 from dotresize.accounting import count_parameters
@@ -80,7 +80,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (6, 33))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in supported() if kind not in EXPERTS])
+@pytest.mark.parametrize("kind", supported(residual=True, feed_forward=True))
 def test_a_narrower_feed_forward_loads_plainly(kind, tokens, tmp_path):
     import transformers
 

@@ -26,7 +26,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (6, 33))
 
 
-@pytest.mark.parametrize("kind", supported())
+@pytest.mark.parametrize("kind", supported(residual=True))
 def test_full_width_is_an_exact_rotation(kind, tokens):
     """Every location has a basis of its own; the adapters must undo all of them."""
     model = float64_norms(tiny_model(kind, dtype=torch.float64))

@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from dotresize.models.architecture import Architecture, Sublayer
-from dotresize.models.llama import FAMILIES
+from dotresize.models.fixed_residual import GPT2, LAYER_NORM, NORM_AFTER, OPT
+from dotresize.models.llama import EXPERTS, GEMMA, GRANITE, LLAMA, LLAMA_LIKE, PHI3
+
+FAMILIES: tuple[Architecture, ...] = (
+    *(LLAMA, LLAMA_LIKE, GRANITE, GEMMA, PHI3, EXPERTS),
+    *(NORM_AFTER, LAYER_NORM, GPT2, OPT),
+)
 
 __all__ = ["FAMILIES", "Architecture", "Sublayer", "architecture_of", "supported"]
 
 
-def supported() -> list[str]:
-    """``model_type`` names that can be narrowed."""
-    return sorted(name for family in FAMILIES for name in family.model_types)
+def supported(*, residual: bool = False, feed_forward: bool = False) -> list[str]:
+    """``model_type`` names that can be narrowed at all, or in their residual, or feed-forward."""
+    return sorted(
+        name
+        for family in FAMILIES
+        for name in family.model_types
+        if not (residual and family.fixed_residual)
+        and not (feed_forward and not family.has_inner_width)
+    )
 
 
 def architecture_of(config: Any) -> Architecture:

@@ -49,6 +49,9 @@ class Architecture:
         norm_offset: what a norm adds to its weight.
         root_scaled: whether embeddings are multiplied by the root of the width.
         residual_multiplier: config entry that every writer's output is multiplied by.
+        inner: config entry that holds the feed-forward width.
+        fixed_residual: why no map passes the residual, which then keeps its width; of the
+            sublayers only the feed-forward, the last, is named.
         embedding, layers, final_norm, head: module names.
     """
 
@@ -63,6 +66,13 @@ class Architecture:
     norm_offset: float = 0.0
     root_scaled: bool = False
     residual_multiplier: str | None = None
+    inner: str = "intermediate_size"
+    fixed_residual: str = ""
+
+    def inner_width(self, config: Any) -> int:
+        """The feed-forward width that a config asks for."""
+        width = getattr(config, self.inner)
+        return 4 * config.hidden_size if width is None else width  # GPT-2's way to say so
 
     def multiplier(self, config: Any) -> float:
         """What a writer's output is multiplied by before it is added to the residual."""

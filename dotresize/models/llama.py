@@ -56,5 +56,3 @@ EXPERTS = replace(
         ),
     ),
 )
-
-FAMILIES = (LLAMA, LLAMA_LIKE, GRANITE, GEMMA, PHI3, EXPERTS)
