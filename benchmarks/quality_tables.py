@@ -79,7 +79,7 @@ def study(rows: list[Row]) -> str:
             "",
             *_ties(found),
             "",
-            "**Seeds of the calibration windows**, mean excess over the three texts, by calibration:",
+            "**Seeds of the calibration windows**, mean excess over the texts, by calibration:",
             "",
             *_seeds(found),
         ]

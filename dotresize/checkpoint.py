@@ -21,6 +21,7 @@ import torch
 
 from dotresize import sliced
 from dotresize.models import architecture_of
+from dotresize.stored import check_stored
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
@@ -49,6 +50,8 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
         architecture_of(config)
     with _one_line(source):
         is_gguf = "gguf_file" in options
+        if not is_gguf and Path(where).is_dir():
+            check_stored(Path(where), config)
         weights = (
             {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )
