@@ -79,18 +79,21 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
         bias = writer.removesuffix("weight") + "bias"
         if bias in old:
             put(bias, s * wide(bias) @ written)
-        put(f"{norm}.weight", unit.clone())
+        if not architecture.layer_norm:
+            put(f"{norm}.weight", unit.clone())
     final = f"{architecture.final_norm}.weight"
     scale = architecture.gain(model.get_submodule(architecture.final_norm)).to(qs[0])
     last = qs[-1]
     if tied:
         diagonal = (last * last * scale[:, None]).sum(0)
-        put(final, diagonal / (s * table) - architecture.norm_offset)
+        if not architecture.layer_norm:
+            put(final, diagonal / (s * table) - architecture.norm_offset)
         new[head] = new[embedding]
     else:
         source = head if head in old else embedding
         new[head] = ((wide(source) * scale) @ last / s).to(old[source].dtype).contiguous()
-        put(final, unit.clone())
+        if not architecture.layer_norm:
+            put(final, unit.clone())
     for name in old.keys() - new.keys():
         new[name] = old[name].clone()  # off the residual; the models share no memory
     return _build(model, narrow, tied, new)

@@ -119,6 +119,28 @@ def align(q: Tensor, selection: Tensor) -> Tensor:
     return q @ (u @ vh)
 
 
+def level(q: Tensor) -> Tensor:
+    """The basis nearest to q whose channels have the same mean as the old ones: Q 1 = sqrt(k/D) 1.
+
+    LayerNorm takes off the mean over its width. With c the unit vector along (1, ..., 1), c is
+    taken into the span for the direction that is least of the rest, and the basis is turned in one
+    plane until c is its own (1, ..., 1) / sqrt(k). q: (D, k) orthonormal -> (D, k) orthonormal.
+    """
+    width, k = q.shape
+    c = q.new_full((width, 1), width**-0.5)
+    rest = torch.linalg.svd(q - c @ (c.mT @ q), full_matrices=False).U[:, : k - 1]
+    span = torch.cat([c, rest], 1)
+    u, _, vh = torch.linalg.svd(span.mT @ q)
+    near = span @ (u @ vh)
+    here, there = near.mT @ c, q.new_full((k, 1), k**-0.5)
+    turn = here @ there.mT - there @ here.mT
+    cosine = float((here.mT @ there).squeeze())
+    if cosine < -0.99:  # half a turn has no plane; any sign of the basis is as good
+        near, here = -near, -here
+        turn, cosine = -turn, -cosine
+    return near @ (torch.eye(k).to(q) + turn + turn @ turn / (1 + cosine))
+
+
 @dataclass
 class WidthMap:
     """A narrowing of the residual stream, however it was found.

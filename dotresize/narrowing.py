@@ -10,6 +10,7 @@ from torch import Tensor
 from dotresize import baselines, maps, sliced
 from dotresize.absorb import is_tied
 from dotresize.calibration import Statistics
+from dotresize.models import architecture_of
 from dotresize.options import Options
 from dotresize.refit import Correction, correct
 from dotresize.targets import kept_set
@@ -33,6 +34,18 @@ def width_map(statistics: Statistics, selection: Tensor, options: Options) -> ma
     )
 
 
+def basis(model: Any, found: maps.WidthMap, options: Options) -> Tensor:
+    """The basis of a map's span that absorption takes, (D, k).
+
+    Any gives an untied model the same function; a tied one needs the one nearest to the axes (see
+    absorb), LayerNorm one that keeps the mean.
+    """
+    q = found.q
+    if is_tied(model) and not options.untie:
+        q = maps.align(q, found.selection)
+    return maps.level(q) if architecture_of(model.config).layer_norm else q
+
+
 def correct_weights(
     model: Any,
     narrow: Any,
@@ -43,7 +56,8 @@ def correct_weights(
     options: Options,
 ) -> None:
     """Refit and feed-forward narrowing of what absorption made, in place."""
-    if options.refit and isinstance(q, Tensor) and is_tied(narrow):
+    has_weight = not architecture_of(model.config).layer_norm  # what a chosen table rests on
+    if options.refit and isinstance(q, Tensor) and is_tied(narrow) and has_weight:
         final = cast(Tensor, statistics.moment)[-1]
         choose_table(model, narrow, q, final, ridge=options.ridge)
     correction = Correction(options.refit, options.ridge, inner, options.ff_method)
@@ -68,5 +82,7 @@ def narrow_locations(
         chosen = [kept_set(options.targets, one, len(selection)) for one in each]
         located = [width_map(one, kept, options) for one, kept in zip(each, chosen, strict=True)]
         qs, found = [one.q for one in located], located[0]
+        if architecture_of(model.config).layer_norm:
+            qs = [maps.level(q) for q in qs]
     found.seconds = {"factorisation": time.perf_counter() - start}
     return sliced.slice_model(model, qs), found, qs

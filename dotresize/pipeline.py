@@ -16,7 +16,7 @@ from dotresize.accounting import STAGES, check_weights, count_parameters, peak_m
 from dotresize.calibration import Statistics, check_tokens, collect
 from dotresize.inner_width import narrow_inner
 from dotresize.models import architecture_of
-from dotresize.narrowing import correct_weights, narrow_locations, width_map
+from dotresize.narrowing import basis, correct_weights, narrow_locations, width_map
 from dotresize.ops.backends import choose
 from dotresize.options import Options
 from dotresize.refit import RIDGE
@@ -170,10 +170,7 @@ def _narrowed(
         found = width_map(statistics.mean(), selection, options)
         seconds.update(found.seconds)
         start = time.perf_counter()
-        # Any basis of the span gives an untied model the same function; a tied one needs the
-        # basis nearest to the axes (see absorb).
-        tied = is_tied(model) and not options.untie
-        q = maps.align(found.q, found.selection) if tied else found.q
+        q = basis(model, found, options)
         narrow = absorb(model, q, untie=options.untie)
         seconds["absorption"] = time.perf_counter() - start
     if options.refit or inner is not None:
@@ -269,7 +266,7 @@ def _split_budget(
         q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
         if width < full:
             found = width_map(mean, kept_set(None, statistics, width), options)
-            q = maps.align(found.q, found.selection)
+            q = basis(model, found, options)
         narrow = absorb(model, q, untie=options.untie)
         less = choose_inner_width(inner, model.config)
         if options.refit or less is not None:

@@ -12,6 +12,7 @@ on what the already sliced part delivers, from second moments of the raw stream 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dotresize import maps
 from dotresize.absorb import absorb
 from dotresize.models import architecture_of
 from dotresize.streams import Streams, norms_of
@@ -87,20 +89,21 @@ def sequential_pca(model: Any, tokens: Tensor, k: int, *, batch_windows: int = 4
     layers = model.get_submodule(architecture.layers)
     streams = Streams(model, tokens, batch_windows)
     multiplier = architecture.multiplier(model.config)
-    qs = [_project(streams.stream, k)]
+    turn = maps.level if architecture.layer_norm else None
+    qs = [_project(streams.stream, k, turn)]
     for layer in tqdm(layers, desc="slice", unit="layer", disable=None):
         norm = norms_of(architecture, layer)[1]
         for i in range(len(streams)):
             streams.stream[i] = streams.until(layer, norm, i)
-        qs.append(_project(streams.stream, k))
+        qs.append(_project(streams.stream, k, turn))
         block = layer.get_submodule(architecture.sublayers[1].block)
         for i, middle in enumerate(streams.stream):
             streams.stream[i] = middle + multiplier * block(norm(middle))
-        qs.append(_project(streams.stream, k))
+        qs.append(_project(streams.stream, k, turn))
     return qs
 
 
-def _project(stream: Any, k: int) -> Tensor:
+def _project(stream: Any, k: int, turn: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Principal directions of a stream, which is then projected onto them."""
     width = stream[0].shape[-1]
     moment = torch.zeros(width, width, dtype=torch.float64, device=stream[0].device)
@@ -108,6 +111,7 @@ def _project(stream: Any, k: int) -> Tensor:
         wide = x.flatten(0, -2).double()  # the raw stream holds channels in the thousands
         moment += wide.mT @ wide
     q = torch.linalg.eigh(moment).eigenvectors[:, -k:]
+    q = q if turn is None else turn(q)
     projector = (q @ q.mT).to(stream[0].dtype)
     for i, x in enumerate(stream):
         stream[i] = x @ projector

@@ -7,7 +7,7 @@ import torch
 
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.baselines import pca, selected
-from dotresize.maps import align, largest, transport
+from dotresize.maps import align, largest, level, transport
 from dotresize.ops.l1_cost import l1_cost
 from dotresize.width import choose_width
 
@@ -148,3 +148,19 @@ def test_widths(asked, width, divisor, expected):
 def test_widths_no_loader_accepts(asked):
     with pytest.raises(ValueError, match="width"):
         choose_width(asked, 576, 9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 24])
+@pytest.mark.parametrize("kind", ["rotation", "selection", "mirrored"])
+def test_level_keeps_the_mean(k, kind):
+    """The channels' mean is the old channels' mean, in an orthonormal basis of nearly q's span."""
+    q = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q[:, :k]
+    if kind != "rotation":
+        q = torch.eye(24, dtype=torch.float64)[:, :k] * (-1 if kind == "mirrored" else 1)
+    leveled = level(q)
+    assert torch.allclose(leveled.mT @ leveled, torch.eye(k, dtype=torch.float64))
+    x = torch.randn(50, 24, dtype=torch.float64)
+    scale = (k / 24) ** 0.5
+    assert torch.allclose((scale * x @ leveled).mean(1), x.mean(1))
+    # One direction of the span was given up for the mean, and no more.
+    assert int((torch.linalg.svdvals(q.mT @ leveled) > 1 - 1e-9).sum()) >= k - 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from dotresize.models.architecture import Architecture, Sublayer
-from dotresize.models.fixed_residual import GPT2, LAYER_NORM, NORM_AFTER, OPT
-from dotresize.models.llama import EXPERTS, GEMMA, GRANITE, LLAMA, LLAMA_LIKE, PHI3
+from dotresize.models.fixed_residual import GPT2, NORM_AFTER, OPT
+from dotresize.models.llama import EXPERTS, GEMMA, GRANITE, LLAMA, LLAMA_LIKE, OLMO, PHI3
 
 FAMILIES: tuple[Architecture, ...] = (
-    *(LLAMA, LLAMA_LIKE, GRANITE, GEMMA, PHI3, EXPERTS),
-    *(NORM_AFTER, LAYER_NORM, GPT2, OPT),
+    *(LLAMA, LLAMA_LIKE, GRANITE, GEMMA, OLMO, PHI3, EXPERTS),
+    *(NORM_AFTER, GPT2, OPT),
 )
 
 __all__ = ["FAMILIES", "Architecture", "Sublayer", "architecture_of", "supported"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -39,7 +40,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Axis table of a family of decoder-only models with RMSNorm before each sublayer.
+    """Axis table of a family of decoder-only models, most with RMSNorm before each sublayer.
 
     Attributes:
         model_types: ``config.model_type`` values it serves.
@@ -47,6 +48,8 @@ class Architecture:
         width_divisors: config entries that the loader requires to divide the width.
         width_multiple: what its kernels require to divide the width.
         norm_offset: what a norm adds to its weight.
+        layer_norm: whether norms are LayerNorm without weights. They take off the mean over the
+            channels, so the narrowed channels must have the mean of the old ones (maps.level).
         root_scaled: whether embeddings are multiplied by the root of the width.
         residual_multiplier: config entry that every writer's output is multiplied by.
         inner: config entry that holds the feed-forward width.
@@ -64,6 +67,7 @@ class Architecture:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     norm_offset: float = 0.0
+    layer_norm: bool = False
     root_scaled: bool = False
     residual_multiplier: str | None = None
     inner: str = "intermediate_size"
@@ -82,6 +86,8 @@ class Architecture:
 
     def gain(self, norm: nn.Module) -> Tensor:
         """What a norm multiplies by, channel for channel, in float64."""
+        if self.layer_norm:
+            return torch.ones(cast(tuple[int], norm.normalized_shape), dtype=torch.float64)
         return cast(Tensor, norm.weight).double() + self.norm_offset
 
     def table_scale(self, width: int, narrow: int) -> float:

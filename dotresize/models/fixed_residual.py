@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dotresize.models.architecture import Architecture, Sublayer
 from dotresize.models.llama import FEED_FORWARD
 
@@ -13,28 +11,25 @@ NORM_AFTER = Architecture(
     fixed_residual="a norm follows each sublayer, and no rotation passes its weights",
 )
 
-LAYER_NORM = Architecture(
-    model_types=("olmo",),
-    sublayers=(FEED_FORWARD,),
-    fixed_residual="LayerNorm takes off the mean over the channels",
-)
+# LayerNorm could be passed (see ``Architecture.layer_norm``), this cannot.
+WIDE_ATTENTION = "attention is as wide as the residual, whatever the config says"
 
-GPT2 = replace(
-    LAYER_NORM,
+GPT2 = Architecture(
     model_types=("gpt2",),
     sublayers=(Sublayer(norm="ln_2", readers=("mlp.c_fc.weight",), writer="mlp.c_proj.weight"),),
     embedding="transformer.wte",
     layers="transformer.h",
     final_norm="transformer.ln_f",
     inner="n_inner",
+    fixed_residual=WIDE_ATTENTION,
 )
 
-OPT = replace(
-    LAYER_NORM,
+OPT = Architecture(
     model_types=("opt",),
     sublayers=(Sublayer(norm="final_layer_norm", readers=("fc1.weight",), writer="fc2.weight"),),
     embedding="model.decoder.embed_tokens",
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     inner="ffn_dim",
+    fixed_residual=WIDE_ATTENTION,
 )

@@ -32,6 +32,8 @@ GRANITE = replace(LLAMA_LIKE, model_types=("granite",), residual_multiplier="res
 
 GEMMA = replace(LLAMA_LIKE, model_types=("gemma",), norm_offset=1.0, root_scaled=True)
 
+OLMO = replace(LLAMA_LIKE, model_types=("olmo",), layer_norm=True)
+
 PHI3 = replace(
     LLAMA_LIKE,
     model_types=("phi3",),
