@@ -25,7 +25,7 @@ from dotresize.stored import check_stored
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
-PARTIAL = ".dotresize-partial-"
+_PARTIAL = ".dotresize-partial-"
 
 
 def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, Any]:
@@ -126,7 +126,7 @@ def check_output(out: str | Path) -> Path:
         while not parent.exists():
             parent = parent.parent
         # Nothing but trying says whether a directory of that name can be made there.
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent) as probe:
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=parent) as probe:
             (Path(probe) / path.name).mkdir()
     except OSError as error:
         raise ValueError(f"output {path}: {error.strerror}") from None
@@ -140,7 +140,7 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
     """
     path = check_output(out)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.absolute().parent))
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.absolute().parent))
     try:
         fill(partial)
         umask = os.umask(0)

@@ -103,7 +103,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     compress.add_argument(
         "--resume",
         action="store_true",
-        help="do nothing if OUT is complete with these settings; go on with its recovery",
+        help="go on from the finished stages in OUT.partial; nothing if OUT is complete",
     )
     _add_narrowing(compress)
 
@@ -181,8 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         return commands.run(args)
     except KeyboardInterrupt:
         kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
-        if getattr(args, "recover", None) and os.path.exists(f"{args.out}.recovery"):
-            kept = f"{args.out}.recovery is kept, --resume goes on from it"
+        if args.verb == "compress" and os.path.exists(f"{args.out}.partial"):
+            kept = f"{args.out}.partial is kept, --resume goes on from it"
         return _fail(f"interrupted; {kept}", 1)
     except (ValueError, BackendError) as error:
         if os.environ.get("DOTRESIZE_DEBUG"):

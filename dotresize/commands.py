@@ -33,7 +33,8 @@ from dotresize.ops.backends import choose
 from dotresize.options import Options
 from dotresize.pipeline import calibrate
 from dotresize.recovery import BATCH_WINDOWS
-from dotresize.recovery_folder import RecoveryFolder
+from dotresize.recovery import check as check_trainer
+from dotresize.stages import Stages
 from dotresize.targets import check_kept, read_targets
 from dotresize.width import check_residual, choose_inner_width, choose_width, residual_share
 
@@ -110,22 +111,18 @@ def _compress(args: argparse.Namespace) -> int:
         if Path(args.out).resolve().is_relative_to(checkpoint.check_output(args.report).resolve()):
             raise ValueError(f"--report {args.report}: must not be or hold the output directory")
         options = replace(options, figures=True)
-    folder = None
-    if args.recover is not None:
-        folder = RecoveryFolder(args.out, settings, resume=args.resume)
+    also = {"compare": args.compare, "figures": options.figures}
+    stages = Stages(args.out, settings | also, resume=args.resume)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
     streams, tokens, texts = _inputs(args, options, model, tokenizer)
-    if folder is not None and folder.begun:
-        narrow, rows = folder.kept(device)
-    else:
-        narrow, rows = comparison.narrowed(model, tokens, options, texts, compare=args.compare)
-        if folder is not None:
-            folder.keep(narrow, tokenizer, rows)
+    narrow, rows = comparison.narrowed(
+        model, tokenizer, tokens, options, texts, stages, compare=args.compare
+    )
     figures = rows[-1].pop("figures", None)
-    if folder is not None:
+    if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
-        row = folder.recovered(model, narrow, new, rows[-1], seed=args.seed)
+        row = stages.recovered(model, narrow, new, rows[-1], seed=args.seed)
         rows.append(comparison.evaluate_into(row, narrow, texts))
     *others, last = rows
     last["settings"] = settings
@@ -137,8 +134,7 @@ def _compress(args: argparse.Namespace) -> int:
         report.write(last, folder, args.model)
 
     checkpoint.write_whole(args.out, fill)
-    if folder is not None:
-        folder.remove()
+    stages.remove()
     if args.report is not None:
         _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
     loader = "dotresize.load" if options.per_location else "plain transformers"
@@ -230,6 +226,7 @@ def _check_files(args: argparse.Namespace, options: Options, device: torch.devic
     if getattr(args, "recover", None) is not None:
         if args.recover < 1:
             raise ValueError(f"--recover {args.recover}: must be at least 1 step")
+        check_trainer()
         if options.per_location:
             raise ValueError("--recover: trains plain checkpoints only, with one map for all")
     if args.windows < len(args.calibration):

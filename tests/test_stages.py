@@ -1,0 +1,107 @@
+"""An interrupted run goes on from its last finished stage and ends with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import fails
+from test_cli import start
+
+from dotresize import comparison
+from dotresize.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def whole(arguments, tmp_path) -> bytes:
+    words = [*arguments]
+    words[2] = str(tmp_path / "whole")
+    assert main(words) == 0
+    assert not Path(f"{words[2]}.partial").exists()
+    return weights(Path(words[2]))
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "compress", "dense_report", "evaluate_into"])
+def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
+    """What was finished is not done again, and the result is the same to the last bit."""
+    out, partial = Path(arguments[2]), Path(f"{arguments[2]}.partial")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, stage, stop)
+        message = fails(arguments, capsys, code=1)
+    assert not out.exists()
+    kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
+    done = {"calibrate": set(), "compress": {"settings.json", "calibration"}}
+    assert kept == done.get(stage, {"settings.json", "calibration", "narrow"})
+    if not kept:
+        assert "nothing was left behind" in message
+        return
+    assert "--resume goes on from it" in message
+    assert "holds an unfinished run" in fails(arguments, capsys)
+    assert "another ridge (None then, 0.5 now)" in fails(
+        [*arguments, "--resume", "--ridge", "0.5"], capsys
+    )
+    with monkeypatch.context() as patch:
+        for name, folder in (("calibrate", "calibration"), ("compress", "narrow")):
+            if folder in kept:
+                patch.setattr(comparison, name, stop)
+        assert main([*arguments, "--resume"]) == 0
+    assert weights(out) == whole
+    assert not partial.exists()
+    assert json.loads((out / "dotresize.json").read_text())["seconds"]["calibration"] > 0
+
+
+def test_killed_at_some_moments(whole, arguments):
+    """SIGKILL leaves no chance to clean up."""
+    out = Path(arguments[2])
+    words = [*arguments, "--resume"]
+    for wait in (0.0, 0.15, 0.4):
+        process = start(words)
+        if "width 24 -> 16" in process.stderr.readline():
+            time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert main(words) == 0
+    assert weights(out) == whole
+    assert not Path(f"{out}.partial").exists()
+
+
+def test_sliced_models_are_kept_too(arguments, capsys, monkeypatch, tmp_path):
+    words = [*arguments, "--method", "slicegpt", "--no-refit"]
+    again = [*words]
+    again[2] = str(tmp_path / "again")
+    assert main(words) == 0
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "dense_report", stop)
+        assert main(again) == 1
+    assert main([*again, "--resume"]) == 0
+    assert weights(Path(again[2])) == weights(Path(words[2]))
+
+
+@pytest.mark.parametrize("content", [None, "[1]", "nonsense"])
+def test_a_folder_that_is_not_ours_is_left_alone(content, arguments, capsys):
+    folder = Path(f"{arguments[2]}.partial")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    if content is not None:
+        (folder / "settings.json").write_text(content)
+    assert "is not what an unfinished run leaves" in fails([*arguments, "--resume"], capsys)
+    assert (folder / "notes.txt").read_text() == "mine"
+    shutil.rmtree(folder)
