@@ -35,7 +35,6 @@ from .rows import append, read, where
 from .workload import need
 
 REG = 3.0
-Rule = Callable[[], Tensor]
 
 
 class Maps:
@@ -97,6 +96,11 @@ class Maps:
         sign = torch.where(mirrored < plain, -1.0, 1.0).double()
         return self.planned(torch.minimum(plain, mirrored), sign=sign)
 
+    def relative(self) -> Tensor:
+        """The cost as a share of both neurons' magnitudes."""
+        unit = self.mean.importance[0]
+        return self.cost / (unit[:, None] + unit)
+
     def mixture(self, share: float) -> Tensor:
         """The leading principal directions, and the transport map's span beside them."""
         count = round(share * self.k)
@@ -112,36 +116,33 @@ class Maps:
         moment = self.mean.moment[0] if moment is None else moment
         return pca(moment, self.selection, self.mean.importance[0], kept_axes=kept_axes).q
 
-    def rules(self) -> Iterator[tuple[str, str, Rule]]:
-        """What is varied, the choice, and the map."""
-        half = len(self.costs) // 2
-        unit = self.mean.importance[0]
-        relative = self.cost / (unit[:, None] + unit)
-        yield "baseline", "selection", lambda: selected(self.selection, self.width).q
-        yield "baseline", "transport", self.transport
-        yield "baseline", "PCA", self.pca
-        for reg in (0.03, 0.3, 1.0, 10.0, 30.0):
-            yield "regularisation", f"reg {reg:g}", lambda r=reg: self.transport(reg=r)
-        yield "cost", "relative to both magnitudes", lambda: self.transport(relative)
-        yield "cost", "raw stream", lambda: self.transport(self.raw)
-        yield "cost", "without first tokens", lambda: self.transport(self.later)
-        yield "cost", "earlier locations", lambda: self.transport(self.costs[:half].mean(0))
-        yield "cost", "later locations", lambda: self.transport(self.costs[half:].mean(0))
-        yield "cost", "sign-aware", self.signed
-        yield "marginals", "sources by magnitude", lambda: self.marginals(True, False)
-        yield "marginals", "targets by magnitude", lambda: self.marginals(False, True)
-        yield "marginals", "both by magnitude", lambda: self.marginals(True, True)
-        for steps in (2, 6, 20):
-            yield "steps", f"{steps} in a row", lambda s=steps: self.transport(steps=s)
-        for share in (0.25, 0.5, 0.75):
-            yield (
-                "mixture",
-                f"{share:.0%} principal directions",
-                lambda s=share: self.mixture(s),
-            )
-        for axes in (0, 64):
-            yield "PCA", f"{axes} channels kept on their axes", lambda n=axes: self.pca(kept_axes=n)
-        yield "PCA", "of the raw stream", lambda: self.pca(self.raw_moment)
+
+Rule = Callable[[Maps], Tensor]
+
+
+def rules() -> Iterator[tuple[str, str, Rule]]:
+    """What is varied, the choice, and the map."""
+    yield "baseline", "selection", lambda m: selected(m.selection, m.width).q
+    yield "baseline", "transport", Maps.transport
+    yield "baseline", "PCA", Maps.pca
+    for reg in (0.03, 0.3, 1.0, 10.0, 30.0):
+        yield "regularisation", f"reg {reg:g}", lambda m, r=reg: m.transport(reg=r)
+    yield "cost", "relative to both magnitudes", lambda m: m.transport(m.relative())
+    yield "cost", "raw stream", lambda m: m.transport(m.raw)
+    yield "cost", "without first tokens", lambda m: m.transport(m.later)
+    yield "cost", "earlier locations", lambda m: m.transport(m.costs[: len(m.costs) // 2].mean(0))
+    yield "cost", "later locations", lambda m: m.transport(m.costs[len(m.costs) // 2 :].mean(0))
+    yield "cost", "sign-aware", Maps.signed
+    yield "marginals", "sources by magnitude", lambda m: m.marginals(True, False)
+    yield "marginals", "targets by magnitude", lambda m: m.marginals(False, True)
+    yield "marginals", "both by magnitude", lambda m: m.marginals(True, True)
+    for steps in (2, 6, 20):
+        yield "steps", f"{steps} in a row", lambda m, s=steps: m.transport(steps=s)
+    for share in (0.25, 0.5, 0.75):
+        yield "mixture", f"{share:.0%} principal directions", lambda m, s=share: m.mixture(s)
+    for axes in (0, 64):
+        yield "PCA", f"{axes} channels kept on their axes", lambda m, n=axes: m.pca(kept_axes=n)
+    yield "PCA", "of the raw stream", lambda m: m.pca(m.raw_moment)
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
@@ -179,18 +180,25 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     rows = read(args.out) if args.out.exists() else []
-    done = {(row["mixture"], row["varied"], row["choice"]) for row in rows}
+    done = {(row["mixture"], row["windows"], row["varied"], row["choice"]) for row in rows}
+    left = [rule for rule in rules() if (args.mixture, args.windows, *rule[:2]) not in done]
+    if left:
+        _measure(left, args)
+    if args.plot is not None:
+        chart([row for row in read(args.out) if row["windows"] == args.windows], args.plot)
+    return 0
+
+
+def _measure(left: list[tuple[str, str, Rule]], args: argparse.Namespace) -> None:
     about = where(torch.get_num_threads())
     study = Study(args.windows)
     made = Maps(study, args.mixture)
-    for varied, choice, rule in made.rules():
-        if (args.mixture, varied, choice) in done:
-            continue
+    for varied, choice, rule in left:
         start = time.perf_counter()
         row = {"mixture": args.mixture, "windows": args.windows, "width": made.k}
         row |= {"varied": varied, "choice": choice}
         try:
-            q = rule()
+            q = rule(made)
         except ValueError as error:  # a span that collapsed is a finding too
             sys.stdout.write(f"{varied}, {choice}: {error}\n")
             continue
@@ -202,9 +210,6 @@ def main() -> int:
         figures = "  ".join(f"{name} {value:.3f}" for name, value in row["excess"].items())
         sys.stdout.write(f"{varied}, {choice}: {figures}\n")
         sys.stdout.flush()
-    if args.plot is not None:
-        chart(read(args.out), args.plot)
-    return 0
 
 
 if __name__ == "__main__":

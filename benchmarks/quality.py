@@ -99,6 +99,7 @@ class Study:
             "parameters": report["parameters"]["narrow"],
             "dense_parameters": report["parameters"]["dense"],
             "refit": report["refit"],
+            "budget": report["budget"],
             "seconds": round(seconds, 1),
         }
 

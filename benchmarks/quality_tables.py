@@ -59,7 +59,7 @@ def study(rows: list[Row]) -> str:
     found = _by_case(rows)
     return "\n".join(
         [
-            "**At 80 % of all parameters** (baselines have a little more):",
+            "**At 80 % of all parameters** (468 channels are 81.3 %, 1024 inner neurons 80.3 %):",
             "",
             *_equal(found, EQUAL_TOTAL),
             "",

@@ -63,7 +63,8 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
         return old[name].to(qs[0])
 
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
-    table = architecture.table_scale(width, narrow)
+    table = architecture.table_scale(width, narrow, tied)
+    stream = architecture.stream_scale(width, narrow, tied)
     put(embedding, table * wide(embedding) @ qs[0])
     unit = torch.ones(narrow) - architecture.norm_offset
     steps = zip(sublayers, qs, qs[1:], strict=False)
@@ -75,10 +76,10 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
             name = f"{prefix}.{reader}"
             put(name, (wide(name) * gain) @ read / s)
         writer = f"{prefix}.{sublayer.writer}"
-        put(writer, s * written.mT @ wide(writer))
+        put(writer, stream * written.mT @ wide(writer))
         bias = writer.removesuffix("weight") + "bias"
         if bias in old:
-            put(bias, s * wide(bias) @ written)
+            put(bias, stream * wide(bias) @ written)
         if not architecture.layer_norm:
             put(f"{norm}.weight", unit.clone())
     final = f"{architecture.final_norm}.weight"

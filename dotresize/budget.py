@@ -1,10 +1,10 @@
 """One parameter budget, split over residual and feed-forward width by measured sensitivity.
 
 Each width alone is narrowed by two amounts, by the same method and refit but on fewer windows, and
-the loss measured on others. A power law through the two points, excess(x) = a x^p for a removed
-share x, predicts every other amount; of all pairs of widths that fit the budget, the one with the
-smallest predicted sum is taken. Without the refit the residual would look dearer than it is: the
-refit makes up for more of it than of the feed-forward.
+the loss measured on others, which the map has seen and the refit has not. A power law through the
+two points, excess(x) = a x^p for a removed share x, predicts every other amount; of all pairs of
+widths that fit the budget, the one with the smallest predicted sum is taken. Without the refit the
+residual would look dearer than it is: the refit makes up for more of it than of the feed-forward.
 """
 
 from __future__ import annotations

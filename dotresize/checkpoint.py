@@ -21,7 +21,7 @@ import torch
 
 from dotresize import sliced
 from dotresize.models import architecture_of
-from dotresize.stored import check_stored
+from dotresize.stored import check_stored, shards
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
@@ -51,7 +51,11 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
-            check_stored(Path(where), config)
+            shards(Path(where))
+            if getattr(config, "transformers_weights", None) is not None:
+                raise ValueError("config names a weights file of its own (transformers_weights)")
+            if to_narrow:
+                check_stored(Path(where), config)
         weights = (
             {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )

@@ -98,6 +98,9 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         help="then distil the dense model into it, for so many steps (needs accelerate)",
     )
     compress.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="of --recover, at its highest (2e-4)"
+    )
+    compress.add_argument(
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"
     )
     compress.add_argument(
@@ -181,9 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         return commands.run(args)
     except KeyboardInterrupt:
         kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
-        if args.verb == "compress" and os.path.exists(f"{args.out}.partial"):
-            kept = f"{args.out}.partial is kept, --resume goes on from it"
-        return _fail(f"interrupted; {kept}", 1)
+        return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
     except (ValueError, BackendError) as error:
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise
@@ -191,7 +192,18 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # no traceback in a user's face; DOTRESIZE_DEBUG=1 shows it
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise
-        return _fail(f"{type(error).__name__}: {error}", 1)
+        kept = _stages_kept(args)
+        return _fail(f"{type(error).__name__}: {error}{'; ' if kept else ''}{kept}", 1)
+
+
+def _stages_kept(args: argparse.Namespace) -> str:
+    """What is left to go on from, if anything."""
+    if args.verb != "compress":
+        return ""
+    from dotresize.stages import partial_folder
+
+    folder = partial_folder(args.out)
+    return f"{folder} is kept, --resume goes on from it" if folder.exists() else ""
 
 
 def _fail(message: str, code: int) -> int:

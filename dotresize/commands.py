@@ -34,9 +34,15 @@ from dotresize.options import Options
 from dotresize.pipeline import calibrate
 from dotresize.recovery import BATCH_WINDOWS
 from dotresize.recovery import check as check_trainer
-from dotresize.stages import Stages
+from dotresize.stages import Stages, partial_folder
 from dotresize.targets import check_kept, read_targets
-from dotresize.width import check_residual, choose_inner_width, choose_width, residual_share
+from dotresize.width import (
+    check_config,
+    check_residual,
+    choose_inner_width,
+    choose_width,
+    residual_share,
+)
 
 logger = logging.getLogger("dotresize")
 
@@ -55,7 +61,8 @@ _SETTINGS = (
         "ff_method",
     ),
     *("reg", "steps", "factor", "no_refit", "ridge", "untie", "self_windows"),
-    *("calibration", "windows", "window", "seed", "eval", "unseen", "eval_windows", "recover"),
+    *("calibration", "windows", "window", "seed", "eval", "unseen", "eval_windows"),
+    *("recover", "learning_rate"),
 )
 
 
@@ -101,7 +108,10 @@ def _compress(args: argparse.Namespace) -> int:
     settings["model_files"] = files(args.model)
     named = [*args.calibration, *(args.eval or []), *(args.unseen or [])]
     settings["text_sha256"] = digests([*named, *filter(None, [args.targets])])
+    also = {"compare": args.compare, "figures": args.report is not None}
     if args.resume and already_done(args.out, settings):
+        if partial_folder(args.out).exists():
+            Stages(args.out, settings | also, resume=True).remove()
         page_too = "; no page is made of it" if args.report is not None else ""
         logger.info("%s is complete with these settings; nothing to do%s", args.out, page_too)
         return 0
@@ -111,8 +121,21 @@ def _compress(args: argparse.Namespace) -> int:
         if Path(args.out).resolve().is_relative_to(checkpoint.check_output(args.report).resolve()):
             raise ValueError(f"--report {args.report}: must not be or hold the output directory")
         options = replace(options, figures=True)
-    also = {"compare": args.compare, "figures": options.figures}
     stages = Stages(args.out, settings | also, resume=args.resume)
+    try:
+        return _run_stages(args, options, settings, stages, device)
+    except ValueError:
+        stages.remove()  # the same settings would fail again, and others could not go on from it
+        raise
+
+
+def _run_stages(
+    args: argparse.Namespace,
+    options: Options,
+    settings: dict[str, Any],
+    stages: Stages,
+    device: torch.device,
+) -> int:
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
     streams, tokens, texts = _inputs(args, options, model, tokenizer)
@@ -122,7 +145,8 @@ def _compress(args: argparse.Namespace) -> int:
     figures = rows[-1].pop("figures", None)
     if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
-        row = stages.recovered(model, narrow, new, rows[-1], seed=args.seed)
+        choices = {"seed": args.seed, "learning_rate": args.learning_rate}
+        row = stages.recovered(model, narrow, new, rows[-1], **choices)
         rows.append(comparison.evaluate_into(row, narrow, texts))
     *others, last = rows
     last["settings"] = settings
@@ -167,9 +191,10 @@ def _sweep(args: argparse.Namespace) -> int:
     check_weights(model)
     divisor = architecture_of(model.config).divisor(model.config)
     for width in args.widths:
-        choose_width(width, model.config.hidden_size, divisor)
+        check_residual(model.config, replace(options, width=width))
+        check_config(model.config, choose_width(width, model.config.hidden_size, divisor))
     _, tokens, texts = _inputs(args, options, model, tokenizer)
-    wanted = [*comparison.compared(options), options]
+    wanted = [*comparison.compared(options, model.config), options]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
     dense = comparison.dense_report(model, texts)
     rows = [dense]
@@ -208,6 +233,7 @@ def _inputs(
         divisor = architecture_of(model.config).divisor(model.config)
         new = choose_width(asked, width, divisor)
         note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+        check_config(model.config, new)
         logger.info("width %d -> %d (asked for %g%s)", width, new, asked, note)
     if inner is not None:
         old = architecture_of(model.config).inner_width(model.config)
@@ -226,9 +252,14 @@ def _check_files(args: argparse.Namespace, options: Options, device: torch.devic
     if getattr(args, "recover", None) is not None:
         if args.recover < 1:
             raise ValueError(f"--recover {args.recover}: must be at least 1 step")
-        check_trainer()
+        if not 0 < args.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate {args.learning_rate:g}: must be positive")
+        check_trainer(device)
         if options.per_location:
             raise ValueError("--recover: trains plain checkpoints only, with one map for all")
+    for path in args.unseen or []:
+        if path in [*args.calibration, *(args.eval or [])]:
+            raise ValueError(f"--unseen {path}: is given to --calibration or --eval as well")
     if args.windows < len(args.calibration):
         raise ValueError(
             f"--windows {args.windows}: must be at least one for each of the "

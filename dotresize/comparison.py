@@ -21,9 +21,11 @@ from dotresize.stages import Stages
 COMPARED = ("magnitude", "pca", "dot")
 
 
-def compared(options: Options) -> list[Options]:
+def compared(options: Options, config: Any) -> list[Options]:
     """What is set beside a method: the plain ones, without refit, at the same widths."""
     bare = replace(options, refit=False, scope="global", figures=False)
+    if architecture_of(config).fixed_residual:
+        return [bare] if options.refit else []
     chosen = options.targets
     return [
         replace(bare, method=method, targets=None if method == "pca" else chosen)
@@ -43,7 +45,7 @@ def narrowed(
     compare: bool,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
-    others = compared(options) if compare else []
+    others = compared(options, model.config) if compare else []
     device = next(model.parameters()).device
     tokens, statistics = stages.calibration(
         lambda: calibrate(model, tokens, options, *others), device
@@ -54,10 +56,11 @@ def narrowed(
     dense = dense_report(model, texts)
     main["dense_perplexity"] = dense["perplexity"]
     evaluate_into(main, narrow, texts)
-    inner = main["feed_forward"]["new"]
-    same_size = {
+    inner = main["feed_forward"]
+    same_size: dict[str, Any] = {
         **{"width": main["width"]["new"], "energy": None},
-        **{"params": None, "params_count": "total", "ff_width": inner},
+        **{"params": None, "params_count": "total"},
+        **({"ff_width": inner["new"]} if inner["method"] else {"ff_method": "eliminate"}),
     }
     rows = [
         one(model, tokens, statistics, replace(other, **same_size), texts, dense)[1]

@@ -14,31 +14,31 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
-from dotresize.linear import keep_outputs, linear_of, rows_of, set_rows
-from dotresize.models import Sublayer, architecture_of
-from dotresize.options import Options
-from dotresize.refit import WRITER_RIDGES
+from dotresize.linear import linear_of, rows_of
+from dotresize.models import architecture_of
+from dotresize.refit import Correction, solve_writer
 from dotresize.streams import Streams, captured
 
 
 @torch.no_grad()
-def narrow_inner(model: Any, tokens: Tensor, inner: int | None, options: Options) -> Any:
-    """A copy of the model with ``inner`` neurons in each feed-forward block (None: all of them).
+def narrow_inner(
+    model: Any, tokens: Tensor, correction: Correction, *, batch_windows: int = 4
+) -> Any:
+    """A copy of the model whose feed-forward blocks have ``correction.inner_width`` neurons each.
 
-    tokens: int64 (windows, length). Uses ff_method, refit, ridge and batch_windows of the options.
+    tokens: int64 (windows, length). No width given leaves the copy as it is.
     """
     architecture = architecture_of(model.config)
     part = architecture.sublayers[-1]
     narrow = copy.deepcopy(model)
-    if inner is None:
+    if correction.inner_width is None:
         return narrow
-    wide = Streams(model, tokens, options.batch_windows)
-    thin = Streams(narrow, tokens, options.batch_windows)
+    wide = Streams(model, tokens, batch_windows)
+    thin = Streams(narrow, tokens, batch_windows)
     dense_layers, layers = (m.get_submodule(architecture.layers) for m in (model, narrow))
     pairs = list(zip(dense_layers, layers, strict=True))
     for dense_layer, layer in tqdm(pairs, desc="inner width", unit="layer", disable=None):
@@ -49,23 +49,8 @@ def narrow_inner(model: Any, tokens: Tensor, inner: int | None, options: Options
             with captured([dense_writer]) as written:
                 wide.stream[i] = wide.run(dense_layer, i)
             equations.add(thin.until(layer, writer, i), written[0].float() - bias)
-        _cut(layer, part, equations, inner, options)
+        solve_writer(layer, part, equations, correction)
         for i in range(len(thin)):
             thin.stream[i] = thin.run(layer, i)
-    setattr(narrow.config, architecture.inner, inner)
+    setattr(narrow.config, architecture.inner, correction.inner_width)
     return narrow
-
-
-def _cut(
-    layer: nn.Module, part: Sublayer, equations: NormalEquations, inner: int, options: Options
-) -> None:
-    """Choose a block's neurons, and cut and solve its weights, in place."""
-    gram, prior = equations.gram, equations.prior
-    cross = equations.cross if options.refit else gram @ prior
-    kept, rows = choose_neurons(options.ff_method, gram, cross, prior, inner)
-    if options.refit:
-        equations.restrict(kept, rows)
-        rows = equations.solve(WRITER_RIDGES * options.ridge)
-    set_rows(linear_of(layer, part.writer), rows)
-    for name in part.readers:
-        keep_outputs(linear_of(layer, name), kept, part.stacked)

@@ -85,8 +85,8 @@ def digests(paths: list[str]) -> dict[str, str]:
 def files(model: str) -> list[list]:
     """Names, sizes and dates of the files a model is read from; nothing for a hub id."""
     path = Path(model)
-    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
 
 def already_done(out: str, settings: dict[str, Any]) -> bool:

@@ -19,10 +19,11 @@ from dotresize.models import architecture_of
 from dotresize.narrowing import basis, correct_weights, narrow_locations, width_map
 from dotresize.ops.backends import choose
 from dotresize.options import Options
-from dotresize.refit import RIDGE
+from dotresize.refit import RIDGE, Correction
 from dotresize.self_text import sample
 from dotresize.targets import Targets, check_kept, kept_set
 from dotresize.width import (
+    check_config,
     check_residual,
     choose_inner_width,
     choose_width,
@@ -117,6 +118,7 @@ def compress(
     if energy is None and params is None:
         width = residual_share(width, ff_width)
         new_width = choose_width(width, model.config.hidden_size, divisor)
+        check_config(model.config, new_width)
     inner = choose_inner_width(ff_width, model.config)
     if isinstance(targets, Tensor):
         check_kept(targets, model.config.hidden_size, new_width)
@@ -158,9 +160,11 @@ def _narrowed(
     """The narrowed model, its map, and the basis or bases, if any; adds times by stage."""
     if architecture_of(model.config).fixed_residual:
         start = time.perf_counter()
-        narrow = narrow_inner(model, windows, inner, options)
+        correction = Correction(options.refit, options.ridge, inner, options.ff_method)
+        narrow = narrow_inner(model, windows, correction, batch_windows=options.batch_windows)
         seconds["refit"] = time.perf_counter() - start
         return narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), None
+    check_config(model.config, width)
     selection = kept_set(options.targets, statistics, width)
     q: Tensor | list[Tensor]
     if options.per_location:
@@ -184,10 +188,10 @@ def _report(
     model: Any, narrow: Any, statistics: Statistics, options: Options, seconds: dict[str, float]
 ) -> dict[str, Any]:
     device = next(model.parameters()).device
-    inner_of = architecture_of(model.config).inner_width
-    old, new = inner_of(model.config), inner_of(narrow.config)
+    architecture = architecture_of(model.config)
+    old, new = (architecture.inner_width(m.config) for m in (model, narrow))
     return {
-        "method": options.method,
+        "method": "feed-forward" if architecture.fixed_residual else options.method,
         "scope": "location" if options.per_location else "global",
         "refit": {"ridge": options.ridge} if options.refit else None,
         "width": {
@@ -265,7 +269,7 @@ def _split_budget(
     def narrowed(width: int, inner: int, some: Tensor) -> Any:
         q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
         if width < full:
-            found = width_map(mean, kept_set(None, statistics, width), options)
+            found = width_map(mean, kept_set(options.targets, statistics, width), options)
             q = basis(model, found, options)
         narrow = absorb(model, q, untie=options.untie)
         less = choose_inner_width(inner, model.config)

@@ -10,27 +10,37 @@ state is not part of the result; it is read back as plain tensors only.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
+import random
+import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from dotresize.accounting import check_weights
 
 BATCH_WINDOWS = 2
 LEARNING_RATE = 2e-4
 
 
-def check() -> None:
-    """ValueError where Trainer cannot run."""
+def check(device: torch.device) -> None:
+    """ValueError where Trainer cannot run, or would train on another device."""
     try:
         import accelerate  # noqa: F401
     except ImportError:
         raise ValueError("recover needs accelerate: pip install 'dotresize[recover]'") from None
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ValueError(f"recover: trains on cuda:0, not {device}; choose by CUDA_VISIBLE_DEVICES")
 
 
 def recover(
@@ -49,8 +59,8 @@ def recover(
         dense: the original model, on the device of ``narrow``.
         narrow: a plain narrowed model, with the same vocabulary.
         tokens: int64 (windows, length), each window used once.
-        folder: for Trainer's state. A run that was interrupted there goes on, and then ends with
-            the weights it would have had; the caller removes it.
+        folder: for Trainer's state. The same run that was interrupted there goes on, and then ends
+            with the weights it would have had; the caller removes it.
         learning_rate: at its highest, after the first tenth of the steps.
         seed: of the order of the windows.
 
@@ -58,15 +68,17 @@ def recover(
         figures for the report: steps, tokens, learning rate, losses, seconds.
 
     Raises:
-        ValueError: no windows; accelerate is missing; the loss is not finite.
+        ValueError: no windows; accelerate is missing; another run's folder; a loss that is not
+            finite.
     """
-    check()
+    check(narrow.device)
     import transformers
 
     steps = len(tokens) // batch_windows
     if steps < 1:
         raise ValueError(f"recover: {len(tokens)} windows are less than a step of {batch_windows}")
-    device, dtype = narrow.device, narrow.dtype
+    _claim(Path(folder), narrow, tokens, {"learning_rate": learning_rate, "seed": seed})
+    device = narrow.device
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -78,36 +90,43 @@ def recover(
         save_total_limit=1,
         logging_steps=max(1, steps // 10),
         logging_strategy="steps",
+        logging_nan_inf_filter=False,
         disable_tqdm=True,  # its own bar prints every log entry on stdout
         report_to=[],
         use_cpu=device.type == "cpu",
         bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=False,
-        seed=seed,
+        seed=seed % 2**32,
     )
+    if device.type == "cuda":
+        arguments._n_gpu = 1  # several would share each step's windows
 
     def divergence(outputs: Any, ids: Tensor, **_: Any) -> Tensor:
         with torch.no_grad():
             wanted = dense(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         found = outputs.logits.float().log_softmax(-1)
         loss = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        if not torch.isfinite(loss):
+            raise ValueError("recover: the loss is not finite; try a smaller learning rate")
         return loss / ids.numel()
 
     start = time.perf_counter()
-    trainer = transformers.Trainer(
-        model=narrow.float().train(),
-        args=arguments,
-        train_dataset=[{"input_ids": window, "labels": window} for window in tokens],
-        compute_loss_func=divergence,
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    with tqdm(total=steps, desc="recover", unit="step", disable=None) as progress:
-        trainer.add_callback(_progress(progress))
+    dtypes = [parameter.dtype for parameter in narrow.parameters()]
+    progress = tqdm(total=steps, desc="recover", unit="step", disable=None)
+    with _generators_kept(), progress:
+        trainer = transformers.Trainer(
+            model=narrow.float().train(),
+            args=arguments,
+            train_dataset=[{"input_ids": window, "labels": window} for window in tokens],
+            compute_loss_func=divergence,
+            callbacks=[_progress(progress)],
+        )
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_state(Path(folder)))
-    narrow.to(dtype).eval()
+    for parameter, dtype in zip(narrow.parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)  # buffers stay: they are not of the checkpoint
+    check_weights(narrow.eval())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not all(map(math.isfinite, losses)):
-        raise ValueError("recover: the loss is not finite; use a smaller learning rate")
     return {
         "steps": steps,
         "tokens": tokens.numel(),
@@ -128,9 +147,25 @@ def _progress(bar: Any) -> Any:
     return Progress()
 
 
+def _claim(folder: Path, narrow: Any, tokens: Tensor, choices: dict[str, float]) -> None:
+    """ValueError where the folder holds another run's state; else says whose it is from now on."""
+    digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
+    for parameter in narrow.parameters():
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    mine = json.dumps({"inputs": digest.hexdigest(), **choices})
+    path = folder / "run.json"
+    if path.is_file() and path.read_text(encoding="utf-8") == mine:
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"recover: {folder} holds something else; give an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(mine, encoding="utf-8")
+
+
 def _last_state(folder: Path) -> str | None:
     """The newest complete state in the working folder; those that were cut short are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found.sort(key=lambda path: int(path.name.split("-")[1]))
     while found:
         try:  # written last
             json.loads((found[-1] / "trainer_state.json").read_text(encoding="utf-8"))
@@ -138,3 +173,15 @@ def _last_state(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(found.pop())
     return None
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Trainer seeds every random generator of the process."""
+    ours, numpys = random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            numpy.random.set_state(numpys)  # noqa: NPY002

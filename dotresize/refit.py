@@ -36,7 +36,7 @@ from dotresize.absorb import is_tied
 from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.linear import keep_outputs, linear_of, rows_of, set_rows
-from dotresize.models import architecture_of
+from dotresize.models import Sublayer, architecture_of
 from dotresize.sliced import past_feed_forward, without_adapters
 from dotresize.streams import Spill, Streams, captured, inner_neurons, norms_of
 
@@ -118,6 +118,9 @@ class _Walk:
         self._delivered = [Spill(count) for _ in self.architecture.sublayers]
         self._middle, self._inner = Spill(count), Spill(count)
         self._multiplier = self.architecture.multiplier(dense.config)
+        self._stream_scale = self.architecture.stream_scale(
+            dense.config.hidden_size, narrow.config.hidden_size, is_tied(narrow)
+        )
         locations = 2 * len(self.layers) + 1
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
@@ -145,11 +148,8 @@ class _Walk:
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
             self._middle[i] = past_feed_forward(layer, x)
+        kept = self._write(body, feed_forward, qs[2])
         writer = linear_of(body, feed_forward.writer)
-        kept = self._write(writer, qs[2])
-        if kept is not None:
-            for name in feed_forward.readers:
-                keep_outputs(linear_of(body, name), kept, feed_forward.stacked)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
             written = writer(h if kept is None else h[..., kept])
             self._thin.stream[i] = x + self._multiplier * written
@@ -180,7 +180,7 @@ class _Walk:
     ) -> None:
         if not self.correction.readers_and_writers:
             return
-        prior = q.mT * self.architecture.gain(dense_norm) / _scale(q)
+        prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
             equations.add(norm(x), v)
@@ -188,36 +188,41 @@ class _Walk:
         for dense_reader, reader in readers:
             reader.copy_((dense_reader.to(FLOAT) @ a.mT).to(reader.dtype))
 
-    def _write(self, writer: Any, q: Tensor) -> Tensor | None:
+    def _write(self, layer: nn.Module, part: Sublayer, q: Tensor) -> Tensor | None:
         """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
         correction = self.correction
         if not correction.readers_and_writers and correction.inner_width is None:
             return None
+        writer = linear_of(layer, part.writer)
         prior = rows_of(writer).to(FLOAT)
         bias = 0.0 if writer.bias is None else writer.bias.float()
-        project = (_scale(q) * q).float()
+        project = (self._stream_scale * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._wide.stream, strict=True):
             missing = wanted.float() @ project - x.float()
             equations.add(h, missing / self._multiplier - bias)
-        kept = None
-        if correction.inner_width is not None:
-            gram = equations.gram
-            cross = equations.cross if correction.readers_and_writers else gram @ prior
-            kept, prior = choose_neurons(
-                correction.inner_method, gram, cross, prior, correction.inner_width
-            )
-            equations.restrict(kept, prior)
-        b = prior
-        if correction.readers_and_writers:
-            b = equations.solve(WRITER_RIDGES * correction.ridge)
-        set_rows(writer, b)
-        return kept
+        return solve_writer(layer, part, equations, correction)
 
 
-def _scale(q: Tensor) -> float:
-    """s of dotresize.absorb."""
-    return (q.shape[1] / q.shape[0]) ** 0.5
+def solve_writer(
+    layer: nn.Module, part: Sublayer, equations: NormalEquations, correction: Correction
+) -> Tensor | None:
+    """Choose a feed-forward's neurons and solve its writer, in place; which stay, None for all."""
+    rows = equations.prior
+    kept = None
+    if correction.inner_width is not None:
+        gram = equations.gram
+        cross = equations.cross if correction.readers_and_writers else gram @ rows
+        kept, rows = choose_neurons(
+            correction.inner_method, gram, cross, rows, correction.inner_width
+        )
+        equations.restrict(kept, rows)
+        for name in part.readers:
+            keep_outputs(linear_of(layer, name), kept, part.stacked)
+    if correction.readers_and_writers:
+        rows = equations.solve(WRITER_RIDGES * correction.ridge)
+    set_rows(linear_of(layer, part.writer), rows)
+    return kept
 
 
 def _pairs(

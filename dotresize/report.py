@@ -89,8 +89,8 @@ tags: [dotresize, compressed]
 
 # {name}, narrowed
 
-Residual width {width["old"]} -> {width["new"]} by {label(report)}, with
-dotresize {report["versions"]["dotresize"]}.
+Narrowed by {label(report)}, with dotresize {report["versions"]["dotresize"]}.
+Residual width {width["old"]} -> {width["new"]}.
 Parameters {_millions(parameters["dense"]["total"])} -> {_millions(parameters["narrow"]["total"])}
 (tied tensors counted once); embeddings {"tied" if report["tied"] else "not tied"}.
 {loading}

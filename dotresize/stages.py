@@ -7,6 +7,7 @@ with the weights it would have had. The folder is removed when OUT is complete.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,20 @@ import torch
 from torch import Tensor
 
 from dotresize import checkpoint
+from dotresize.accounting import peak_memory
 from dotresize.calibration import Statistics
 from dotresize.inputs import refuse_changes
 from dotresize.recovery import recover
 
+logger = logging.getLogger("dotresize")
+
 _TENSORS = ("importance", "moment", "cost")
+
+
+def partial_folder(out: str) -> Path:
+    """Beside an output directory, whatever slashes its name ends in."""
+    path = Path(out)
+    return path.with_name(f"{path.name}.partial")
 
 
 class Stages:
@@ -32,7 +42,7 @@ class Stages:
 
     def __init__(self, out: str, settings: dict[str, Any], *, resume: bool) -> None:
         """ValueError where a run of other settings, or one not to be resumed, has left some."""
-        self.path = Path(f"{out}.partial")
+        self.path = partial_folder(out)
         self._settings = settings
         if not self.path.exists():
             return
@@ -63,7 +73,10 @@ class Stages:
                 save_file(tensors | {"tokens": tokens.contiguous()}, new / "tensors.safetensors")
                 (new / "record.json").write_text(json.dumps(record), encoding="utf-8")
 
-            self._keep(folder, fill)
+            try:
+                self._keep(folder, fill)
+            except OSError as error:  # the run itself needs no room for it
+                logger.warning("calibration is not kept for --resume: %s", error.strerror or error)
             return tokens, statistics
         tensors = load_file(folder / "tensors.safetensors", device=str(device))
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
@@ -92,14 +105,15 @@ class Stages:
         return narrow, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
     def recovered(
-        self, dense: Any, narrow: Any, tokens: Tensor, free: dict[str, Any], *, seed: int
+        self, dense: Any, narrow: Any, tokens: Tensor, free: dict[str, Any], **choices: Any
     ) -> dict[str, Any]:
         """Trains ``narrow`` in place; its report, with the training-free one's figures apart."""
-        found = recover(dense, narrow, tokens, folder=self.path / "training", seed=seed)
+        found = recover(dense, narrow, tokens, folder=self.path / "training", **choices)
         row = {name: value for name, value in free.items() if name != "figures"}
         row["recovery"] = found
         row["training_free"] = {"perplexity": free["perplexity"], "seconds": free["seconds"]}
         row["seconds"] = {"recovery": found["seconds"]}
+        row["peak_memory_bytes"] = peak_memory()
         return row
 
     def remove(self) -> None:

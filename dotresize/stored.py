@@ -12,14 +12,14 @@ from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 # Layers are numbered in the names of their weights, whatever the family calls them.
-_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 def check_stored(folder: Path, config: Any) -> None:
     """ValueError where shards are missing, lie elsewhere, or disagree with the config.
 
-    Only headers are read. Weights that transformers stores by another name than it uses are left
-    to transformers.
+    For a model that is to be narrowed. Only headers are read. Weights that transformers stores by
+    another name than it uses are left to transformers.
     """
     import transformers
 
@@ -39,9 +39,11 @@ def check_stored(folder: Path, config: Any) -> None:
 
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a directory. ValueError where one is missing or lies elsewhere."""
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.is_file():  # transformers looks for it first
+        return [single]
     if not index.is_file():
-        return [path for path in [folder / "model.safetensors"] if path.is_file()]
+        return []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         apart = sorted(name for name in names if Path(name).name != name)

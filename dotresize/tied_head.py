@@ -37,7 +37,7 @@ def choose_table(dense: Any, narrow: Any, q: Tensor, moment: Tensor, *, ridge: f
     embedding = dense.get_submodule(architecture.embedding).weight
     table = narrow.get_submodule(architecture.embedding).weight
     norm = narrow.get_submodule(architecture.final_norm)
-    goal = architecture.table_scale(*q.shape) * q
+    goal = architecture.table_scale(q.shape[0], q.shape[1], True) * q
     scale = architecture.gain(dense.get_submodule(architecture.final_norm))
     basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, _gram(embedding), ridge)
     # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dotresize.absorb import resized
 from dotresize.calibration import Statistics
 from dotresize.models import architecture_of
 from dotresize.options import Options
@@ -80,9 +81,27 @@ def check_residual(config: Any, options: Options) -> None:
             f"width: {config.model_type} keeps its residual ({architecture.fixed_residual}); "
             "give ff_width alone"
         )
+    of_residual = {
+        "method": options.method != "pca",
+        "targets": options.targets is not None,
+        "untie": options.untie,
+        "scope": options.per_location,
+    }
+    for name, given in of_residual.items():
+        if architecture.fixed_residual and given:
+            raise ValueError(f"{name}: {config.model_type} keeps its residual; leave {name} out")
     inner = options.ff_width is not None or options.params is not None
     if not architecture.has_inner_width and inner:
         raise ValueError("ff_width, params: experts have no single inner width; give width")
+
+
+def check_config(config: Any, width: int) -> None:
+    """ValueError where the model's own config would not be read back with that width."""
+    try:
+        type(config).from_dict(resized(config, width).to_dict())
+    except Exception as error:  # each config has checks, and exceptions, of its own
+        reason = " ".join(str(error).split())[-200:]
+        raise ValueError(f"width {width}: {config.model_type} refuses it: {reason}") from error
 
 
 def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:

@@ -32,6 +32,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def few_kept_axes(monkeypatch) -> None:
+    """A tiny model has about as many channels as PCA leaves on their axes: none would be turned."""
+    from dotresize import baselines
+
+    monkeypatch.setitem(baselines.pca.__kwdefaults__, "kept_axes", 4)
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
@@ -59,23 +67,22 @@ def tiny_model(kind: str = "llama", *, tied: bool = True, dtype=torch.float32, *
     """A random model of 3 layers and width 24, its norms and biases not at their initial values."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(
-        kind,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=259,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=256,
-        **(_OF_KIND.get(kind, {}) | changes),
-    )
+    choices = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 259,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 256,
+    }
+    config = transformers.AutoConfig.for_model(kind, **(choices | _OF_KIND.get(kind, {}) | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of, fails
+from conftest import copy_of, fails, tiny_model
 
 from dotresize.cli import main
 
@@ -37,7 +37,7 @@ def test_compress_makes_a_directory_that_plain_transformers_loads(arguments, run
         "dotresize.json",
         "README.md",
     } < names
-    assert not list(out.parent.glob(".*partial*"))
+    assert not list(out.parent.glob("*partial*"))
     report = json.loads((out / "dotresize.json").read_text())
     widths = {"asked": 16.0, "energy": None, "old": 24, "new": 16, "multiple_of": 4}
     assert report["width"] == widths
@@ -167,7 +167,9 @@ def test_no_room_while_saving(arguments):
     assert "Traceback" not in error
     assert error.strip().splitlines()[-1].startswith("dotresize: ")
     assert not Path(arguments[2]).exists()
-    assert not list(Path(arguments[2]).parent.glob(".*partial*"))
+    assert "out.partial is kept, --resume goes on from it" in error
+    assert not list(Path(arguments[2]).parent.rglob(".dotresize-partial*"))
+    assert main([*arguments, "--resume"]) == 0
 
 
 def test_no_room_for_the_tokenizer(arguments, tmp_path, model_directory):
@@ -208,7 +210,7 @@ def test_interrupted(arguments, how):
     assert "interrupted" in error
     assert "Traceback" not in error
     assert not Path(arguments[2]).exists()
-    assert not list(Path(arguments[2]).parent.glob(".*partial*"))
+    assert not list(Path(arguments[2]).parent.glob("*partial*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -284,3 +286,21 @@ def test_gguf_model(arguments, tmp_path, model_directory, capsys):
     config = json.loads((Path(arguments[2]) / "config.json").read_text())
     assert config["hidden_size"] == 16
     assert "quantization_config" not in config
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_compare_where_only_one_width_can_change(
+    kind, arguments, model_directory, tmp_path, capsys
+):
+    folder = copy_of(model_directory, tmp_path / "other")
+    tiny_model(kind).save_pretrained(folder)
+    arguments[1] = str(folder)
+    if kind == "gpt2":
+        arguments[3:5] = ["--ff-width", "30"]
+    assert main([*arguments, "--compare"]) == 0
+    heading = capsys.readouterr().out.splitlines()[0].split("  ")
+    wanted = {
+        "mixtral": ["dense", "magnitude", "PCA", "transport", "PCA + refit"],
+        "gpt2": ["dense", "feed-forward", "feed-forward + refit"],
+    }
+    assert [name.strip() for name in heading if name.strip()] == wanted[kind]

@@ -119,3 +119,11 @@ def test_damage_is_named_in_one_line(damage, message, sharded, arguments, capsys
     arguments[1] = str(sharded)
     assert message in fails(arguments, capsys)
     assert sorted(sharded.parent.rglob("*")) == before
+
+
+def test_the_single_file_is_what_is_read(sharded, model_directory, arguments):
+    """As in transformers, whatever an index beside it says."""
+    shutil.copy(model_directory / "model.safetensors", sharded)
+    (sharded / SECOND).unlink()
+    arguments[1] = str(sharded)
+    assert main(arguments) == 0

@@ -98,13 +98,11 @@ def test_a_narrower_feed_forward_loads_plainly(kind, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("refit", [False, True])
-def test_all_neurons_is_the_identity(method, refit, tokens):
-    model = tiny_model("llama", mlp_bias=True)
-    narrow, _ = compress(model, tokens, ff_width=40, ff_method=method, refit=refit)
-    with torch.inference_mode():
-        difference = model(input_ids=tokens).logits - narrow(input_ids=tokens).logits
-    assert difference.abs().max() < 2e-3
+def test_all_neurons_is_the_identity(method):
+    h, w = torch.randn(200, 12, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
+    kept, rows = choose_neurons(method, h.mT @ h, h.mT @ h @ w, w, 12)
+    assert kept.tolist() == list(range(12))
+    assert torch.allclose(rows, w)
 
 
 def test_least_squares_beats_selection_on_the_calibration_tokens(tokens):

@@ -7,8 +7,10 @@ import torch
 from conftest import tiny_model
 
 from dotresize import compress
+from dotresize.inner_width import narrow_inner
 from dotresize.linear import linear_of
 from dotresize.models import architecture_of, supported
+from dotresize.refit import Correction
 from dotresize.streams import captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +43,9 @@ def test_there_are_some():
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_neurons_are_the_identity(kind, tokens):
     model = tiny_model(kind)
+    for correction in (Correction(inner_width=40), Correction(False, inner_width=40)):
+        narrow = narrow_inner(model, tokens, correction)
+        assert (logits(narrow, tokens) - logits(model, tokens)).abs().max() < 2e-3
     narrow, report = compress(model, tokens, ff_width=1.0)
     assert torch.equal(logits(narrow, tokens), logits(model, tokens))
     assert report["feed_forward"]["method"] is None
@@ -108,3 +113,11 @@ def test_least_squares_is_nearer_to_what_the_dense_writers_write(kind, tokens):
 def test_the_residual_is_refused_with_the_reason(options, tokens):
     with pytest.raises(ValueError, match=r"olmo2 keeps its residual \(a norm follows each"):
         compress(tiny_model("olmo2"), tokens, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "dot"}, {"untie": True}, {"method": "magnitude", "refit": False}]
+)
+def test_choices_of_the_residual_are_refused(options, tokens):
+    with pytest.raises(ValueError, match="gpt2 keeps its residual"):
+        compress(tiny_model("gpt2"), tokens, ff_width=0.7, **options)

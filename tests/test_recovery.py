@@ -113,3 +113,32 @@ def test_command_line(arguments, capsys, monkeypatch):
     assert main(["eval", str(out), words[8], *words[9:11], *words[13:16]]) == 0
     found = float(capsys.readouterr().out.split()[1])
     assert found == pytest.approx(report["perplexity"]["topics"], rel=1e-4)
+
+
+def test_another_run_is_not_gone_on_with(tokens, tmp_path):
+    model = tiny_model()
+    narrow, other = (compress(model, tokens[:6], width=w, refit=False)[0] for w in (16, 20))
+    recover(model, narrow, tokens[:4], folder=tmp_path)
+    with pytest.raises(ValueError, match="holds something else"):
+        recover(model, other, tokens[:4], folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite(tokens, tmp_path):
+    model = tiny_model()
+    narrow, _ = compress(model, tokens[:6], width=16, refit=False)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="the loss is not finite; try a smaller learning rate"):
+        recover(model, narrow, tokens, folder=tmp_path, learning_rate=1e30)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_buffers_keep_their_type(tokens, tmp_path):
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()  # as loaded: rotary tables stay in float32
+    narrow, _ = compress(model, tokens[:6], width=16, refit=False, self_windows=0)
+    before = {name: buffer.clone() for name, buffer in narrow.named_buffers()}
+    recover(model, narrow, tokens[:4], folder=tmp_path)
+    for name, buffer in narrow.named_buffers():
+        assert torch.equal(buffer, before[name])
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import fails
+from conftest import copy_of, fails
 from test_cli import start
 
 from dotresize import comparison
 from dotresize.cli import main
+from dotresize.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +106,38 @@ def test_a_folder_that_is_not_ours_is_left_alone(content, arguments, capsys):
     assert "is not what an unfinished run leaves" in fails([*arguments, "--resume"], capsys)
     assert (folder / "notes.txt").read_text() == "mine"
     shutil.rmtree(folder)
+
+
+def test_a_name_that_ends_in_a_slash(arguments):
+    arguments[2] += "/"
+    assert main(arguments) == 0
+    assert not Path(f"{arguments[2][:-1]}.partial").exists()
+
+
+def test_bad_choices_leave_nothing_to_go_on_from(arguments, capsys):
+    """Found out after the calibration: the corrected command must not be refused."""
+    wrong = [*arguments, "--method", "dot", "--reg"]
+    assert "span has collapsed" in fails([*wrong, "1e15"], capsys)
+    assert main([*wrong, "3"]) == 0
+
+
+def test_what_a_kill_after_the_end_leaves_is_removed(arguments, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "remove", lambda self: None)
+        assert main(arguments) == 0
+    assert Path(f"{arguments[2]}.partial").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert not Path(f"{arguments[2]}.partial").exists()
+
+
+def test_an_output_inside_the_model(arguments, model_directory, tmp_path, monkeypatch):
+    inside = copy_of(model_directory, tmp_path / "model")
+    arguments[1:3] = [str(inside), str(inside / "narrow")]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "dense_report", stop)
+        assert main(arguments) == 1
+    assert main([*arguments, "--resume"]) == 0

@@ -6,10 +6,19 @@ from typing import Any
 
 from dotresize.models.architecture import Architecture, Sublayer
 from dotresize.models.fixed_residual import GPT2, NORM_AFTER, OPT
-from dotresize.models.llama import EXPERTS, GEMMA, GRANITE, LLAMA, LLAMA_LIKE, OLMO, PHI3
+from dotresize.models.llama import (
+    EXPERTS,
+    GEMMA,
+    GRANITE,
+    LLAMA,
+    LLAMA_LIKE,
+    OLMO,
+    PHI3,
+    QWEN_EXPERTS,
+)
 
 FAMILIES: tuple[Architecture, ...] = (
-    *(LLAMA, LLAMA_LIKE, GRANITE, GEMMA, OLMO, PHI3, EXPERTS),
+    *(LLAMA, LLAMA_LIKE, GRANITE, GEMMA, OLMO, PHI3, EXPERTS, QWEN_EXPERTS),
     *(NORM_AFTER, GPT2, OPT),
 )
 

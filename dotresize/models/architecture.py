@@ -90,9 +90,19 @@ class Architecture:
             return torch.ones(cast(tuple[int], norm.normalized_shape), dtype=torch.float64)
         return cast(Tensor, norm.weight).double() + self.norm_offset
 
-    def table_scale(self, width: int, narrow: int) -> float:
-        """What embeddings E Q are multiplied by, for the stream to be sqrt(narrow / width) x Q."""
-        return 1.0 if self.root_scaled else (narrow / width) ** 0.5
+    def stream_scale(self, width: int, narrow: int, tied: bool) -> float:
+        """What the narrowed stream is multiplied by, against the projected dense one.
+
+        sqrt(narrow / width) lets the norms see the same variance beside their eps. A tied head
+        behind a norm without weights wants its inverse: nothing else there could undo it.
+        """
+        s = (narrow / width) ** 0.5
+        return 1 / s if tied and self.layer_norm else s
+
+    def table_scale(self, width: int, narrow: int, tied: bool) -> float:
+        """What embeddings E Q are multiplied by for that, before the model's own factor."""
+        own = (narrow / width) ** 0.5 if self.root_scaled else 1.0
+        return self.stream_scale(width, narrow, tied) / own
 
     @property
     def has_inner_width(self) -> bool:

@@ -45,7 +45,7 @@ PHI3 = replace(
 
 EXPERTS = replace(
     LLAMA_LIKE,
-    model_types=("mixtral", "qwen3_moe"),
+    model_types=("mixtral",),
     # Grouped matrix products want rows of 16 bytes, in half precision too.
     width_multiple=8,
     sublayers=(
@@ -58,3 +58,5 @@ EXPERTS = replace(
         ),
     ),
 )
+
+QWEN_EXPERTS = replace(EXPERTS, model_types=("qwen3_moe",), inner="moe_intermediate_size")
