@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of, fails, tiny_model
+from conftest import copy_of, fails
 
 from dotresize.cli import main
 
@@ -286,21 +286,3 @@ def test_gguf_model(arguments, tmp_path, model_directory, capsys):
     config = json.loads((Path(arguments[2]) / "config.json").read_text())
     assert config["hidden_size"] == 16
     assert "quantization_config" not in config
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
-def test_compare_where_only_one_width_can_change(
-    kind, arguments, model_directory, tmp_path, capsys
-):
-    folder = copy_of(model_directory, tmp_path / "other")
-    tiny_model(kind).save_pretrained(folder)
-    arguments[1] = str(folder)
-    if kind == "gpt2":
-        arguments[3:5] = ["--ff-width", "30"]
-    assert main([*arguments, "--compare"]) == 0
-    heading = capsys.readouterr().out.splitlines()[0].split("  ")
-    wanted = {
-        "mixtral": ["dense", "magnitude", "PCA", "transport", "PCA + refit"],
-        "gpt2": ["dense", "feed-forward", "feed-forward + refit"],
-    }
-    assert [name.strip() for name in heading if name.strip()] == wanted[kind]

@@ -282,34 +282,3 @@ def test_unsupported_architecture_names_what_is():
     config = transformers.BloomConfig(hidden_size=8, n_head=2, n_layer=1, vocab_size=11)
     with pytest.raises(ValueError, match=r"'bloom' is not supported; supported: gemma, gemma2"):
         compress(transformers.BloomForCausalLM(config), torch.zeros(1, 4, dtype=torch.int64))
-
-
-def test_layers_of_several_kinds_are_refused(tokens):
-    mixed = tiny_model("qwen3_moe", mlp_only_layers=[1])
-    with pytest.raises(ValueError, match=r"model\.layers\.1 has no mlp\.gate\.weight"):
-        compress(mixed, tokens)
-
-
-@pytest.mark.parametrize("options", [{"ff_width": 10}, {"params": 0.8}])
-def test_experts_have_no_inner_width(options, tokens):
-    with pytest.raises(ValueError, match="experts have no single inner width"):
-        compress(tiny_model("mixtral"), tokens, **options)
-
-
-def test_a_tied_head_behind_a_norm_without_weights(tokens):
-    """OLMo's: nothing but the table itself can set the scale of the logits."""
-    model = float64_norms(tiny_model("olmo", dtype=torch.float64))
-    options = {"width": 20, "refit": False, "self_windows": 0, "method": "dot"}
-    tied, untied = (compress(model, tokens, untie=untie, **options)[0] for untie in (False, True))
-    found, wanted = (logits(float64_norms(narrow), tokens) for narrow in (tied, untied))
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    # Only the norms' eps sees another scale of the stream.
-    assert (found - wanted).norm() < 5e-3 * wanted.norm()
-
-
-def test_a_config_that_would_not_be_read_back_is_refused_first(tokens):
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
-    rope |= {"rope_theta": 10000.0, "original_max_position_embeddings": 128}
-    model = tiny_model("phi3", head_dim=6, rope_parameters=rope)
-    with pytest.raises(ValueError, match=r"width 16: phi3 refuses it: .*short_factor"):
-        compress(model, tokens, width=16)
