@@ -147,7 +147,9 @@ def rules() -> Iterator[tuple[str, str, Rule]]:
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
     """Mean excess of every map as a bar, the texts as dots; seen and left-out kinds in colours."""
-    need("matplotlib", "matplotlib").use("Agg")
+    matplotlib = need("matplotlib", "matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, and the file small
     import matplotlib.pyplot as plt
 
     mixtures = list(dict.fromkeys(row["mixture"] for row in rows))

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from dotresize.stages import partial_folder
+
 from .rows import device_name
 from .texts import model_file, write_texts
 
@@ -43,7 +45,8 @@ print(f"plain transformers, width {model.config.hidden_size}: {' '.join(text.spl
 
 def compress(options: list[str]) -> int:
     calibration, held_out = write_texts(FOLDER / "texts")
-    shutil.rmtree(OUT, ignore_errors=True)
+    for folder in (OUT, partial_folder(str(OUT))):  # of the last run, or one that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(OUT)]
     command += ["--width", "0.8", "--compare", "--windows", str(WINDOWS)]
     command += ["--calibration", *map(str, calibration)]

@@ -86,6 +86,24 @@ def study(rows: list[Row]) -> str:
     )
 
 
+def speed(rows: list[Row]) -> str:
+    """Tokens a second and memory of each model, as it was measured last."""
+    last = {row["model"]: row for row in rows}
+    names = list(rows[0]["median"])
+    lines = _head(["", *(name.replace("peak MiB", "peak memory, MiB") for name in names)])
+    for model, row in last.items():
+        lines.append(_line([model, *(f"{row['median'][name]:.0f}" for name in names)]))
+    row = rows[-1]
+    lines += [
+        "",
+        f"Tokens a second: prefill of {row['prompt']}, decode of {row['new_tokens']} more with the "
+        f"cache, medians of runs in turns, float32,",
+        f"{row['device']}, {row['date']}. The dense model was read from 4-bit GGUF, which peaks "
+        "while it is unpacked.",
+    ]
+    return "\n".join(lines)
+
+
 def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
     lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
     rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]

@@ -14,7 +14,7 @@ from dotresize.report import label
 
 from . import l1
 from .gpu_summary import ceilings, l1_table, sinkhorn_table
-from .quality_tables import headline, study
+from .quality_tables import headline, speed, study
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -215,6 +215,7 @@ TABLES = {
     "docs/compress.md": {
         "quality": lambda: headline(rows("quality.jsonl")),
         "study": lambda: study(rows("quality.jsonl")),
+        "speed": lambda: speed(rows("speed.jsonl")),
     },
     "docs/families.md": {"families": families},
     "docs/sinkhorn.md": {"acceleration": acceleration},
