@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
+from test_compress import logits
 
 from dotresize import compress
 from dotresize.inner_width import narrow_inner
@@ -21,11 +22,6 @@ KINDS = sorted(set(supported()) - set(supported(residual=True)))
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (6, 33))
-
-
-def logits(model, tokens) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=tokens).logits.double()
 
 
 def parts(model):
