@@ -24,8 +24,9 @@ from torch import Tensor
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.absorb import absorb
 from dotresize.baselines import pca, selected
-from dotresize.calibration import Statistics, residual_stream
+from dotresize.calibration import Statistics, residual_stream, unit_rms
 from dotresize.maps import align, largest, transport
+from dotresize.models import architecture_of
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.width import choose_width
 
@@ -43,8 +44,9 @@ class Maps:
     def __init__(self, study: Study, mixture: str) -> None:
         tokens, self.statistics = study.calibration(mixture, 0, False)
         self.mean: Statistics = self.statistics.mean()
-        self.width = study.model.config.hidden_size
-        self.k = choose_width(0.8, self.width, study.model.config.num_attention_heads)
+        config = study.model.config
+        self.width = config.hidden_size
+        self.k = choose_width(0.8, self.width, architecture_of(config).divisor(config))
         self.selection = largest(self.mean.importance[0], self.k)
         assert self.statistics.cost is not None
         self.costs = self.statistics.cost.double()
@@ -62,7 +64,7 @@ class Maps:
             stream = residual_stream(model, ids).float()
             for x in stream:
                 self.raw_moment += (x.mT @ x).double()
-            unit = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
+            unit = unit_rms(stream)
             raw.update(stream.flatten(0, 1))
             later.update(unit[:, not_first[: unit.shape[1]]].flatten(0, 1))
             flat = unit.flatten(0, 1)

@@ -62,11 +62,14 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
     def wide(name: str) -> Tensor:
         return old[name].to(qs[0])
 
+    def put_norm(name: str, gain: Tensor) -> None:
+        if not architecture.layer_norm:
+            put(f"{name}.weight", gain - architecture.norm_offset)
+
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
     table = architecture.table_scale(width, narrow, tied)
     stream = architecture.stream_scale(width, narrow, tied)
     put(embedding, table * wide(embedding) @ qs[0])
-    unit = torch.ones(narrow) - architecture.norm_offset
     steps = zip(sublayers, qs, qs[1:], strict=False)
     progress = tqdm(steps, desc="absorb", unit="sublayer", total=len(sublayers), disable=None)
     for (prefix, sublayer), read, written in progress:
@@ -80,21 +83,17 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
         bias = writer.removesuffix("weight") + "bias"
         if bias in old:
             put(bias, stream * wide(bias) @ written)
-        if not architecture.layer_norm:
-            put(f"{norm}.weight", unit.clone())
-    final = f"{architecture.final_norm}.weight"
-    scale = architecture.gain(model.get_submodule(architecture.final_norm)).to(qs[0])
+        put_norm(norm, torch.ones(narrow))
+    final = architecture.final_norm
+    scale = architecture.gain(model.get_submodule(final)).to(qs[0])
     last = qs[-1]
     if tied:
-        diagonal = (last * last * scale[:, None]).sum(0)
-        if not architecture.layer_norm:
-            put(final, diagonal / (s * table) - architecture.norm_offset)
+        put_norm(final, (last * last * scale[:, None]).sum(0) / (s * table))
         new[head] = new[embedding]
     else:
         source = head if head in old else embedding
         new[head] = ((wide(source) * scale) @ last / s).to(old[source].dtype).contiguous()
-        if not architecture.layer_norm:
-            put(final, unit.clone())
+        put_norm(final, torch.ones(narrow))
     for name in old.keys() - new.keys():
         new[name] = old[name].clone()  # off the residual; the models share no memory
     return _build(model, narrow, tied, new)

@@ -153,6 +153,11 @@ def residual_stream(model: Any, ids: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
+def unit_rms(stream: Tensor) -> Tensor:
+    """Every token divided by its root mean square over the channels, the last axis."""
+    return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
+
+
 def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
     """Calibration windows as one int64 tensor (windows, length) of ids below ``vocabulary``.
 
@@ -206,7 +211,7 @@ def collect(
         start = time.perf_counter()
         stream = residual_stream(model, ids).float()
         _check_finite(stream, names)
-        stream = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
+        stream = unit_rms(stream)
         count += stream.shape[1]
         importance += stream.abs().sum(1).double()
         if moments is not None:

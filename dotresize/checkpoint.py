@@ -51,11 +51,12 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
-            shards(Path(where))
             if getattr(config, "transformers_weights", None) is not None:
                 raise ValueError("config names a weights file of its own (transformers_weights)")
             if to_narrow:
                 check_stored(Path(where), config)
+            else:
+                shards(Path(where))
         weights = (
             {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )

@@ -195,7 +195,7 @@ def _report(
         "scope": "location" if options.per_location else "global",
         "refit": {"ridge": options.ridge} if options.refit else None,
         "width": {
-            "asked": options.width, "energy": options.energy,
+            "energy": options.energy,
             "old": model.config.hidden_size, "new": narrow.config.hidden_size,
         },
         "feed_forward": {

@@ -19,6 +19,10 @@ from dotresize.stages import Stages
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
 def weights(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
@@ -36,9 +40,6 @@ def whole(arguments, tmp_path) -> bytes:
 def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
     """What was finished is not done again, and the result is the same to the last bit."""
     out, partial = Path(arguments[2]), Path(f"{arguments[2]}.partial")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(comparison, stage, stop)
@@ -86,9 +87,6 @@ def test_sliced_models_are_kept_too(arguments, capsys, monkeypatch, tmp_path):
     again[2] = str(tmp_path / "again")
     assert main(words) == 0
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "dense_report", stop)
         assert main(again) == 1
@@ -133,9 +131,6 @@ def test_what_a_kill_after_the_end_leaves_is_removed(arguments, monkeypatch):
 def test_an_output_inside_the_model(arguments, model_directory, tmp_path, monkeypatch):
     inside = copy_of(model_directory, tmp_path / "model")
     arguments[1:3] = [str(inside), str(inside / "narrow")]
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "dense_report", stop)
