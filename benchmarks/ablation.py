@@ -24,10 +24,10 @@ from torch import Tensor
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.absorb import absorb
 from dotresize.baselines import pca, selected
-from dotresize.calibration import Statistics, residual_stream, unit_rms
 from dotresize.maps import align, largest, transport
 from dotresize.models import architecture_of
 from dotresize.ops.l1_accumulator import L1CostAccumulator
+from dotresize.statistics import Statistics, residual_stream, unit_rms
 from dotresize.width import choose_width
 
 from .quality import WINDOW, Study

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dotresize import l1_cost
-from dotresize.calibration import random_windows, residual_stream, tokenize
+from dotresize.calibration import random_windows, tokenize
 from dotresize.checkpoint import load
+from dotresize.statistics import residual_stream
 
 from .rows import append, where
 from .texts import model_file, write_texts

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize.calibration import Statistics, collect, random_windows, tokenize
+from dotresize.calibration import random_windows, tokenize
 from dotresize.checkpoint import load
 from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.pipeline import compress
 from dotresize.self_text import sample
+from dotresize.statistics import Statistics, collect
 
 from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, Case
 from .rows import append, read, where
@@ -72,7 +73,7 @@ class Study:
                 if seed not in self._own:
                     self._own[seed] = sample(self.model, self.windows // 3, WINDOW, seed)
                 tokens = torch.cat([tokens, self._own[seed]])
-            self._calibration = (key, tokens, collect(self.model, tokens))
+            self._calibration = (key, tokens, collect(self.model, tokens, apart=True))
         return self._calibration[1:]
 
     def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize.calibration import Statistics
 from dotresize.maps import largest
 from dotresize.models import architecture_of
+from dotresize.statistics import Statistics
 
 from .texts import SOURCES
 

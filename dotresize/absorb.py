@@ -25,7 +25,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dotresize.models import architecture_of
+from dotresize.models import Sublayer, architecture_of
+from dotresize.resident import device_of, parts, resident
+
+# Rows of a table (vocabulary, width) turned at a time: float64 copies of all would be far larger.
+TABLE_ROWS = 8192
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -33,11 +37,115 @@ def is_tied(model: nn.Module) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
+class Absorption:
+    """The weights of the narrowed model, computed a part at a time.
+
+    Attributes:
+        model: the given one.
+        config: of the narrowed one.
+        tied: whether that keeps one table for embedding and head.
+    """
+
+    def __init__(self, model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> None:
+        """See ``absorb``."""
+        self.model = model
+        self.architecture = architecture_of(model.config)
+        sublayers = 2 * len(model.get_submodule(self.architecture.layers))
+        self._qs = [q] * (sublayers + 1) if isinstance(q, Tensor) else list(q)
+        self.width, self.narrow = self._qs[0].shape
+        self.tied = is_tied(model) and not untie
+        self._s = (self.narrow / self.width) ** 0.5
+        self._table = self.architecture.table_scale(self.width, self.narrow, self.tied)
+        self._stream = self.architecture.stream_scale(self.width, self.narrow, self.tied)
+        self.config = resized(model.config, self.narrow)
+        self.config.tie_word_embeddings = self.tied
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Weights of a part, by their names in it, in the dtypes of the given model."""
+        architecture = self.architecture
+        if name == architecture.embedding:
+            return {"weight": self._turned(name, self._table * self._qs[0])}
+        if name == architecture.final_norm:
+            return self._final_norm()
+        if name == architecture.head:
+            return {} if self.tied else self._own_head()
+        return self._layer(name)
+
+    def _layer(self, name: str) -> dict[str, Tensor]:
+        first = 2 * int(name.rpartition(".")[2])
+        with resident(self.model, name) as layer:
+            new: dict[str, Tensor] = {}
+            for i, sublayer in enumerate(self.architecture.sublayers, first):
+                self._sublayer(layer, sublayer, self._qs[i], self._qs[i + 1], new)
+            for key, weight in layer.state_dict().items():
+                if key not in new:  # off the residual; the models share no memory
+                    new[key] = weight.clone()
+        return new
+
+    def _sublayer(
+        self, layer: Any, part: Sublayer, read: Tensor, written: Tensor, new: dict[str, Tensor]
+    ) -> None:
+        norm = layer.get_submodule(part.norm)
+        gain = self.architecture.gain(norm).to(read)
+        for reader in part.readers:
+            weight = layer.get_parameter(reader)
+            new[reader] = _like(weight, (weight.to(read) * gain) @ read / self._s)
+        weight = layer.get_parameter(part.writer)
+        new[part.writer] = _like(weight, self._stream * written.mT @ weight.to(read))
+        bias = part.writer.removesuffix("weight") + "bias"
+        if bias in layer.state_dict():
+            vector = layer.get_parameter(bias)
+            new[bias] = _like(vector, self._stream * vector.to(read) @ written)
+        new |= self._norm(part.norm + ".", norm, torch.ones(self.narrow))
+
+    def _norm(self, prefix: str, norm: Any, gain: Tensor) -> dict[str, Tensor]:
+        if self.architecture.layer_norm:
+            return {}
+        return {f"{prefix}weight": _like(norm.weight, gain - self.architecture.norm_offset)}
+
+    def _final_norm(self) -> dict[str, Tensor]:
+        last = self._qs[-1]
+        with resident(self.model, self.architecture.final_norm) as norm:
+            gain = torch.ones(self.narrow)
+            if self.tied:
+                scale = self.architecture.gain(norm).to(last)
+                gain = (last * last * scale[:, None]).sum(0) / (self._s * self._table)
+            return self._norm("", norm, gain)
+
+    def _own_head(self) -> dict[str, Tensor]:
+        last, head = self._qs[-1], self.architecture.head
+        with resident(self.model, self.architecture.final_norm) as norm:
+            scale = self.architecture.gain(norm).to(last)
+        new = {"weight": self._turned(head, scale[:, None] * last / self._s)}
+        with resident(self.model, head) as module:
+            if module.bias is not None:
+                new["bias"] = module.bias.detach().clone()
+        return new
+
+    def _turned(self, name: str, matrix: Tensor) -> Tensor:
+        """A table's rows times a matrix, (D, k) float64."""
+        with resident(self.model, name) as module:
+            return turned(module.weight, matrix)
+
+
+def turned(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """``table @ matrix`` by blocks of rows, in the table's dtype. matrix: float64."""
+    new = table.new_empty(len(table), matrix.shape[1]) if out is None else out
+    for old_rows, rows in zip(table.split(TABLE_ROWS), new.split(TABLE_ROWS), strict=True):
+        rows.copy_(old_rows.to(matrix) @ matrix)
+    return new
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    return value.to(old.device, old.dtype).contiguous()
+
+
+@torch.no_grad()
 def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> Any:
     """A new model of residual width ``q.shape[1]``; the given one is untouched.
 
     Args:
-        model: a transformers causal language model of a supported architecture.
+        model: a transformers causal language model of a supported architecture, in memory.
         q: (D, k) float64 with orthonormal columns, or one for each residual location, whose
             adapters are then still to be added.
         untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
@@ -47,56 +155,22 @@ def absorb(model: Any, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> 
     Returns:
         a model of the same class and dtype whose plain checkpoint holds the result.
     """
-    architecture = architecture_of(model.config)
-    sublayers = list(architecture.each(model))
-    qs = [q] * (len(sublayers) + 1) if isinstance(q, Tensor) else list(q)
-    width, narrow = qs[0].shape
-    s = (narrow / width) ** 0.5
-    tied = is_tied(model) and not untie
-    old = model.state_dict()
+    absorption = Absorption(model, q, untie=untie)
     new: dict[str, Tensor] = {}
-
-    def put(name: str, weight: Tensor) -> None:
-        new[name] = weight.to(old[name].dtype).contiguous()
-
-    def wide(name: str) -> Tensor:
-        return old[name].to(qs[0])
-
-    def put_norm(name: str, gain: Tensor) -> None:
-        if not architecture.layer_norm:
-            put(f"{name}.weight", gain - architecture.norm_offset)
-
-    embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
-    table = architecture.table_scale(width, narrow, tied)
-    stream = architecture.stream_scale(width, narrow, tied)
-    put(embedding, table * wide(embedding) @ qs[0])
-    steps = zip(sublayers, qs, qs[1:], strict=False)
-    progress = tqdm(steps, desc="absorb", unit="sublayer", total=len(sublayers), disable=None)
-    for (prefix, sublayer), read, written in progress:
-        norm = f"{prefix}.{sublayer.norm}"
-        gain = architecture.gain(model.get_submodule(norm)).to(qs[0])
-        for reader in sublayer.readers:
-            name = f"{prefix}.{reader}"
-            put(name, (wide(name) * gain) @ read / s)
-        writer = f"{prefix}.{sublayer.writer}"
-        put(writer, stream * written.mT @ wide(writer))
-        bias = writer.removesuffix("weight") + "bias"
-        if bias in old:
-            put(bias, stream * wide(bias) @ written)
-        put_norm(norm, torch.ones(narrow))
-    final = architecture.final_norm
-    scale = architecture.gain(model.get_submodule(final)).to(qs[0])
-    last = qs[-1]
-    if tied:
-        put_norm(final, (last * last * scale[:, None]).sum(0) / (s * table))
+    for name in tqdm(parts(model), desc="absorb", unit="part", disable=None):
+        new |= {f"{name}.{key}": weight for key, weight in absorption.part(name).items()}
+    if absorption.tied:
+        names = (absorption.architecture.head, absorption.architecture.embedding)
+        head, embedding = (f"{name}.weight" for name in names)
         new[head] = new[embedding]
-    else:
-        source = head if head in old else embedding
-        new[head] = ((wide(source) * scale) @ last / s).to(old[source].dtype).contiguous()
-        put_norm(final, torch.ones(narrow))
-    for name in old.keys() - new.keys():
-        new[name] = old[name].clone()  # off the residual; the models share no memory
-    return _build(model, narrow, tied, new)
+    with torch.random.fork_rng(devices=[]):  # its random start weights are nobody's business
+        narrow = type(model)(absorption.config)
+    # Assigned, not copied: every weight keeps the dtype it has in the given model.
+    narrow.load_state_dict(new, assign=True)
+    narrow.tie_weights()
+    narrow = narrow.to(device_of(model))
+    narrow.generation_config = copy.deepcopy(model.generation_config)
+    return narrow.eval()
 
 
 def resized(config: Any, width: int) -> Any:
@@ -107,17 +181,3 @@ def resized(config: Any, width: int) -> Any:
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     config.hidden_size = width
     return config
-
-
-def _build(model: Any, width: int, tied: bool, weights: dict[str, Tensor]) -> Any:
-    config = resized(model.config, width)
-    config.tie_word_embeddings = tied
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # its random start weights are nobody's business
-        narrow = type(model)(config)
-    # Assigned, not copied: every weight keeps the dtype it has in the given model.
-    narrow.load_state_dict(weights, assign=True)
-    narrow.tie_weights()
-    narrow = narrow.to(device)
-    narrow.generation_config = copy.deepcopy(model.generation_config)
-    return narrow.eval()

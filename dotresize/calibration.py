@@ -1,21 +1,15 @@
-"""Calibration: token windows from text files, and statistics of the residual stream."""
+"""Calibration text: token windows from files."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-
-from dotresize.models import architecture_of
-from dotresize.ops.l1_accumulator import L1CostAccumulator
-from dotresize.streams import StopForward
 
 
 def read_text(path: str | Path) -> list[str]:
@@ -88,76 +82,6 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
     return torch.stack(windows)[order]
 
 
-@dataclass
-class Statistics:
-    """What one pass over the calibration tokens leaves behind, over L residual locations.
-
-    Tokens are RMS-normalised first, so that all weigh alike however large the stream has grown.
-
-    Attributes:
-        locations: names of the norms that read the stream there.
-        importance: (L, D) float64, mean |x|.
-        moment: (L, D, D) float64, mean of x'x; None if not asked for.
-        cost: (L, D, D) float32, mean |x_i - x_j|; None if not asked for.
-        seconds: "calibration" (forward passes and moments), "cost", and "own text".
-        own_windows: how many of the windows the model wrote itself.
-    """
-
-    locations: list[str]
-    tokens: int
-    importance: Tensor
-    moment: Tensor | None
-    cost: Tensor | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    own_windows: int = 0
-
-    @classmethod
-    def none(cls, tokens: int, width: int) -> Statistics:
-        """Of no location: for a model whose residual stays as it is."""
-        seconds = {"calibration": 0.0, "cost": 0.0}
-        return cls([], tokens, torch.empty(0, width), None, None, seconds)
-
-    def mean(self) -> Statistics:
-        """The mean over locations, as statistics of a single one."""
-        return self._reduced(["mean"], lambda x: x.mean(0, keepdim=True))
-
-    def at(self, i: int) -> Statistics:
-        """Those of location i alone."""
-        return self._reduced([self.locations[i]], lambda x: x[i : i + 1])
-
-    def _reduced(self, locations: list[str], reduce: Callable[[Tensor], Tensor]) -> Statistics:
-        moment, cost = (None if x is None else reduce(x) for x in (self.moment, self.cost))
-        importance = reduce(self.importance)
-        return Statistics(locations, self.tokens, importance, moment, cost, self.seconds)
-
-
-def residual_stream(model: Any, ids: Tensor) -> Tensor:
-    """The residual stream at every location, (L, tokens, D): what each of its norms reads."""
-    architecture = architecture_of(model.config)
-    seen: list[Tensor] = []
-    norms = [norm for _, norm in architecture.norms(model)]
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].flatten(0, -2))
-        if module is norms[-1]:
-            raise StopForward
-
-    handles = [norm.register_forward_pre_hook(keep) for norm in norms]
-    try:
-        model(input_ids=ids, use_cache=False)
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(seen)
-
-
-def unit_rms(stream: Tensor) -> Tensor:
-    """Every token divided by its root mean square over the channels, the last axis."""
-    return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
-
-
 def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
     """Calibration windows as one int64 tensor (windows, length) of ids below ``vocabulary``.
 
@@ -178,70 +102,3 @@ def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
         wrong = most if most >= vocabulary else least
         raise ValueError(f"token id {wrong}: the model's vocabulary is {vocabulary}")
     return windows
-
-
-@torch.inference_mode()
-def collect(
-    model: Any,
-    tokens: Tensor,
-    *,
-    cost: bool = True,
-    moment: bool = True,
-    batch_windows: int = 4,
-    backend: str = "auto",
-) -> Statistics:
-    """One streaming pass: importance, second moments and L1 costs at every residual location.
-
-    Raises ValueError naming the location and neuron where activations are not finite.
-    """
-    device = next(model.parameters()).device
-    names = [name for name, _ in architecture_of(model.config).norms(model)]
-    width = model.config.hidden_size
-    accumulator = None
-    if cost:
-        accumulator = L1CostAccumulator(width, batch=len(names), device=device, backend=backend)
-    importance = torch.zeros(len(names), width, dtype=torch.float64, device=device)
-    moments = None
-    if moment:
-        moments = torch.zeros(len(names), width, width, dtype=torch.float64, device=device)
-    count, seconds = 0, {"calibration": 0.0, "cost": 0.0}
-    progress = tqdm(total=len(tokens), desc="calibration", unit="window", disable=None)
-    for ids in tokens.split(batch_windows):
-        ids = ids.to(device)
-        start = time.perf_counter()
-        stream = residual_stream(model, ids).float()
-        _check_finite(stream, names)
-        stream = unit_rms(stream)
-        count += stream.shape[1]
-        importance += stream.abs().sum(1).double()
-        if moments is not None:
-            moments += (stream.mT @ stream).double()
-        _synchronize(device)
-        middle = time.perf_counter()
-        if accumulator is not None:
-            accumulator.update(stream)
-            _synchronize(device)
-        seconds["calibration"] += middle - start
-        seconds["cost"] += time.perf_counter() - middle
-        progress.update(len(ids))
-    progress.close()
-    return Statistics(
-        names,
-        count,
-        importance / count,
-        None if moments is None else moments / count,
-        None if accumulator is None else accumulator.result(),
-        seconds,
-    )
-
-
-def _check_finite(stream: Tensor, names: list[str]) -> None:
-    finite = torch.isfinite(stream).all(1)
-    if not finite.all():
-        location, neuron = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"activations entering {names[location]}, neuron {neuron}, are not finite")
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from dotresize import sliced
+from dotresize import distributed, shelves, sliced
 from dotresize.models import architecture_of
+from dotresize.resident import shelf_of
 from dotresize.stored import check_stored, shards
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -28,10 +29,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PARTIAL = ".dotresize-partial-"
 
 
-def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, Any]:
+def load(
+    source: str, device: torch.device, *, to_narrow: bool, work: Path | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer from a directory, a .gguf file or a hub id.
 
-    Weights keep their dtype; quantised GGUF weights become float32. Raises ValueError in one line
+    Weights keep their dtype; quantised GGUF weights become float32. With a folder to ``work`` in,
+    the model of a directory stays in its files (dotresize.shelves). Raises ValueError in one line
     for what is missing or damaged, and, if it is ``to_narrow``, for an unsupported architecture.
     """
     transformers: Any = importlib.import_module("transformers")
@@ -48,6 +52,12 @@ def load(source: str, device: torch.device, *, to_narrow: bool) -> tuple[Any, An
         config = transformers.AutoConfig.from_pretrained(where, **options)
     if to_narrow:
         architecture_of(config)
+    if work is not None:
+        with _one_line(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            model = shelves.open_model(Path(where), config, device, work)
+        architecture_of(config).check(model)
+        return model, tokenizer
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
@@ -141,8 +151,11 @@ def check_output(out: str | Path) -> Path:
 def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
     """Make directory ``out`` with what ``fill`` writes into the directory it is given.
 
-    Either all of it appears under the final name or nothing does.
+    Either all of it appears under the final name or nothing does. Of several processes the first
+    writes.
     """
+    if distributed.rank():
+        return
     path = check_output(out)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.absolute().parent))
@@ -166,6 +179,8 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         if sliced.is_one(model):
             sliced.save(model, folder)
+        elif shelf_of(model) is not None:
+            shelves.save(model, folder)
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

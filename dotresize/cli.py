@@ -104,6 +104,11 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"
     )
     compress.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="host memory to stay below, such as 3GB: the model is read by layers, never whole",
+    )
+    compress.add_argument(
         "--resume",
         action="store_true",
         help="go on from the finished stages in OUT.partial; nothing if OUT is complete",

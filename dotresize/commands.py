@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from dataclasses import fields, replace
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 import dotresize
-from dotresize import checkpoint, comparison, page, report
-from dotresize.accounting import check_weights
+from dotresize import checkpoint, comparison, distributed, page, planning, report
+from dotresize.accounting import check_weights, peak_memory
 from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
 from dotresize.inputs import (
     Texts,
     already_done,
+    check_files,
     check_windows,
     digests,
     evaluation_texts,
@@ -28,12 +30,11 @@ from dotresize.inputs import (
     find_device,
     tokens_of,
 )
+from dotresize.memory import shown
 from dotresize.models import architecture_of
-from dotresize.ops.backends import choose
 from dotresize.options import Options
 from dotresize.pipeline import calibrate
 from dotresize.recovery import BATCH_WINDOWS
-from dotresize.recovery import check as check_trainer
 from dotresize.stages import Stages, partial_folder
 from dotresize.targets import check_kept, read_targets
 from dotresize.width import (
@@ -68,7 +69,21 @@ _SETTINGS = (
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on ``args.verb``; returns the exit code."""
-    return {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}[args.verb](args)
+    verb = {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}[args.verb]
+    distributed.begin()
+    if distributed.rank():
+        logger.setLevel(logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"
+    try:
+        return verb(args)
+    finally:
+        distributed.end()
+
+
+def _say(text: str) -> None:
+    """What is written once, however many processes there are."""
+    if distributed.rank() == 0:
+        sys.stdout.write(f"{text}\n")
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -84,7 +99,7 @@ def _info(_: argparse.Namespace) -> int:
         f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    sys.stdout.write("\n".join(lines) + "\n")
+    _say("\n".join(lines))
     return 0
 
 
@@ -96,15 +111,16 @@ def _eval(args: argparse.Namespace) -> int:
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=False)
     check_weights(model)
     for name, windows in evaluation_texts(args.eval, [], args, model, tokenizer).windows.items():
-        sys.stdout.write(f"{name}  {perplexity(model, windows, desc=name):.4f}\n")
+        _say(f"{name}  {perplexity(model, windows, desc=name):.4f}")
     return 0
 
 
 def _compress(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     options = _options(args)
-    _check_files(args, options, device)
+    check_files(args, options, device)
     settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings["by_parts"] = args.memory is not None  # how much of it changes no weight
     settings["model_files"] = files(args.model)
     named = [*args.calibration, *(args.eval or []), *(args.unseen or [])]
     settings["text_sha256"] = digests([*named, *filter(None, [args.targets])])
@@ -121,7 +137,10 @@ def _compress(args: argparse.Namespace) -> int:
         if Path(args.out).resolve().is_relative_to(checkpoint.check_output(args.report).resolve()):
             raise ValueError(f"--report {args.report}: must not be or hold the output directory")
         options = replace(options, figures=True)
+    if args.memory is not None:
+        planning.check(args, options)
     stages = Stages(args.out, settings | also, resume=args.resume)
+    distributed.wait()  # nobody writes before all have looked
     try:
         return _run_stages(args, options, settings, stages, device)
     except ValueError:
@@ -136,9 +155,11 @@ def _run_stages(
     stages: Stages,
     device: torch.device,
 ) -> int:
-    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
+    work = None if args.memory is None else stages.shelve()
+    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True, work=work)
     check_weights(model)
     streams, tokens, texts = _inputs(args, options, model, tokenizer)
+    plan = None if work is None else planning.make_plan(args, options, model, tokens)
     narrow, rows = comparison.narrowed(
         model, tokenizer, tokens, options, texts, stages, compare=args.compare
     )
@@ -150,6 +171,9 @@ def _run_stages(
         rows.append(comparison.evaluate_into(row, narrow, texts))
     *others, last = rows
     last["settings"] = settings
+    if plan is not None:
+        last["predicted_memory_bytes"] = {"host": plan.host, "device": plan.device}
+        last["peak_memory_bytes"] = peak_memory()
     if args.compare:
         last["compared"] = others
 
@@ -161,8 +185,11 @@ def _run_stages(
     stages.remove()
     if args.report is not None:
         _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
+    if plan is not None:
+        peak = last["peak_memory_bytes"]["host"]
+        logger.info("memory: a peak of %s, %s expected", shown(peak), shown(plan.host))
     loader = "dotresize.load" if options.per_location else "plain transformers"
-    sys.stdout.write(f"{report.table(rows)}\n\n{args.out} loads with {loader}\n")
+    _say(f"{report.table(rows)}\n\n{args.out} loads with {loader}")
     return 0
 
 
@@ -185,7 +212,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for width in args.widths:
         args.width = width
         options = _options(args)
-    _check_files(args, options, device)
+    check_files(args, options, device)
     checkpoint.check_output(args.out)
     model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
     check_weights(model)
@@ -203,7 +230,7 @@ def _sweep(args: argparse.Namespace) -> int:
             one = replace(one, width=width)
             rows.append(comparison.one(model, tokens, statistics, one, texts, dense)[1])
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
-    sys.stdout.write(f"{report.table(rows)}\n\n{args.out}/index.html\n")
+    _say(f"{report.table(rows)}\n\n{args.out}/index.html")
     return 0
 
 
@@ -241,33 +268,3 @@ def _inputs(
     if isinstance(options.targets, Tensor):
         check_kept(options.targets, model.config.hidden_size, new)
     return streams, tokens, texts
-
-
-def _check_files(args: argparse.Namespace, options: Options, device: torch.device) -> None:
-    """What can be refused before the model is read."""
-    if not args.calibration:
-        raise ValueError("--calibration: give at least one text or .jsonl file")
-    for path in [*args.calibration, *(args.eval or []), *(args.unseen or [])]:
-        read_text(path)
-    if getattr(args, "recover", None) is not None:
-        if args.recover < 1:
-            raise ValueError(f"--recover {args.recover}: must be at least 1 step")
-        if not 0 < args.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate {args.learning_rate:g}: must be positive")
-        check_trainer(device)
-        if options.per_location:
-            raise ValueError("--recover: trains plain checkpoints only, with one map for all")
-    for path in args.unseen or []:
-        if path in [*args.calibration, *(args.eval or [])]:
-            raise ValueError(f"--unseen {path}: is given to --calibration or --eval as well")
-    if args.windows < len(args.calibration):
-        raise ValueError(
-            f"--windows {args.windows}: must be at least one for each of the "
-            f"{len(args.calibration)} calibration files"
-        )
-    if not -(2**63) <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
-    if not args.eval and not args.unseen and getattr(args, "compare", True):
-        raise ValueError(f"{args.verb}: give texts to compare on with --eval")
-    check_windows(args)
-    choose(args.backend, device)

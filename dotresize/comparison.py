@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dotresize import report
 from dotresize.accounting import count_parameters
-from dotresize.calibration import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.inputs import Texts
 from dotresize.models import architecture_of
 from dotresize.options import Options
 from dotresize.pipeline import calibrate, compress
+from dotresize.resident import device_of
 from dotresize.stages import Stages
+from dotresize.statistics import Statistics
 
 COMPARED = ("magnitude", "pca", "dot")
 
@@ -46,7 +47,7 @@ def narrowed(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The narrowed model, and the reports of dense, what it is compared with, and itself."""
     others = compared(options, model.config) if compare else []
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens, statistics = stages.calibration(
         lambda: calibrate(model, tokens, options, *others), device
     )

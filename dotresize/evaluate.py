@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from dotresize import distributed
+from dotresize.memory import place_of
+from dotresize.models import architecture_of
+from dotresize.resident import device_of, parts, resident, shelf_of
+from dotresize.streams import Streams
 
 
 def evaluation_windows(stream: Tensor, length: int, count: int | None = None) -> Tensor:
@@ -30,12 +37,11 @@ def perplexity(model: Any, windows: Tensor, *, batch_windows: int = 2, desc: str
 
     windows: int64 (count, length). The loss is summed in float64.
     """
-    device = next(model.parameters()).device
     total, count = 0.0, 0
     progress = tqdm(total=len(windows), desc=f"evaluate {desc}", unit="window", disable=None)
-    for ids in windows.split(batch_windows):
-        ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    found = _logits if shelf_of(model) is None else _walked_logits
+    for ids, logits in found(model, windows, batch_windows):
+        logits = logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
         )
@@ -43,6 +49,35 @@ def perplexity(model: Any, windows: Tensor, *, batch_windows: int = 2, desc: str
         count += ids[:, 1:].numel()
         progress.update(len(ids))
     progress.close()
+    total, count = _of_all(total, count, device_of(model))
     if not math.isfinite(total):
         raise ValueError(f"the model's loss {f'on {desc} ' if desc else ''}is not finite")
     return math.exp(min(total / count, 700.0))
+
+
+def _of_all(total: float, count: int, device: torch.device) -> tuple[float, int]:
+    sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+    distributed.total(sums)
+    return float(sums[0]), int(sums[1])
+
+
+def _logits(model: Any, windows: Tensor, batch_windows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    mine = distributed.share(windows)
+    for ids in mine.split(batch_windows) if len(mine) else ():
+        ids = ids.to(device_of(model))
+        yield ids, model(input_ids=ids, use_cache=False).logits
+
+
+def _walked_logits(
+    model: Any, windows: Tensor, batch_windows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of a model on a shelf: all windows pass a layer before the next one is taken."""
+    architecture = architecture_of(model.config)
+    streams = Streams(model, windows, batch_windows, place_of(model, windows))
+    for name in parts(model)[1:-2]:
+        with resident(model, name) as layer:
+            for i in range(len(streams)):
+                streams.stream[i] = streams.run(layer, i)
+    with resident(model, architecture.final_norm, architecture.head):
+        for i, ids in enumerate(streams.batches):
+            yield ids.to(device_of(model)), streams.logits(i)

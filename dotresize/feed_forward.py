@@ -69,7 +69,9 @@ def eliminate(
 ) -> Tensor:
     """Backward elimination to ``count`` inputs: int64 (count,), ascending. See the header."""
     lam = ridge * gram.diagonal().mean()
-    inverse = torch.linalg.inv(gram + lam * torch.eye(len(gram)).to(gram))
+    inverse = gram.clone()
+    inverse.diagonal().add_(lam)
+    inverse = torch.linalg.inv(inverse)
     solution = inverse @ cross
     kept = torch.arange(len(gram), device=gram.device)
     while len(kept) > count:

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize.calibration import tokenize
+from dotresize import distributed
+from dotresize.calibration import read_text, tokenize
 from dotresize.evaluate import evaluation_windows
+from dotresize.ops.backends import choose
+from dotresize.options import Options
+from dotresize.recovery import check as check_trainer
 
 
 def check_windows(args: argparse.Namespace) -> None:
@@ -23,9 +27,41 @@ def check_windows(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-windows {args.eval_windows}: must be at least 1")
 
 
+def check_files(args: argparse.Namespace, options: Options, device: torch.device) -> None:
+    """What can be refused before the model is read."""
+    if not args.calibration:
+        raise ValueError("--calibration: give at least one text or .jsonl file")
+    for path in [*args.calibration, *(args.eval or []), *(args.unseen or [])]:
+        read_text(path)
+    if getattr(args, "recover", None) is not None:
+        if distributed.size() > 1:
+            raise ValueError("--recover: trains in one process; run it without torchrun")
+        if args.recover < 1:
+            raise ValueError(f"--recover {args.recover}: must be at least 1 step")
+        if not 0 < args.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate {args.learning_rate:g}: must be positive")
+        check_trainer(device)
+        if options.per_location:
+            raise ValueError("--recover: trains plain checkpoints only, with one map for all")
+    for path in args.unseen or []:
+        if path in [*args.calibration, *(args.eval or [])]:
+            raise ValueError(f"--unseen {path}: is given to --calibration or --eval as well")
+    if args.windows < len(args.calibration):
+        raise ValueError(
+            f"--windows {args.windows}: must be at least one for each of the "
+            f"{len(args.calibration)} calibration files"
+        )
+    if not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
+    if not args.eval and not args.unseen and getattr(args, "compare", True):
+        raise ValueError(f"{args.verb}: give texts to compare on with --eval")
+    check_windows(args)
+    choose(args.backend, device)
+
+
 def find_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.local_device()
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

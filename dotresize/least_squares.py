@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotresize import distributed
+
 # Normal equations square the condition number.
 FLOAT = torch.float64
 
@@ -28,6 +30,10 @@ class NormalEquations:
         u, v = u.flatten(0, -2).float(), v.flatten(0, -2).float()
         self.gram += u.mT @ u
         self.cross += u.mT @ v
+
+    def total(self) -> None:
+        """Add up the sums of all processes, once every token has been added."""
+        distributed.total(self.gram, self.cross)
 
     def restrict(self, kept: Tensor, prior: Tensor) -> None:
         """Leave only some of the inputs, int64 (inputs,), with a prior of their own."""
@@ -48,5 +54,6 @@ def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """
     # Inputs that are zero on every token leave the prior alone, whatever the ridge.
     lam = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(FLOAT).tiny)
-    identity = torch.eye(len(gram)).to(gram)
-    return torch.linalg.solve(gram + lam * identity, cross + lam * prior)
+    ridged = gram.clone()
+    ridged.diagonal().add_(lam)
+    return torch.linalg.solve(ridged, cross + lam * prior)

@@ -1,20 +1,28 @@
-"""The stages of a compression, each from its options: the map, the locations, the corrections."""
+"""The stages of a compression, each from its options: widths, map, locations, corrections."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from dotresize import baselines, maps, sliced
-from dotresize.absorb import is_tied
-from dotresize.calibration import Statistics
+from dotresize import baselines, budget, distributed, maps, sliced
+from dotresize.absorb import absorb, is_tied
+from dotresize.memory import place_of
 from dotresize.models import architecture_of
 from dotresize.options import Options
 from dotresize.refit import Correction, correct
+from dotresize.statistics import Statistics
 from dotresize.targets import kept_set
 from dotresize.tied_head import choose_table
+from dotresize.width import choose_inner_width
+
+logger = logging.getLogger("dotresize")
 
 
 def width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
@@ -58,10 +66,10 @@ def correct_weights(
     """Refit and feed-forward narrowing of what absorption made, in place."""
     has_weight = not architecture_of(model.config).layer_norm  # what a chosen table rests on
     if options.refit and isinstance(q, Tensor) and is_tied(narrow) and has_weight:
-        final = cast(Tensor, statistics.moment)[-1]
-        choose_table(model, narrow, q, final, ridge=options.ridge)
+        choose_table(model, narrow, q, cast(Tensor, statistics.final), ridge=options.ridge)
     correction = Correction(options.refit, options.ridge, inner, options.ff_method)
-    correct(model, narrow, q, tokens, correction, batch_windows=options.batch_windows)
+    batch, place = options.batch_windows, place_of(model, tokens)
+    correct(model, narrow, q, tokens, correction, batch_windows=batch, place=place)
 
 
 def narrow_locations(
@@ -80,9 +88,48 @@ def narrow_locations(
     else:
         each = [statistics.at(i) for i in range(len(statistics.locations))]
         chosen = [kept_set(options.targets, one, len(selection)) for one in each]
-        located = [width_map(one, kept, options) for one, kept in zip(each, chosen, strict=True)]
+        pairs = list(zip(each, chosen, strict=True))
+        located = _shared([partial(width_map, one, kept, options) for one, kept in pairs])
         qs, found = [one.q for one in located], located[0]
         if architecture_of(model.config).layer_norm:
             qs = [maps.level(q) for q in qs]
     found.seconds = {"factorisation": time.perf_counter() - start}
     return sliced.slice_model(model, qs), found, qs
+
+
+def _shared(makers: list[Callable[[], maps.WidthMap]]) -> list[maps.WidthMap]:
+    """What each of them makes; every process makes its share."""
+    rank, size = distributed.rank(), distributed.size()
+    made = [make() if i % size == rank else None for i, make in enumerate(makers)]
+    return [distributed.from_first(one, i % size) for i, one in enumerate(made)]
+
+
+def split_budget(
+    model: Any, tokens: Tensor, statistics: Statistics, divisor: int, options: Options
+) -> tuple[int, int | None, dict[str, Any]]:
+    """Residual width, feed-forward width and what the report says of the choice."""
+    mean, full = statistics.mean(), model.config.hidden_size
+
+    def narrowed(width: int, inner: int, some: Tensor) -> Any:
+        q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
+        if width < full:
+            found = width_map(mean, kept_set(options.targets, statistics, width), options)
+            q = basis(model, found, options)
+        narrow = absorb(model, q, untie=options.untie)
+        less = choose_inner_width(inner, model.config)
+        if options.refit or less is not None:
+            correct_weights(model, narrow, q, some, statistics, less, options)
+        return narrow
+
+    laws = budget.measure(model, tokens, divisor, narrowed)
+    count = options.params_count
+    assert options.params is not None
+    split = budget.best_split(model, options.params, count, divisor, *laws, untied=options.untie)
+    logger.info(
+        "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
+        *(options.params, count.replace("_", "-"), full, split.width),
+        *(architecture_of(model.config).inner_width(model.config), split.inner, split.predicted),
+    )
+    asked = {"asked": options.params, "count": count}
+    inner = choose_inner_width(split.inner, model.config)
+    return split.width, inner, asked | split.details()

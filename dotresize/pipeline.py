@@ -10,17 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dotresize import budget, maps
+from dotresize import distributed, maps, shelves
 from dotresize.absorb import absorb, is_tied
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
-from dotresize.calibration import Statistics, check_tokens, collect
+from dotresize.calibration import check_tokens
 from dotresize.inner_width import narrow_inner
+from dotresize.memory import place_of
 from dotresize.models import architecture_of
-from dotresize.narrowing import basis, correct_weights, narrow_locations, width_map
+from dotresize.narrowing import (
+    basis,
+    correct_weights,
+    narrow_locations,
+    split_budget,
+    width_map,
+)
 from dotresize.ops.backends import choose
 from dotresize.options import Options
 from dotresize.refit import RIDGE, Correction
+from dotresize.resident import device_of, shelf_of
 from dotresize.self_text import sample
+from dotresize.statistics import Statistics, collect
 from dotresize.targets import Targets, check_kept, kept_set
 from dotresize.width import (
     check_config,
@@ -132,7 +141,7 @@ def compress(
     seconds = dict.fromkeys(STAGES, 0.0)
     if params is not None:
         start = time.perf_counter()
-        new_width, inner, split = _split_budget(model, windows, statistics, divisor, options)
+        new_width, inner, split = split_budget(model, windows, statistics, divisor, options)
         seconds["budget"] = time.perf_counter() - start
     for stage in ("own text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)
@@ -175,19 +184,25 @@ def _narrowed(
         seconds.update(found.seconds)
         start = time.perf_counter()
         q = basis(model, found, options)
-        narrow = absorb(model, q, untie=options.untie)
+        on_shelf = shelf_of(model) is not None
+        make = shelves.narrowed if on_shelf else absorb
+        narrow = make(model, q, untie=options.untie)
         seconds["absorption"] = time.perf_counter() - start
     if options.refit or inner is not None:
         start = time.perf_counter()
         correct_weights(model, narrow, q, windows, statistics, inner, options)
         seconds["refit"] = time.perf_counter() - start
+    if shelf_of(narrow) is not None:
+        start = time.perf_counter()
+        shelves.finish(narrow)
+        seconds["absorption"] += time.perf_counter() - start
     return narrow, found, q
 
 
 def _report(
     model: Any, narrow: Any, statistics: Statistics, options: Options, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     architecture = architecture_of(model.config)
     old, new = (architecture.inner_width(m.config) for m in (model, narrow))
     return {
@@ -224,10 +239,14 @@ def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Sta
     tokens: int64 (windows, length). The first options say how many windows are written.
     """
     start = time.perf_counter()
-    own = wanted[0].own_windows(len(tokens))
+    # Every token that it writes would read all weights from their files.
+    own = 0 if shelf_of(model) is not None else wanted[0].own_windows(len(tokens))
     if own:
         written = sample(model, own, tokens.shape[1], wanted[0].seed)
         tokens = torch.cat([tokens, written.to(tokens.device)])
+    tokens = distributed.from_first(tokens)
+    if len(tokens) < distributed.size():
+        raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
     took = time.perf_counter() - start
     if architecture_of(model.config).fixed_residual:
         statistics = Statistics.none(tokens.numel(), model.config.hidden_size)
@@ -237,8 +256,10 @@ def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Sta
             tokens,
             cost=any(_needs_cost(options) for options in wanted),
             moment=any(_needs_moment(options) for options in wanted),
+            apart=any(_needs_apart(options) for options in wanted),
             batch_windows=wanted[0].batch_windows,
             backend=wanted[0].backend,
+            place=place_of(model, tokens),
         )
     statistics.own_windows = own
     statistics.seconds["own text"] = took
@@ -254,38 +275,13 @@ def _needs_moment(options: Options) -> bool:
     return by_variance or options.refit or options.figures
 
 
+def _needs_apart(options: Options) -> bool:
+    return options.per_location or options.figures or callable(options.targets)
+
+
 def _check_statistics(statistics: Statistics, options: Options) -> None:
     for name, needs in (("cost", _needs_cost), ("moment", _needs_moment)):
         if needs(options) and getattr(statistics, name) is None:
             raise ValueError(f"statistics: collected without {name}, which these options need")
-
-
-def _split_budget(
-    model: Any, tokens: Tensor, statistics: Statistics, divisor: int, options: Options
-) -> tuple[int, int | None, dict[str, Any]]:
-    """Residual width, feed-forward width and what the report says of the choice."""
-    mean, full = statistics.mean(), model.config.hidden_size
-
-    def narrowed(width: int, inner: int, some: Tensor) -> Any:
-        q = torch.eye(full, dtype=torch.float64, device=mean.importance.device)
-        if width < full:
-            found = width_map(mean, kept_set(options.targets, statistics, width), options)
-            q = basis(model, found, options)
-        narrow = absorb(model, q, untie=options.untie)
-        less = choose_inner_width(inner, model.config)
-        if options.refit or less is not None:
-            correct_weights(model, narrow, q, some, statistics, less, options)
-        return narrow
-
-    laws = budget.measure(model, tokens, divisor, narrowed)
-    count = options.params_count
-    assert options.params is not None
-    split = budget.best_split(model, options.params, count, divisor, *laws, untied=options.untie)
-    logger.info(
-        "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
-        *(options.params, count.replace("_", "-"), full, split.width),
-        *(architecture_of(model.config).inner_width(model.config), split.inner, split.predicted),
-    )
-    asked = {"asked": options.params, "count": count}
-    inner = choose_inner_width(split.inner, model.config)
-    return split.width, inner, asked | split.details()
+    if _needs_apart(options) and not statistics.apart:
+        raise ValueError("statistics: locations were not kept apart, which these options need")

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dotresize.absorb import is_tied
+from dotresize.absorb import is_tied, turned
 from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.models import Sublayer, architecture_of
+from dotresize.resident import resident
 from dotresize.sliced import past_feed_forward, without_adapters
 from dotresize.streams import Spill, Streams, captured, inner_neurons, norms_of
 
@@ -71,24 +72,26 @@ def correct(
     correction: Correction,
     *,
     batch_windows: int = 4,
+    place: str = "disk",
 ) -> None:
     """Correct ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
     Args:
-        dense: the original model.
+        dense: the original model. This and the other may be on shelves (dotresize.resident).
         narrow: ``absorb(dense, q)``, or ``slice_model(dense, q)``.
         q: (D, k) float64, orthonormal columns, or one for each residual location.
         tokens: int64 (windows, length).
         correction: what to do.
+        place: of the activations between layers, see ``streams.Spill``.
 
     A head of its own is a reader of the final norm and is corrected as such; a tied one has been
     chosen before (dotresize.tied_head).
     """
-    walk = _Walk(dense, narrow, q, tokens, correction, batch_windows)
-    layers = list(zip(walk.dense_layers, walk.layers, strict=True))
-    progress = tqdm(layers, desc="refit", unit="layer", disable=None)
-    for i, (dense_layer, layer) in enumerate(progress):
-        walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
+    walk = _Walk(dense, narrow, q, tokens, correction, batch_windows, place)
+    for i in tqdm(range(walk.layers), desc="refit", unit="layer", disable=None):
+        name = f"{walk.architecture.layers}.{i}"
+        with resident(dense, name) as dense_layer, resident(narrow, name) as layer:
+            walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
     if correction.inner_width is not None:
         setattr(narrow.config, walk.architecture.inner, correction.inner_width)
     if correction.readers_and_writers and not is_tied(narrow):
@@ -106,22 +109,22 @@ class _Walk:
         tokens: Tensor,
         correction: Correction,
         batch_windows: int,
+        place: str,
     ) -> None:
         self.architecture = architecture_of(dense.config)
         self.correction = correction
-        self.dense_layers = dense.get_submodule(self.architecture.layers)
-        self.layers = narrow.get_submodule(self.architecture.layers)
-        self._wide = Streams(dense, tokens, batch_windows)
-        self._thin = Streams(narrow, tokens, batch_windows)
+        self.layers = len(narrow.get_submodule(self.architecture.layers))
+        self._wide = Streams(dense, tokens, batch_windows, place)
+        self._thin = Streams(narrow, tokens, batch_windows, place)
         count = len(self._wide)
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
-        self._delivered = [Spill(count) for _ in self.architecture.sublayers]
-        self._middle, self._inner = Spill(count), Spill(count)
+        self._delivered = [Spill(count, place) for _ in self.architecture.sublayers]
+        self._middle, self._inner = Spill(count, place), Spill(count, place)
         self._multiplier = self.architecture.multiplier(dense.config)
         self._stream_scale = self.architecture.stream_scale(
             dense.config.hidden_size, narrow.config.hidden_size, is_tied(narrow)
         )
-        locations = 2 * len(self.layers) + 1
+        locations = 2 * self.layers + 1
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
     def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
@@ -155,12 +158,16 @@ class _Walk:
             self._thin.stream[i] = x + self._multiplier * written
 
     def head(self, dense: Any, narrow: Any) -> None:
-        norm = narrow.get_submodule(self.architecture.final_norm)
-        dense_norm = dense.get_submodule(self.architecture.final_norm)
-        for i, x in enumerate(self._wide.stream):
-            self._delivered[0][i] = dense_norm(x)
-        heads = _pairs(dense, narrow, (f"{self.architecture.head}.weight",))
-        self._readers(self._thin.stream, self._delivered[0], dense_norm, norm, self.qs[-1], heads)
+        names = self.architecture.final_norm, self.architecture.head
+        with (
+            resident(dense, *names) as (dense_norm, dense_head),
+            resident(narrow, *names) as (norm, head),
+        ):
+            for i, x in enumerate(self._wide.stream):
+                self._delivered[0][i] = dense_norm(x)
+            heads = _pairs(dense_head, head, ("weight",))
+            stream, delivered = self._thin.stream, self._delivered[0]
+            self._readers(stream, delivered, dense_norm, norm, self.qs[-1], heads)
 
     def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
         for i in range(len(self._wide)):
@@ -184,9 +191,10 @@ class _Walk:
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
             equations.add(norm(x), v)
+        equations.total()
         a = equations.solve(self.correction.ridge)
         for dense_reader, reader in readers:
-            reader.copy_((dense_reader.to(FLOAT) @ a.mT).to(reader.dtype))
+            turned(dense_reader, a.mT, out=reader)
 
     def _write(self, layer: nn.Module, part: Sublayer, q: Tensor) -> Tensor | None:
         """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
@@ -208,6 +216,7 @@ def solve_writer(
     layer: nn.Module, part: Sublayer, equations: NormalEquations, correction: Correction
 ) -> Tensor | None:
     """Choose a feed-forward's neurons and solve its writer, in place; which stay, None for all."""
+    equations.total()
     rows = equations.prior
     kept = None
     if correction.inner_width is not None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dotresize.resident import device_of
+
 # Windows written at a time: each keeps a cache, and all share one pass over the weights.
 BATCH = 32
 
@@ -41,7 +43,7 @@ def sample(model: Any, count: int, length: int, seed: int = 0) -> Tensor:
 def _continue(
     model: Any, ids: Tensor, length: int, ends: list[int], generator: torch.Generator, progress: Any
 ) -> Tensor:
-    device = next(model.parameters()).device
+    device = device_of(model)
     cache = None
     for _ in range(length - 1):
         out = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dotresize import maps
+from dotresize import distributed, maps
 from dotresize.absorb import absorb
 from dotresize.models import architecture_of
 from dotresize.streams import Streams, norms_of
@@ -110,6 +110,7 @@ def _project(stream: Any, k: int, turn: Callable[[Tensor], Tensor] | None) -> Te
     for x in stream:
         wide = x.flatten(0, -2).double()  # the raw stream holds channels in the thousands
         moment += wide.mT @ wide
+    distributed.total(moment)
     q = torch.linalg.eigh(moment).eigenvectors[:, -k:]
     q = q if turn is None else turn(q)
     projector = (q @ q.mT).to(stream[0].dtype)

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize import checkpoint
+from dotresize import checkpoint, distributed
 from dotresize.accounting import peak_memory
-from dotresize.calibration import Statistics
 from dotresize.inputs import refuse_changes
 from dotresize.recovery import recover
+from dotresize.statistics import Statistics
 
 logger = logging.getLogger("dotresize")
 
-_TENSORS = ("importance", "moment", "cost")
+_TENSORS = ("importance", "moment", "cost", "final")
 
 
 def partial_folder(out: str) -> Path:
@@ -38,11 +38,13 @@ class Stages:
 
     Attributes:
         path: OUT.partial; absent until the first stage is done.
+        shards: where a model on a shelf writes, once ``shelve`` has said so.
     """
 
     def __init__(self, out: str, settings: dict[str, Any], *, resume: bool) -> None:
         """ValueError where a run of other settings, or one not to be resumed, has left some."""
         self.path = partial_folder(out)
+        self.shards: Path | None = None
         self._settings = settings
         if not self.path.exists():
             return
@@ -101,7 +103,7 @@ class Stages:
 
             self._keep(folder, fill)
             return narrow, report
-        narrow, _ = checkpoint.load(str(folder), device, to_narrow=False)
+        narrow, _ = checkpoint.load(str(folder), device, to_narrow=False, work=self.shards)
         return narrow, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
     def recovered(
@@ -116,15 +118,30 @@ class Stages:
         row["peak_memory_bytes"] = peak_memory()
         return row
 
+    def shelve(self) -> Path:
+        """The folder that ``shards`` names from now on, empty."""
+        self._begin()
+        distributed.wait()
+        self.shards = self.path / f"shards-{distributed.rank()}"
+        shutil.rmtree(self.shards, ignore_errors=True)
+        self.shards.mkdir()
+        return self.shards
+
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        distributed.wait()
+        if distributed.rank() == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _keep(self, folder: Path, fill: Callable[[Path], None]) -> None:
-        if not self.path.exists():
-
-            def begin(new: Path) -> None:
-                text = json.dumps(self._settings)
-                (new / "settings.json").write_text(text, encoding="utf-8")
-
-            checkpoint.write_whole(self.path, begin)
+        self._begin()
         checkpoint.write_whole(folder, fill)
+
+    def _begin(self) -> None:
+        if self.path.exists() or distributed.rank():
+            return
+
+        def begin(new: Path) -> None:
+            text = json.dumps(self._settings)
+            (new / "settings.json").write_text(text, encoding="utf-8")
+
+        checkpoint.write_whole(self.path, begin)

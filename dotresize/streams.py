@@ -1,12 +1,12 @@
 """The residual stream of many tokens, moved through a model one layer at a time.
 
-What a layer reads and writes for all calibration tokens lies in memory-mapped temporary files, so
-that resident memory is that of one batch, however many tokens there are.
+What a layer reads and writes for all calibration tokens lies where there is room for it
+(dotresize.memory), by default in temporary files, so that resident memory is that of one batch,
+however many tokens there are.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dotresize import distributed
 from dotresize.linear import linear_of
 from dotresize.models import Architecture, Sublayer, architecture_of
+from dotresize.resident import device_of, resident
 
 
 class StopForward(Exception):
@@ -24,14 +26,15 @@ class StopForward(Exception):
 
 
 class Spill:
-    """A list of tensors, one per batch, each in a memory-mapped temporary file (see TMPDIR).
+    """A list of tensors, one per batch, kept where there is room; entries come back as they were.
 
-    Entries come back on the device they came from. The files have no names: however the process
-    ends, nothing is left of them.
+    place: "device" keeps them where they are, "host" in main memory, "disk" in temporary files (see
+    TMPDIR). The files have no names: however the process ends, nothing is left of them.
     """
 
-    def __init__(self, count: int) -> None:
-        self._entries: list[Tensor | None] = [None] * count
+    def __init__(self, count: int, place: str = "disk") -> None:
+        self._place = place
+        self._entries: list[Tensor | _File | None] = [None] * count
         self._device = torch.device("cpu")
 
     def __len__(self) -> int:
@@ -39,28 +42,50 @@ class Spill:
 
     def __setitem__(self, i: int, value: Tensor) -> None:
         self._device = value.device
-        entry = self._entries[i]
-        if entry is None or entry.shape != value.shape or entry.dtype != value.dtype:
-            entry = _mapped(value.numel(), value.dtype).view(value.shape)
-            self._entries[i] = entry
-        entry.copy_(value)
+        if self._place == "disk":
+            entry = self._entries[i]
+            if not isinstance(entry, _File):
+                entry = self._entries[i] = _File()
+            entry.write(value)
+        else:
+            where = value.device if self._place == "device" else torch.device("cpu")
+            self._entries[i] = value.to(where, copy=True)
 
     def __getitem__(self, i: int) -> Tensor:
         entry = self._entries[i]
         if entry is None:
             raise IndexError(f"batch {i} was never written")
-        return entry.to(self._device)
+        return (entry.read() if isinstance(entry, _File) else entry).to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
 
-def _mapped(count: int, dtype: torch.dtype) -> Tensor:
-    with tempfile.NamedTemporaryFile(prefix="dotresize-") as file:
-        if hasattr(os, "posix_fallocate"):
-            # A full disk is an error here; found out while writing to the map, it is a crash.
-            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+class _File:
+    """A tensor in a temporary file. Read and written, not mapped: no page of it counts as used."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="dotresize-", buffering=0)  # noqa: SIM115
+        self._shape, self._dtype = torch.Size(), torch.float32
+
+    def write(self, value: Tensor) -> None:
+        self._shape, self._dtype = value.shape, value.dtype
+        self._file.seek(0)
+        left = _bytes(value.detach().cpu().contiguous())
+        while left:
+            left = left[self._file.write(left) :]
+
+    def read(self) -> Tensor:
+        value = torch.empty(self._shape, dtype=self._dtype)
+        self._file.seek(0)
+        left = _bytes(value)
+        while left:
+            left = left[self._file.readinto(left) :]
+        return value
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Streams:
@@ -74,27 +99,39 @@ class Streams:
         stream: (windows, length, width) per batch, in front of the next layer.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, batch_windows: int) -> None:
-        """tokens: int64 (windows, length)."""
-        architecture = architecture_of(model.config)
-        self._layers = list(model.get_submodule(architecture.layers))
-        batches = tokens.split(batch_windows)
-        self.stream = Spill(len(batches))
+    def __init__(self, model: Any, tokens: Tensor, batch_windows: int, place: str = "disk") -> None:
+        """tokens: int64 (windows, length) of all processes; place: of the stream (``Spill``)."""
+        self._architecture = architecture_of(model.config)
+        self._model = model
+        self._layers = list(model.get_submodule(self._architecture.layers))
+        self._device = device_of(model)
+        mine = distributed.share(tokens)
+        self.batches = mine.split(batch_windows) if len(mine) else ()
+        self.stream = Spill(len(self.batches), place)
         self._arguments: dict[nn.Module, list[tuple[tuple, dict]]] = {
             layer: [] for layer in self._layers
         }
-        device = next(model.parameters()).device
-        for layer in self._layers:
-            layer.forward = self._catcher(layer)  # on the instance, in front of the method
-        try:
-            for ids in batches:
+        with (
+            resident(model, self._architecture.embedding),
+            _replaced({layer: self._catcher(layer) for layer in self._layers}),
+        ):
+            for ids in self.batches:
                 try:
-                    model(input_ids=ids.to(device), use_cache=False)
+                    model(input_ids=ids.to(self._device), use_cache=False)
                 except StopForward:
                     continue
-        finally:
-            for layer in self._layers:
-                del layer.forward
+
+    def logits(self, i: int) -> Tensor:
+        """Of batch i, from a stream that has passed all layers; the head must be resident."""
+        embedding = self._model.get_submodule(self._architecture.embedding)
+        stream = self.stream[i]
+
+        def as_found(*_: Any, **__: Any) -> Tensor:
+            return stream
+
+        with _replaced(dict.fromkeys([embedding, *self._layers], as_found)):
+            ids = self.batches[i].to(self._device)
+            return self._model(input_ids=ids, use_cache=False).logits
 
     def _catcher(self, layer: nn.Module) -> Callable:
         def catch(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,6 +157,18 @@ class Streams:
     def until(self, layer: nn.Module, module: nn.Module, i: int) -> Tensor:
         """What a module inside the layer reads for batch i; nothing after it is run."""
         return _input_of(module, lambda: self.run(layer, i))
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Other forward functions for some modules: on the instance, in front of the method."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def inner_neurons(layer: nn.Module, part: Sublayer, stream: Tensor) -> Tensor:
@@ -151,13 +200,32 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     """What each of the modules delivers, in order of execution, during the block."""
     seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.append(output)
-
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with _hooked([module.register_forward_hook(_keeping(seen, 2)) for module in modules]):
         yield seen
+
+
+@contextmanager
+def captured_inputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What each of the modules reads, in order of execution, during the block."""
+    seen: list[Tensor] = []
+    with _hooked([module.register_forward_pre_hook(_keeping(seen, 1)) for module in modules]):
+        yield seen
+
+
+def _keeping(seen: list[Tensor], which: int) -> Callable:
+    """A hook that keeps one of its arguments: 1 what a module reads, 2 what it delivers."""
+
+    def keep(*given: Any) -> None:
+        value = given[which]
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    return keep
+
+
+@contextmanager
+def _hooked(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -10,8 +10,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from dotresize.calibration import Statistics
 from dotresize.maps import largest
+from dotresize.statistics import Statistics
 
 # Union, as aliases are evaluated: Python 3.10 cannot join a Callable and None with a bar.
 Targets = Union[Tensor, Callable[[Statistics, int], Tensor], None]  # noqa: UP007

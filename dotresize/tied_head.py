@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotresize.absorb import TABLE_ROWS, turned
 from dotresize.least_squares import FLOAT, solve
 from dotresize.models import architecture_of
+from dotresize.resident import resident
 
 
 @torch.no_grad()
@@ -34,20 +36,21 @@ def choose_table(dense: Any, narrow: Any, q: Tensor, moment: Tensor, *, ridge: f
         ridge: relative to the mean diagonal of Q' moment Q.
     """
     architecture = architecture_of(dense.config)
-    embedding = dense.get_submodule(architecture.embedding).weight
-    table = narrow.get_submodule(architecture.embedding).weight
-    norm = narrow.get_submodule(architecture.final_norm)
+    names = architecture.embedding, architecture.final_norm
     goal = architecture.table_scale(q.shape[0], q.shape[1], True) * q
-    scale = architecture.gain(dense.get_submodule(architecture.final_norm))
-    basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, _gram(embedding), ridge)
-    # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.
-    kept = architecture.gain(norm)
-    sound = (weights / kept - 1).abs() < 0.5
-    weights = torch.where(sound, weights, kept)
-    basis = torch.where(sound, between / weights, goal)
-    for rows in torch.arange(len(table), device=table.device).split(8192):
-        table[rows] = (embedding[rows].to(FLOAT) @ basis).to(table.dtype)
-    norm.weight.copy_((weights - architecture.norm_offset).to(norm.weight.dtype))
+    with (
+        resident(dense, *names) as (embedding, dense_norm),
+        resident(narrow, *names) as (table, norm),
+    ):
+        scale, gram = architecture.gain(dense_norm), _gram(embedding.weight)
+        basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, gram, ridge)
+        # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.
+        kept = architecture.gain(norm)
+        sound = (weights / kept - 1).abs() < 0.5
+        weights = torch.where(sound, weights, kept)
+        basis = torch.where(sound, between / weights, goal)
+        turned(embedding.weight, basis, out=table.weight)
+        norm.weight.copy_(weights - architecture.norm_offset)
 
 
 def head_basis(
@@ -68,7 +71,7 @@ def head_basis(
 
 def _gram(embedding: Tensor) -> Tensor:
     total = torch.zeros(embedding.shape[1], embedding.shape[1]).to(embedding.device, FLOAT)
-    for rows in embedding.split(8192):
+    for rows in embedding.split(TABLE_ROWS):
         part = rows.to(FLOAT)
         total += part.mT @ part
     return total

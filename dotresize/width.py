@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from dotresize.absorb import resized
-from dotresize.calibration import Statistics
 from dotresize.models import architecture_of
 from dotresize.options import Options
+from dotresize.statistics import Statistics
 
 
 def choose_width(asked: float, width: int, divisor: int) -> int:
@@ -111,7 +111,7 @@ def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:
     weighing alike: what no other map of that width keeps more of.
     """
     assert statistics.moment is not None
-    spectrum = torch.linalg.eigvalsh(statistics.moment.mean(0).double()).clamp_min(0).flip(0)
+    spectrum = torch.linalg.eigvalsh(statistics.moment.mean(0)).clamp_min(0).flip(0)
     kept = (spectrum.cumsum(0) / spectrum.sum()).clamp_max(1.0)
     # Rounding must not ask for a direction more than the share needs.
     width = int((kept < share - 1e-12).sum()) + 1

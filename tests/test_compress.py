@@ -11,10 +11,11 @@ from conftest import tiny_model
 from dotresize import compress
 from dotresize.absorb import absorb
 from dotresize.accounting import count_parameters
-from dotresize.calibration import collect, random_windows, residual_stream
+from dotresize.calibration import random_windows
 from dotresize.models import architecture_of, supported
 from dotresize.options import Options
 from dotresize.refit import Correction, correct
+from dotresize.statistics import collect, residual_stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,7 +206,7 @@ def test_refit_of_biased_writers(tokens):
 
 def test_statistics_match_a_direct_computation(tokens):
     model = tiny_model()
-    statistics = collect(model, tokens, batch_windows=2)
+    statistics = collect(model, tokens, apart=True, batch_windows=2)
     with torch.inference_mode():
         stream = residual_stream(model, tokens).double()
     stream = stream / stream.square().mean(-1, keepdim=True).sqrt()

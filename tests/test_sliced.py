@@ -12,11 +12,11 @@ from test_compress import float64_norms, logits
 
 import dotresize
 from dotresize import compress
-from dotresize.calibration import residual_stream
 from dotresize.cli import main
 from dotresize.models import supported
 from dotresize.refit import Correction, correct
 from dotresize.sliced import sequential_pca, slice_model
+from dotresize.statistics import residual_stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

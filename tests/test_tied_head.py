@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from dotresize import compress
 from dotresize.absorb import absorb
-from dotresize.calibration import collect
+from dotresize.statistics import collect
 from dotresize.tied_head import choose_table, head_basis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +56,7 @@ def test_full_width_changes_nothing(tokens):
     for basis in (torch.eye(24, dtype=torch.float64), q):
         narrow = absorb(model, basis)
         before = narrow.model.embed_tokens.weight.clone()
-        moment = collect(model, tokens, cost=False).moment[-1]
+        moment = collect(model, tokens, cost=False).final
         choose_table(model, narrow, basis, moment, ridge=0.1)
         if basis is not q:
             assert torch.allclose(narrow.model.embed_tokens.weight, before)

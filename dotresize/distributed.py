@@ -1,0 +1,71 @@
+"""Several processes on one compression: ``torchrun --nproc-per-node 2 -m dotresize compress ...``.
+
+Every process has the whole model, or its shelf, and a share of the windows; sums over tokens are
+added up over the processes, which then solve the same problems (of many maps, a share each) and
+take the same decisions. The first process alone writes and speaks. In a single process nothing
+here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def begin() -> None:
+    """Join the group that torchrun describes, if any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_device() -> torch.device:
+    """The device of this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def share(windows: Tensor) -> Tensor:
+    """This process's windows; none where there are fewer than processes."""
+    return windows[rank() :: size()]
+
+
+def total(*sums: Tensor | None) -> None:
+    """Replace tensors by their sums over all processes."""
+    for value in sums:
+        if value is not None and dist.is_initialized():
+            dist.all_reduce(value)
+
+
+def from_first(value: Any, owner: int = 0) -> Any:
+    """An object as one process has it, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=owner, device=local_device())
+    return box[0]
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,65 @@
+"""``--memory``: what it goes together with, and the plan of a run under it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dotresize.memory import Plan, parse, plan, shown
+from dotresize.models import architecture_of
+from dotresize.options import Options
+from dotresize.resident import Files, shelf_of
+from dotresize.width import choose_inner_width, choose_width, residual_share
+
+logger = logging.getLogger("dotresize")
+
+
+def check(args: argparse.Namespace, options: Options) -> None:
+    """ValueError where an option would need the whole model at once."""
+    try:
+        parse(args.memory)
+    except ValueError as error:
+        raise ValueError(f"--memory {error}") from None
+    if not Path(args.model).is_dir():
+        raise ValueError(f"--memory: reads a model directory by parts, not {args.model}")
+    held = {
+        "--params": options.params is not None,
+        "--scope location": options.per_location,
+        "--self-windows": bool(options.self_windows),
+        "--recover": args.recover is not None,
+        "--compare": args.compare,
+        "--report": args.report is not None,
+    }
+    for name, given in held.items():
+        if given:
+            raise ValueError(f"{name}: needs the whole model in memory; leave --memory out")
+
+
+def make_plan(args: argparse.Namespace, options: Options, model: Any, tokens: Tensor) -> Plan:
+    """The run's plan, announced and handed to the model's shelf."""
+    config, architecture = model.config, architecture_of(model.config)
+    if architecture.fixed_residual:
+        raise ValueError(f"--memory: {config.model_type} keeps its residual; leave --memory out")
+    width = config.hidden_size  # --energy finds it later, and no more than this
+    if options.energy is None:
+        share = residual_share(options.width, options.ff_width)
+        width = choose_width(share, width, architecture.divisor(config))
+    inner = choose_inner_width(options.ff_width, config) or architecture.inner_width(config)
+    budget = parse(args.memory)
+    try:
+        found = plan(model, tokens, width, inner, options.batch_windows, budget)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    shelf = shelf_of(model)
+    assert isinstance(shelf, Files)
+    shelf.place = found.place
+    device = f", {shown(found.device)} of the device" if found.device else ""
+    logger.info(
+        "memory: a peak of %s expected%s; activations on the %s",
+        *(shown(found.host), device, found.place),
+    )
+    return found

@@ -1,0 +1,195 @@
+"""Models whose weights lie in safetensors files, and are in memory a part at a time.
+
+Code that walks through a model takes each part (a decoder layer, the embeddings, the final norm,
+the head) by ``with resident(model, name) as part``. For a model in memory that is the module as it
+is. For one on a shelf the module's weights are there during the block only, so that a model of any
+size passes through the memory of one layer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dotresize.models import architecture_of
+
+
+class Shelf(Protocol):
+    """Where the weights of a model are while they are not in it.
+
+    Attributes:
+        device: where they are put.
+    """
+
+    device: torch.device
+
+    def take(self, name: str, part: nn.Module) -> None:
+        """Fill the parameters of a part."""
+
+    def give_back(self, name: str, part: nn.Module) -> None:
+        """The part will be emptied."""
+
+
+# By model; the count is of blocks that hold a part.
+_SHELVES: weakref.WeakKeyDictionary[nn.Module, tuple[Shelf, Counter[str]]]
+_SHELVES = weakref.WeakKeyDictionary()
+
+
+def put_on(shelf: Shelf, model: nn.Module) -> None:
+    """From now on the model's weights are those of the shelf."""
+    _SHELVES[model] = shelf, Counter()
+
+
+def shelf_of(model: nn.Module) -> Shelf | None:
+    """The model's shelf; None for a model in memory."""
+    return _SHELVES[model][0] if model in _SHELVES else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes."""
+    shelf = shelf_of(model)
+    return next(model.parameters()).device if shelf is None else shelf.device
+
+
+def parts(model: Any) -> list[str]:
+    """Names of the parts, in order of execution; a tied head is one that shares its weight."""
+    architecture = architecture_of(model.config)
+    layers = model.get_submodule(architecture.layers)
+    names = [f"{architecture.layers}.{i}" for i in range(len(layers))]
+    return [architecture.embedding, *names, architecture.final_norm, architecture.head]
+
+
+@contextmanager
+def resident(model: Any, *names: str) -> Iterator[Any]:
+    """Modules of a model (one alone, or a list) with their weights in memory."""
+    found: Any = [model.get_submodule(name) for name in names]
+    if model not in _SHELVES:
+        yield found[0] if len(names) == 1 else found
+        return
+    shelf, held = _SHELVES[model]
+    for name, part in zip(names, found, strict=True):
+        if not held[name]:
+            shelf.take(name, part)
+        held[name] += 1
+    try:
+        yield found[0] if len(names) == 1 else found
+    finally:
+        for name, part in zip(names, found, strict=True):
+            held[name] -= 1
+            if not held[name]:
+                shelf.give_back(name, part)
+                empty(part)
+        if not held.total():
+            model.tie_weights()  # a tied head has its own weight only while it is used
+
+
+def fill(part: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a part its parameters, by the names that it has for them."""
+    for name, weight in weights.items():
+        owner, _, last = name.rpartition(".")
+        setattr(part.get_submodule(owner), last, nn.Parameter(weight, requires_grad=False))
+
+
+def empty(part: nn.Module) -> None:
+    """Leave the shapes of a part's parameters, without their memory."""
+    fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})
+
+
+class Files:
+    """A shelf of safetensors files.
+
+    Attributes:
+        where: the file of each weight.
+        widen: whether weights in half precision are put into the model as float32.
+        work: a folder for files made out of these.
+        place: of activations between layers, see ``streams.Spill``.
+    """
+
+    work: Path
+    place: str = "disk"
+
+    def __init__(
+        self, paths: list[Path], device: torch.device, alias: dict[str, str], *, widen: bool
+    ) -> None:
+        """alias: names that stand for others in the files."""
+        self.device = device
+        self.paths: list[Path] = []
+        self.widen = widen
+        self.where: dict[str, Path] = {}
+        self._alias = alias
+        for path in paths:
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """One more file."""
+        self.paths.append(path)
+        with safe_open(path, framework="pt") as file:
+            self.where.update(dict.fromkeys(file.keys(), path))
+
+    def __contains__(self, name: str) -> bool:
+        return self._alias.get(name, name) in self.where
+
+    def read(self, name: str) -> Tensor:
+        """A weight as it is stored, by memory map."""
+        name = self._alias.get(name, name)
+        with safe_open(self.where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a weight as it is stored."""
+        return self.read(name).dtype
+
+    def take(self, name: str, part: nn.Module) -> None:
+        weights = {}
+        for key, _ in part.named_parameters():  # one by one: a widened weight's map is let go
+            weight = self.read(f"{name}.{key}")
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"weight {name}.{key} of the model holds NaN or Inf")
+            weights[key] = self._ready(weight)
+        fill(part, weights)
+
+    def give_back(self, name: str, part: nn.Module) -> None:
+        """What was read stays as it is in the files."""
+
+    def _ready(self, weight: Tensor) -> Tensor:
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        return weight.to(self.device, torch.float32 if half and self.widen else weight.dtype)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def skeleton(kind: Any, config: Any, device: torch.device) -> Any:
+    """A model of class ``kind`` whose parameters have no memory; its buffers are real.
+
+    kind: a transformers model class, or an Auto class.
+    """
+    make = getattr(kind, "from_config", kind)
+    with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
+        model = make(config)
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval()

@@ -1,0 +1,124 @@
+"""Model directories whose weights stay in their files: opened, narrowed a part at a time, written.
+
+The narrowed model's shelf makes a part when it is first taken, out of the dense model's part, and
+writes it when it is given back, corrected: every part becomes a shard as soon as it is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dotresize.absorb import Absorption, is_tied
+from dotresize.models import architecture_of
+from dotresize.resident import Files, fill, parts, put_on, resident, shelf_of, skeleton
+from dotresize.stored import INDEX, check_stored, shards
+
+
+def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> Any:
+    """A model of a directory, on a shelf.
+
+    On a CPU, weights in half precision compute in float32: most CPUs have no other fast products.
+
+    Args:
+        work: folder for the shards of what becomes of it.
+
+    Raises ValueError where the files disagree with the config, or hold other names than
+    transformers gives the weights.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised, which only a model held in memory may be")
+    check_stored(folder, config)
+    model = skeleton(transformers.AutoModelForCausalLM, config, device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    files = Files(shards(folder), device, _alias(model), widen=device.type == "cpu")
+    for name, _ in model.named_parameters():
+        if name not in files:
+            raise ValueError(f"{name} is not stored under that name, which --memory needs")
+    files.work = work
+    put_on(files, model)
+    return model
+
+
+def _alias(model: Any) -> dict[str, str]:
+    """The name that a tied head's weight is stored under."""
+    architecture = architecture_of(model.config)
+    if not is_tied(model):
+        return {}
+    return {f"{architecture.head}.weight": f"{architecture.embedding}.weight"}
+
+
+class _Growing(Files):
+    """The shelf of a narrowed model that is still being made."""
+
+    def __init__(self, absorption: Absorption, dense: Files, model: Any) -> None:
+        super().__init__([], dense.device, _alias(model), widen=dense.widen)
+        self.work, self.place = dense.work, dense.place
+        self._absorption, self._dense = absorption, dense
+        self._parts = parts(model)[: -1 if absorption.tied else None]
+
+    def take(self, name: str, part: nn.Module) -> None:
+        if all(f"{name}.{key}" in self for key, _ in part.named_parameters()):
+            super().take(name, part)
+        else:
+            fill(part, self._absorption.part(name))
+
+    def give_back(self, name: str, part: nn.Module) -> None:
+        weights = {f"{name}.{key}": weight for key, weight in part.named_parameters()}
+        if not weights or all(key in self for key in weights):
+            return
+        number = self._parts.index(name) + 1
+        path = self.work / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
+        stored = {key: self._as_stored(key, weight) for key, weight in weights.items()}
+        save_file(stored, path, metadata={"format": "pt"})
+        self.add(path)
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        return weight.detach().to("cpu", self._dense.dtype(name)).contiguous()
+
+
+def narrowed(model: Any, q: Tensor, *, untie: bool = False) -> Any:
+    """``absorb`` for a model on a shelf: the same model, on a shelf that grows as it is walked."""
+    dense = shelf_of(model)
+    assert isinstance(dense, Files)
+    absorption = Absorption(model, q, untie=untie)
+    narrow = skeleton(type(model), absorption.config, dense.device)
+    narrow.generation_config = copy.deepcopy(model.generation_config)
+    put_on(_Growing(absorption, dense, narrow), narrow)
+    return narrow
+
+
+def finish(model: Any) -> None:
+    """Write the parts of a narrowed model that nobody took."""
+    for name in parts(model):
+        with resident(model, name):
+            pass
+
+
+def save(model: Any, folder: Path) -> None:
+    """Config and shards of a model on a shelf, by hard links where the file system has them."""
+    files = shelf_of(model)
+    assert isinstance(files, Files)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    where = {name: path.name for name, path in files.where.items()}
+    size = sum(path.stat().st_size for path in files.paths)
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in files.paths:
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,193 @@
+"""Statistics of the residual stream, collected in one pass over the calibration tokens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dotresize import distributed
+from dotresize.models import architecture_of
+from dotresize.ops.l1_accumulator import L1CostAccumulator
+from dotresize.resident import device_of, resident
+from dotresize.streams import Streams, captured_inputs, norms_of
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration tokens leaves behind, over L residual locations.
+
+    Tokens are RMS-normalised first, so that all weigh alike however large the stream has grown.
+    M is L where every location is kept apart, and 1 where only their mean is: one global map needs
+    no more, and L matrices of (D, D) are the largest thing there would be.
+
+    Attributes:
+        locations: names of the norms that read the stream there.
+        importance: (L, D) float64, mean |x|.
+        moment: (M, D, D) float64, mean of x'x; None if not asked for.
+        cost: (M, D, D) float32, mean |x_i - x_j|; None if not asked for.
+        final: (D, D) float64, the moment in front of the final norm; None without moments.
+        seconds: "calibration" (forward passes and moments), "cost", and "own text".
+        own_windows: how many of the windows the model wrote itself.
+    """
+
+    locations: list[str]
+    tokens: int
+    importance: Tensor
+    moment: Tensor | None
+    cost: Tensor | None
+    final: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    own_windows: int = 0
+
+    @classmethod
+    def none(cls, tokens: int, width: int) -> Statistics:
+        """Of no location: for a model whose residual stays as it is."""
+        seconds = {"calibration": 0.0, "cost": 0.0}
+        return cls([], tokens, torch.empty(0, width), None, None, seconds=seconds)
+
+    @property
+    def apart(self) -> bool:
+        """Whether every location has its own moment and cost."""
+        return all(x is None or len(x) == len(self.locations) for x in (self.moment, self.cost))
+
+    def mean(self) -> Statistics:
+        """The mean over locations, as statistics of a single one."""
+        moment, cost = (
+            None if x is None else x.mean(0, keepdim=True) for x in (self.moment, self.cost)
+        )
+        importance = self.importance.mean(0, keepdim=True)
+        return Statistics(["mean"], self.tokens, importance, moment, cost, seconds=self.seconds)
+
+    def at(self, i: int) -> Statistics:
+        """Those of location i alone, which must have been kept apart."""
+        moment, cost = (None if x is None else x[i : i + 1] for x in (self.moment, self.cost))
+        importance = self.importance[i : i + 1]
+        return Statistics(
+            [self.locations[i]], self.tokens, importance, moment, cost, seconds=self.seconds
+        )
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    tokens: Tensor,
+    *,
+    cost: bool = True,
+    moment: bool = True,
+    apart: bool = False,
+    batch_windows: int = 4,
+    backend: str = "auto",
+    place: str = "disk",
+) -> Statistics:
+    """Importance, second moments and L1 costs of the residual stream, layer by layer.
+
+    Args:
+        model: in memory, or on a shelf (dotresize.resident).
+        tokens: int64 (windows, length).
+        cost, moment: which of the two matrices to collect.
+        apart: keep the matrices of every location, not only their mean.
+        place: of the stream between layers, see ``streams.Spill``.
+
+    Raises ValueError naming the location and neuron where activations are not finite.
+    """
+    architecture = architecture_of(model.config)
+    sums = _Sums(model, cost=cost, moment=moment, apart=apart, backend=backend)
+    start = time.perf_counter()
+    streams = Streams(model, tokens, batch_windows, place)
+    layers = list(model.get_submodule(architecture.layers))
+    bar = tqdm(range(len(layers)), desc="calibration", unit="layer", disable=None)
+    for i in bar:
+        with resident(model, f"{architecture.layers}.{i}") as layer:
+            for j in range(len(streams)):
+                with captured_inputs(norms_of(architecture, layer)) as read:
+                    streams.stream[j] = streams.run(layer, j)
+                sums.add(read, 2 * i)
+    for stream in streams.stream:
+        sums.add([stream], 2 * len(layers))
+    return sums.statistics(tokens.numel(), time.perf_counter() - start)
+
+
+class _Sums:
+    """Sums over tokens, of every location or of all together."""
+
+    def __init__(self, model: Any, *, cost: bool, moment: bool, apart: bool, backend: str) -> None:
+        self.names = [name for name, _ in architecture_of(model.config).norms(model)]
+        self._apart = apart
+        self._device = device_of(model)
+        width, kept = model.config.hidden_size, len(self.names) if apart else 1
+        self.importance = self._zeros(len(self.names), width)
+        self.moment = self._zeros(kept, width, width) if moment else None
+        self.final = self._zeros(width, width) if moment else None
+        self.costs = [
+            L1CostAccumulator(width, reduction="sum", device=self._device, backend=backend)
+            for _ in range(kept if cost else 0)
+        ]
+        self._cost_seconds = 0.0
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+    def add(self, read: list[Tensor], first: int) -> None:
+        """Tokens of the locations from ``first`` on, as read by their norms."""
+        for i, x in enumerate(read, first):
+            stream = x.flatten(0, -2).float()
+            _check_finite(stream, self.names[i])
+            stream = unit_rms(stream)
+            self.importance[i] += stream.abs().sum(0).double()
+            place = i if self._apart else 0
+            if self.moment is not None and self.final is not None:
+                product = stream.mT @ stream
+                self.moment[place] += product
+                if i == len(self.names) - 1:
+                    self.final += product
+            if self.costs:
+                self._synchronize()
+                start = time.perf_counter()
+                self.costs[place].update(stream)
+                self._synchronize()
+                self._cost_seconds += time.perf_counter() - start
+
+    def statistics(self, tokens: int, seconds: float) -> Statistics:
+        each = tokens if self._apart else tokens * len(self.names)
+        cost = torch.stack([sums.result() for sums in self.costs]) if self.costs else None
+        distributed.total(self.importance, self.moment, self.final, cost)
+        took = {"calibration": seconds - self._cost_seconds, "cost": self._cost_seconds}
+        return Statistics(
+            self.names,
+            tokens,
+            self.importance / tokens,
+            None if self.moment is None else self.moment / each,
+            None if cost is None else cost / each,
+            None if self.final is None else self.final / tokens,
+            took,
+        )
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def unit_rms(stream: Tensor) -> Tensor:
+    """Every token divided by its root mean square over the channels, the last axis."""
+    return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
+
+
+def residual_stream(model: Any, ids: Tensor) -> Tensor:
+    """The residual stream of a batch at every location, (L, tokens, D): what its norms read."""
+    architecture = architecture_of(model.config)
+    norms: list[nn.Module] = [norm for _, norm in architecture.norms(model)]
+    with captured_inputs(norms) as read, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return torch.stack([x.flatten(0, -2) for x in read])
+
+
+def _check_finite(stream: Tensor, name: str) -> None:
+    finite = torch.isfinite(stream).all(0)
+    if not finite.all():
+        neuron = int((~finite).nonzero()[0])
+        raise ValueError(f"activations entering {name}, neuron {neuron}, are not finite")

@@ -1,0 +1,218 @@
+"""Models that stay in their files: the same result as in memory, and no more of them held."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+
+from dotresize import comparison, compress
+from dotresize.cli import main
+from dotresize.evaluate import perplexity
+from dotresize.memory import parse
+from dotresize.resident import device_of, parts, resident, shelf_of
+from dotresize.shelves import open_model, save
+from dotresize.streams import Spill
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHOICES = [
+    {},
+    {"untie": True},
+    {"refit": False},
+    {"refit": False, "untie": True},
+    {"width": 24, "ff_width": 30},
+    {"width": 20, "ff_width": 0.5, "method": "dot"},
+    {"method": "magnitude"},
+    {"energy": 0.9},
+]
+FAMILIES = ["qwen2", "qwen3", "mistral", "smollm3", "granite", "gemma", "olmo", "phi3"]
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(259, (6, 24))
+
+
+def stored(model, folder: Path, shard: str = "20KB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def on_shelf(folder: Path):
+    import transformers
+
+    work = folder.parent / "work"
+    work.mkdir()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return open_model(folder, config, torch.device("cpu"), work)
+
+
+def both(model, tokens, folder: Path, **choices):
+    """Narrowed in memory, and from its files; both loaded."""
+    import transformers
+
+    choices = {"width": 16, "self_windows": 0} | choices
+    if "energy" in choices:
+        del choices["width"]
+    held, _ = compress(model, tokens, **choices)
+    shelved, report = compress(on_shelf(stored(model, folder / "dense")), tokens, **choices)
+    (folder / "narrow").mkdir()
+    save(shelved, folder / "narrow")
+    loaded, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "narrow", output_loading_info=True, dtype="auto"
+    )
+    assert not any(problems.values()), problems
+    assert loaded.config.to_dict().keys() == held.config.to_dict().keys()
+    return held, loaded.eval(), shelved, report
+
+
+def assert_same(one, other):
+    weights = other.state_dict()
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
+def test_same_weights_as_in_memory(choices, tied, tokens, tmp_path):
+    held, loaded, shelved, report = both(tiny_model(tied=tied), tokens, tmp_path, **choices)
+    assert_same(held, loaded)
+    assert all(weight.is_meta for weight in shelved.parameters())
+    assert report["parameters"]["narrow"]["total"] == sum(p.numel() for p in held.parameters())
+    assert perplexity(shelved, tokens) == pytest.approx(perplexity(held, tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_with_a_residual_map(kind, tokens, tmp_path):
+    held, loaded, shelved, _ = both(tiny_model(kind), tokens, tmp_path)
+    assert_same(held, loaded)
+    assert perplexity(shelved, tokens) == pytest.approx(perplexity(held, tokens), rel=1e-6)
+
+
+def test_half_precision_is_stored_as_it_was_and_computed_wide(tokens, tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    shelved, _ = compress(on_shelf(stored(model, tmp_path / "dense")), tokens, width=16)
+    wide, _ = compress(model.float(), tokens, width=16, self_windows=0)
+    files = shelf_of(shelved)
+    for name, weight in wide.named_parameters():
+        assert files.read(name).dtype == torch.bfloat16
+        # The refit sees embeddings as they were rounded.
+        error = (files.read(name).float() - weight).norm() / weight.norm()
+        assert error < 0.02, name
+
+
+def test_parts_are_held_as_long_as_somebody_uses_them(tmp_path):
+    model = on_shelf(stored(tiny_model(), tmp_path / "dense"))
+    name = parts(model)[1]
+    assert device_of(model).type == "cpu"
+    with resident(model, name) as outer:
+        with resident(model, name):
+            assert not next(outer.parameters()).is_meta
+        assert not next(outer.parameters()).is_meta
+        others = model.get_submodule(parts(model)[2])
+        assert all(weight.is_meta for weight in others.parameters())
+    assert all(weight.is_meta for weight in model.parameters())
+
+
+def test_a_weight_that_is_not_finite_is_named(tokens, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"weight model.layers.1.mlp.up_proj.weight .* NaN"):
+        compress(on_shelf(stored(model, tmp_path / "dense")), tokens, width=16)
+
+
+def test_experts_under_other_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not stored under that name"):
+        on_shelf(stored(tiny_model("mixtral"), tmp_path / "dense"))
+
+
+@pytest.fixture
+def by_parts(arguments):
+    return [*arguments, "--memory", "4GB"]
+
+
+def test_the_command_line_says_what_it_will_take(by_parts, arguments, caplog, tmp_path):
+    """And it writes what it writes with the model in memory, own text left out."""
+    caplog.set_level("INFO", logger="dotresize")
+    assert main(by_parts) == 0
+    assert "activations on the host" in caplog.text
+    arguments[2] = str(tmp_path / "held")
+    assert main([*arguments, "--self-windows", "0"]) == 0
+    report, held = (
+        json.loads((Path(out) / "dotresize.json").read_text())
+        for out in (by_parts[2], arguments[2])
+    )
+    assert report["perplexity"] == pytest.approx(held["perplexity"], rel=1e-5)
+    assert report["calibration"] == held["calibration"]
+    assert report["predicted_memory_bytes"]["host"] > 10**8
+    assert not Path(f"{by_parts[2]}.partial").exists()
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "compress", "dense_report"])
+def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    whole = [*by_parts]
+    whole[2] = str(tmp_path / "whole")
+    assert main(whole) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, stage, stop)
+        capsys.readouterr()
+        assert "--resume goes on from it" in fails(by_parts, capsys, code=1)
+    # Another budget changes where activations lie, and no weight.
+    assert main([*by_parts[:-1], "1GB", "--resume"]) == 0
+    shards = sorted(Path(whole[2]).glob("*.safetensors"))
+    assert len(shards) == 5
+    for shard in shards:
+        assert shard.read_bytes() == (Path(by_parts[2]) / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "much"], "--memory 'much' is not a size of memory"),
+        (["--memory", "0GB"], "--memory '0GB' is not a size"),
+        (["--memory", "1MB"], r"--memory 0.00 GB: 0.\d\d GB are needed, .* by the"),
+        (["--compare"], "--compare: needs the whole model in memory; leave --memory out"),
+        (["--method", "slicegpt"], "--scope location: needs the whole model"),
+        (["--self-windows", "2"], "--self-windows: needs the whole model"),
+    ],
+    ids=str,
+)
+def test_refusals(words, message, by_parts, capsys):
+    assert re.search(message, fails([*by_parts, *words], capsys))
+    assert not Path(f"{by_parts[2]}.partial").exists()
+
+
+def test_only_directories_have_parts(by_parts, capsys, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    by_parts[1] = str(tmp_path / "model.gguf")
+    assert "--memory: reads a model directory by parts" in fails(by_parts, capsys)
+
+
+@pytest.mark.parametrize("place", ["host", "disk", "device"])
+def test_activations_come_back_as_they_were(place):
+    kept = Spill(2, place)
+    first, second = torch.randn(3, 4).bfloat16(), torch.randn(2, 4)
+    kept[0], kept[1] = first, second
+    first_was = first.clone()
+    first.zero_()  # what is kept is a copy
+    assert torch.equal(kept[0], first_was)
+    kept[1] = second[:1]
+    assert torch.equal(kept[1], second[:1])
+    with pytest.raises(IndexError, match="batch 0 was never written"):
+        Spill(1, place)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"), [("3GB", 3e9), ("2.5 GiB", 2.5 * 2**30), ("800m", 8e8), ("4096", 4096)]
+)
+def test_sizes_of_memory(size, bytes_):
+    assert parse(size) == bytes_
