@@ -42,18 +42,19 @@ class NormalEquations:
         self.cross = self.cross[kept]
 
     def solve(self, ridge: float) -> Tensor:
-        """A, (inputs, outputs)."""
+        """A, (inputs, outputs); the sums are spent with it."""
         return solve(self.gram, self.cross, self.prior, ridge)
 
 
 def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """A of the module's header from its sums: gram (inputs, inputs); the others (inputs, outputs).
 
+    gram and cross are overwritten: a copy is the largest thing there is in a narrow memory.
     Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
     small ridge does not always cover.
     """
     # Inputs that are zero on every token leave the prior alone, whatever the ridge.
     lam = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(FLOAT).tiny)
-    ridged = gram.clone()
-    ridged.diagonal().add_(lam)
-    return torch.linalg.solve(ridged, cross + lam * prior)
+    gram.diagonal().add_(lam)
+    cross.add_(prior * lam)
+    return torch.linalg.solve(gram, cross)

@@ -7,7 +7,7 @@ calibration tokens and B those of a batch, and P_D, P_k the parameters of a laye
 calibration   c P_D + 28 D^2 + batch
 map           56 D^2
 tables        c V (D + k) + 8 rows (D + k) + 16 D^2
-refit         c (P_D + P_k) + 24 F^2 + 40 F k + batch         (float64 normal equations, their LU)
+refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 evaluation    c V D + 12 B V
 batch         4 B (6 D + 3 F)
@@ -130,7 +130,7 @@ def _stages(
     layer = sum(p.numel() for p in model.get_submodule(f"{architecture.layers}.0").parameters())
     batch_tokens = min(batch_windows, len(tokens)) * tokens.shape[1]
     batch = 4 * batch_tokens * (6 * old + 3 * wide)
-    equations = (48 if inner < wide else 24) * wide**2 + 40 * wide * width
+    equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width
     return {
         "calibration": c * layer + 28 * old**2 + batch,
         "map": 56 * old**2,
