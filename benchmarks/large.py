@@ -2,9 +2,12 @@
 
     python -m benchmarks.large make 1.1B DIR        a Llama-shaped model in shards
     python -m benchmarks.large run DIR --memory 3GB --out FILE
+    python -m benchmarks.large project 8B 70B       operations, memory and time of larger ones
 
 ``run`` is ``dotresize compress --memory`` in a process of its own; its row has the times by stage
 and the peak of resident memory, predicted and met. Random weights take as long as trained ones.
+``project`` counts operations (benchmarks.large_counts), and divides them by the rates of three
+products that it measures on this device first.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -25,40 +28,19 @@ from safetensors.torch import save_file
 from dotresize.resident import parts, skeleton
 from dotresize.stored import INDEX
 
+from .large_counts import SHAPES, Shape, counts, gpu_bytes, measured_rates
 from .rows import append, where
 
 SHARDS = 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Llama's numbers."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-
-
-SHAPES = {
-    "tiny": Shape(4, 64, 160, 4, 2, 300),
-    "1.1B": Shape(22, 2048, 5632, 32, 4, 32000),
-    "8B": Shape(32, 4096, 14336, 32, 8, 128256),
-    "70B": Shape(80, 8192, 28672, 64, 8, 128256),
-}
+# The calibration of the published runs: 128 windows.
+WINDOW = 2048
+TOKENS = 128 * WINDOW
 
 
 def make(shape: Shape, folder: Path, seed: int = 0) -> None:
     """A checkpoint in bfloat16, written a shard at a time, with a tokenizer of single bytes."""
-    import transformers
-
-    config = transformers.LlamaConfig(
-        **asdict(shape), tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=4096
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    model = skeleton(transformers.LlamaForCausalLM, config, torch.device("cpu"))
+    model = llama(shape)
+    config = model.config
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     names, shards = parts(model), min(SHARDS, shape.num_hidden_layers)
@@ -77,6 +59,17 @@ def make(shape: Shape, folder: Path, seed: int = 0) -> None:
     (folder / INDEX).write_text(text, encoding="utf-8")
     config.save_pretrained(folder)
     _bytes_tokenizer().save_pretrained(folder)
+
+
+def llama(shape: Shape) -> Any:
+    """A model of that shape whose weights have no memory."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **asdict(shape), tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=4096
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    return skeleton(transformers.LlamaForCausalLM, config, torch.device("cpu"))
 
 
 def _random(shape: torch.Size) -> torch.Tensor:
@@ -106,6 +99,22 @@ def run(folder: Path, options: list[str]) -> dict[str, Any]:
         return json.loads((out / "dotresize.json").read_text(encoding="utf-8"))
 
 
+def project(names: list[str], out: Path | None) -> None:
+    """Prints, and writes, what each shape asks for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = measured_rates(device)
+    for name in names:
+        shape = SHAPES[name]
+        found = counts(shape, TOKENS)
+        size = gpu_bytes(llama(shape), TOKENS, WINDOW)
+        seconds = {kind: found[kind] / rates[kind] for kind in rates}
+        row = {"shape": name, "tokens": TOKENS, "operations": found, "rates": rates}
+        row |= {"seconds": seconds, "bytes_on_a_gpu": size, "measured_on": str(device)}
+        if out is not None:
+            append(out, [where(torch.get_num_threads()) | row])
+        sys.stdout.write(json.dumps(row, indent=2) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -115,11 +124,17 @@ def main() -> int:
     runner = verbs.add_parser("run", help="further options go to dotresize compress")
     runner.add_argument("folder", type=Path)
     runner.add_argument("--out", type=Path, help="a row is appended to this file")
+    projector = verbs.add_parser("project")
+    projector.add_argument("shapes", nargs="+", choices=SHAPES)
+    projector.add_argument("--out", type=Path, help="rows are appended to this file")
     args, options = parser.parse_known_args()
+    if args.verb != "run" and options:
+        parser.error(f"unknown: {' '.join(options)}")
     if args.verb == "make":
-        if options:
-            parser.error(f"unknown: {' '.join(options)}")
         make(SHAPES[args.shape], args.folder)
+        return 0
+    if args.verb == "project":
+        project(args.shapes, args.out)
         return 0
     report = run(args.folder, options)
     kept = (

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dotresize.ops.result import SinkhornResult
 from dotresize.ops.sinkhorn import sinkhorn
 
 # Beyond this condition number, after the constant direction is taken out, a direction of the span
@@ -20,6 +21,9 @@ from dotresize.ops.sinkhorn import sinkhorn
 MAX_CONDITION = 1e8
 
 FACTORS = ("polar", "qr")
+
+# Of the costs that are solved together.
+BATCH_BYTES = 2**30
 
 logger = logging.getLogger("dotresize")
 
@@ -186,17 +190,48 @@ def transport(
 
     Raises ValueError if the map's span collapses, naming the reg.
     """
+    return transports(
+        cost[None], [selection], reg=reg, steps=steps, factor=factor, backend=backend
+    )[0]
+
+
+def transports(
+    costs: Tensor,
+    selections: list[Tensor],
+    *,
+    reg: float = 3.0,
+    steps: int = 1,
+    factor: str = "polar",
+    backend: str = "auto",
+) -> list[WidthMap]:
+    """``transport`` for many costs, (B, D, D), each with its own targets, solved in batches."""
+    found = []
+    each = costs.shape[1] * (costs.shape[1] if steps > 1 else len(selections[0])) * 8
+    batch = max(1, BATCH_BYTES // each)
+    for first in range(0, len(selections), batch):
+        start = time.perf_counter()
+        some, kept = costs[first : first + batch], selections[first : first + batch]
+        # float64: at large reg the columns of T are nearly parallel, and what tells them apart is
+        # what the span is made of.
+        chosen = [c if steps > 1 else c[:, s] for c, s in zip(some, kept, strict=True)]
+        problems = torch.stack(chosen).double()
+        scales = problems.mean((1, 2))
+        if (scales == 0).any():
+            raise ValueError("all neurons are equal: every cost between them is 0")
+        results = sinkhorn(problems, reg * scales, tol=1e-9, backend=backend)
+        seconds = (time.perf_counter() - start) / len(kept)
+        for i, selection in enumerate(kept):
+            found.append(_factorised(results[i], selection, float(scales[i]), reg, steps, factor))
+            found[-1].seconds["sinkhorn"] = seconds
+    return found
+
+
+def _factorised(
+    result: SinkhornResult, selection: Tensor, scale: float, reg: float, steps: int, factor: str
+) -> WidthMap:
     start = time.perf_counter()
-    # float64: at large reg the columns of T are nearly parallel, and what tells them apart is
-    # what the span is made of.
-    chosen = (cost if steps > 1 else cost[:, selection]).double()
-    scale = float(chosen.mean())
-    if scale == 0:
-        raise ValueError("all neurons are equal: every cost between them is 0")
-    result = sinkhorn(chosen, reg * scale, tol=1e-9, backend=backend)
     if not result.converged:
         logger.warning("transport at reg %g x mean cost: %s", reg, result.status)
-    middle = time.perf_counter()
     name = f"the transport map at reg {reg:g} x mean cost"
     moved = transport_map(cast(Tensor, result.plan))
     factors = factorize(moved[:, selection] if steps > 1 else moved, factor, name=name)
@@ -216,7 +251,7 @@ def transport(
             "cond": factors.cond,
             "cond_deflated": factors.cond_deflated,
         },
-        {"sinkhorn": middle - start, "factorisation": time.perf_counter() - middle},
+        {"factorisation": time.perf_counter() - start},
     )
 
 

@@ -79,8 +79,9 @@ def plan(
 
     Raises ValueError where the budget is too small for any place.
     """
-    stages = _stages(model, tokens, width, inner, batch_windows)
-    kept = activation_bytes(model, tokens, width)
+    batch = min(batch_windows, len(tokens)) * tokens.shape[1]
+    stages = stage_bytes(model, batch, width, inner, _computed_bytes(model))
+    kept = activation_bytes(model, tokens.numel(), width, _computed_bytes(model))
     device, base = device_of(model), _now() + _LATER
     most = max(stages.values())
     if device.type == "cuda":
@@ -102,11 +103,11 @@ def plan(
     return Plan(place, need, most if device.type == "cuda" else 0, stages)
 
 
-def activation_bytes(model: Any, tokens: Tensor, width: int) -> int:
-    """What all calibration tokens take between two layers of both models."""
+def activation_bytes(model: Any, tokens: int, width: int, c: int) -> int:
+    """What so many calibration tokens take between two layers of both models."""
     inner = architecture_of(model.config).inner_width(model.config)
     each = 3 * model.config.hidden_size + 2 * width + inner
-    return tokens.numel() * each * _computed_bytes(model) // distributed.size()
+    return tokens * each * c // distributed.size()
 
 
 def place_of(model: Any, tokens: Tensor) -> str:
@@ -116,19 +117,21 @@ def place_of(model: Any, tokens: Tensor) -> str:
         return shelf.place
     if device.type != "cuda":
         return "disk"
-    kept = activation_bytes(model, tokens, model.config.hidden_size)
+    width, c = model.config.hidden_size, _computed_bytes(model)
+    kept = activation_bytes(model, tokens.numel(), width, c)
     return "device" if kept < 0.5 * torch.cuda.mem_get_info(device)[0] else "disk"
 
 
-def _stages(
-    model: Any, tokens: Tensor, width: int, inner: int, batch_windows: int
-) -> dict[str, int]:
-    config, c = model.config, _computed_bytes(model)
+def stage_bytes(model: Any, batch_tokens: int, width: int, inner: int, c: int) -> dict[str, int]:
+    """The module's header: by stage, without the activations of all tokens.
+
+    model: may be a skeleton; batch_tokens: B; width, inner: of the narrowed model.
+    """
+    config = model.config
     architecture = architecture_of(config)
     old, table = config.hidden_size, config.vocab_size
     wide = architecture.inner_width(config)
     layer = sum(p.numel() for p in model.get_submodule(f"{architecture.layers}.0").parameters())
-    batch_tokens = min(batch_windows, len(tokens)) * tokens.shape[1]
     batch = 4 * batch_tokens * (6 * old + 3 * wide)
     equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width
     return {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,19 +25,31 @@ logger = logging.getLogger("dotresize")
 
 def width_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
     """The map of one location, or of the mean over locations, all of which weigh alike."""
-    importance = statistics.importance[0]
-    if options.method == "magnitude":
-        return baselines.selected(selection, len(importance))
-    if options.method == "pca":
-        return baselines.pca(cast(Tensor, statistics.moment)[0], selection, importance)
-    return maps.transport(
-        cast(Tensor, statistics.cost)[0],
-        selection,
+    return width_maps([statistics], [selection], options)[0]
+
+
+def width_maps(
+    statistics: list[Statistics], selections: list[Tensor], options: Options
+) -> list[maps.WidthMap]:
+    """The maps of several locations; transport's are solved together."""
+    if options.method != "dot" or not statistics:
+        pairs = zip(statistics, selections, strict=True)
+        return [_plain_map(one, selection, options) for one, selection in pairs]
+    return maps.transports(
+        torch.cat([cast(Tensor, one.cost) for one in statistics]),
+        selections,
         reg=options.reg,
         steps=options.steps,
         factor=options.factor,
         backend=options.backend,
     )
+
+
+def _plain_map(statistics: Statistics, selection: Tensor, options: Options) -> maps.WidthMap:
+    importance = statistics.importance[0]
+    if options.method == "magnitude":
+        return baselines.selected(selection, len(importance))
+    return baselines.pca(cast(Tensor, statistics.moment)[0], selection, importance)
 
 
 def basis(model: Any, found: maps.WidthMap, options: Options) -> Tensor:
@@ -88,8 +98,7 @@ def narrow_locations(
     else:
         each = [statistics.at(i) for i in range(len(statistics.locations))]
         chosen = [kept_set(options.targets, one, len(selection)) for one in each]
-        pairs = list(zip(each, chosen, strict=True))
-        located = _shared([partial(width_map, one, kept, options) for one, kept in pairs])
+        located = _shared_maps(each, chosen, options)
         qs, found = [one.q for one in located], located[0]
         if architecture_of(model.config).layer_norm:
             qs = [maps.level(q) for q in qs]
@@ -97,11 +106,16 @@ def narrow_locations(
     return sliced.slice_model(model, qs), found, qs
 
 
-def _shared(makers: list[Callable[[], maps.WidthMap]]) -> list[maps.WidthMap]:
-    """What each of them makes; every process makes its share."""
+def _shared_maps(
+    each: list[Statistics], chosen: list[Tensor], options: Options
+) -> list[maps.WidthMap]:
+    """The maps of all locations, of which every process makes its share."""
     rank, size = distributed.rank(), distributed.size()
-    made = [make() if i % size == rank else None for i, make in enumerate(makers)]
-    return [distributed.from_first(one, i % size) for i, one in enumerate(made)]
+    mine = width_maps(each[rank::size], chosen[rank::size], options)
+    return [
+        distributed.from_first(mine[i // size] if i % size == rank else None, i % size)
+        for i in range(len(each))
+    ]
 
 
 def split_budget(
