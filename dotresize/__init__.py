@@ -27,6 +27,7 @@ __all__ = [
     "factorize",
     "l1_cost",
     "load",
+    "merge_feed_forward",
     "ot",
     "recover",
     "sinkhorn",
@@ -35,7 +36,12 @@ __all__ = [
 
 
 # Importing the package costs torch and numpy only; models are touched on first use.
-_LATER = {"compress": "pipeline", "load": "sliced", "recover": "recovery"}
+_LATER = {
+    "compress": "pipeline",
+    "load": "sliced",
+    "merge_feed_forward": "merge_ff",
+    "recover": "recovery",
+}
 
 
 def __getattr__(name: str) -> Any:

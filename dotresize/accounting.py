@@ -32,11 +32,16 @@ def count_parameters(model: Any) -> dict[str, int]:
         id(model.get_submodule(name).weight) for name in (architecture.embedding, architecture.head)
     }
     unique = {id(p): p.numel() for p in model.parameters()}
-    total = sum(unique.values())
+    total = unique_parameters(model)
     return {
         "total": total,
         "non_embedding": total - sum(unique.get(key, 0) for key in outer),
     }
+
+
+def unique_parameters(model: Any) -> int:
+    """Parameters of a model, tied tensors once."""
+    return sum({id(p): p.numel() for p in model.parameters()}.values())
 
 
 def check_weights(model: Any) -> None:

@@ -40,6 +40,8 @@ class Shelf(Protocol):
 
 
 _LIBC = ctypes.CDLL(None)
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE = 2**20
 
 # By model; the count is of blocks that hold a part.
 _SHELVES: weakref.WeakKeyDictionary[nn.Module, tuple[Shelf, Counter[str]]]
@@ -47,7 +49,13 @@ _SHELVES = weakref.WeakKeyDictionary()
 
 
 def put_on(shelf: Shelf, model: nn.Module) -> None:
-    """From now on the model's weights are those of the shelf."""
+    """From now on the model's weights are those of the shelf.
+
+    And large blocks of memory go back to the system when they are freed: the C library would keep
+    those below 32 MB, layer upon layer.
+    """
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     _SHELVES[model] = shelf, Counter()
 
 
@@ -90,15 +98,8 @@ def resident(model: Any, *names: str) -> Iterator[Any]:
             if not held[name]:
                 shelf.give_back(name, part)
                 empty(part)
-        _return_freed()
         if not held.total():
             model.tie_weights()  # a tied head has its own weight only while it is used
-
-
-def _return_freed() -> None:
-    """Have the C library return what was freed; it keeps blocks below 32 MB, layer upon layer."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 def fill(part: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,159 @@
+"""Which inner neuron of one feed-forward is which of another: features, correlations, alignment.
+
+Features are what the inner neurons are before their non-linearity, on all tokens that count. They
+are collected in one pass of the model and lie in temporary files; with mu and sigma a neuron's mean
+and standard deviation, layer i is aligned to layer a by
+
+    C = E[(x_a - mu_a)' (x_i - mu_i)] / (sigma_a sigma_i)        pi = argmax sum_j C[j, pi(j)]
+
+one pair of layers at a time, so that memory does not depend on the number of tokens or layers.
+Windows that share a pair share its alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dotresize.least_squares import FLOAT
+from dotresize.linear import linear_of
+from dotresize.models.stacks import Stack, layers_of
+from dotresize.ops.assignment import assignment
+from dotresize.ops.sinkhorn import sinkhorn
+from dotresize.streams import Spill
+
+
+class Aligner:
+    """Alignments between the layers of one stack, each made when it is first asked for.
+
+    Attributes:
+        tokens: how many counted.
+    """
+
+    def __init__(
+        self, stack: Stack, layers: int, batches: int, soft: float | None, backend: str
+    ) -> None:
+        self.stack = stack
+        self.tokens = 0
+        self._soft, self._backend = soft, backend
+        self._features = [Spill(batches) for _ in range(layers)]
+        self._moments: dict[int, tuple[Tensor, Tensor]] = {}
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    def keep(self, layer: int, batch: int, features: Tensor, mask: Tensor | None) -> None:
+        """features: (..., n); mask: of the same leading shape, what counts; None for all."""
+        flat = features.flatten(0, -2)
+        if mask is not None:
+            flat = flat[mask.flatten().to(flat.device)]
+        if not torch.isfinite(flat).all():
+            raise ValueError(f"{self.stack.layers}.{layer}: its inner neurons are not finite")
+        self._features[layer][batch] = flat
+        self.tokens += len(flat) if layer == 0 else 0
+
+    def to_anchor(self, anchor: int, others: list[int]) -> list[Tensor]:
+        """How each of the layers is aligned to the anchor.
+
+        int64 (n,), the neuron of the layer for each of the anchor's, or, soft, (n, n) float64 with
+        rows and columns that sum to one.
+        """
+        missing = [i for i in others if (anchor, i) not in self._found]
+        if missing:
+            scores = torch.stack([self.correlation(anchor, i) for i in missing])
+            for i, found in zip(missing, self._align(scores), strict=True):
+                self._found[anchor, i] = found
+        return [self._found[anchor, i] for i in others]
+
+    def _align(self, scores: Tensor) -> Tensor:
+        if self._soft is None:
+            return assignment(scores, backend=self._backend)
+        cost = 1.0 - scores
+        reg = self._soft * cost.mean((1, 2))
+        plan = sinkhorn(cost, reg, tol=1e-7, backend=self._backend).plan
+        return cast(Tensor, plan).to(FLOAT) * scores.shape[1]
+
+    def correlation(self, a: int, i: int) -> Tensor:
+        """C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
+        (mean_a, deviation_a), (mean_i, deviation_i) = self._of(a), self._of(i)
+        total = torch.zeros(len(mean_a), len(mean_i)).to(mean_a)
+        for x, y in zip(self._features[a], self._features[i], strict=True):
+            total += (x.float() - mean_a.float()).mT @ (y.float() - mean_i.float())
+        return total / self.tokens / deviation_a[:, None] / deviation_i
+
+    def _of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the layer's neurons, float64."""
+        if layer not in self._moments:
+            parts = self._features[layer]
+            mean = torch.stack([x.to(FLOAT).sum(0) for x in parts]).sum(0) / self.tokens
+            square = torch.stack([(x.to(FLOAT) - mean).square().sum(0) for x in parts]).sum(0)
+            deviation = (square / self.tokens).sqrt()
+            # A neuron that never changes correlates with nothing.
+            deviation[deviation <= 1e-6 * mean.abs()] = torch.inf
+            deviation[deviation == 0] = torch.inf
+            self._moments[layer] = mean, deviation
+        return self._moments[layer]
+
+
+@torch.inference_mode()
+def features(
+    model: Any,
+    stacks: tuple[Stack, ...],
+    batches: list[dict[str, Tensor]],
+    soft: float | None,
+    backend: str,
+) -> dict[str, Aligner]:
+    """An aligner for each stack, from one pass over the batches."""
+    counts = [len(layers_of(model, stack)) for stack in stacks]
+    found = {
+        stack.name: Aligner(stack, count, len(batches), soft, backend)
+        for stack, count in zip(stacks, counts, strict=True)
+    }
+    for number, batch in enumerate(batches):
+        with _collected(model, stacks) as seen:
+            model(**batch)
+        for stack in stacks:
+            mask = counted(stack, batch)
+            for i, values in enumerate(seen[stack.name]):
+                tokens = values.shape[:-1].numel()  # some layers flatten them
+                if mask is not None and mask.numel() != tokens:
+                    raise ValueError(
+                        f"{stack.mask}: has {mask.numel()} tokens, the {stack.name} sees {tokens}"
+                    )
+                found[stack.name].keep(i, number, values, mask)
+    for aligner in found.values():
+        if not aligner.tokens:
+            raise ValueError(f"no token counts in the {aligner.stack.name}: all are masked")
+    return found
+
+
+def counted(stack: Stack, batch: dict[str, Tensor]) -> Tensor | None:
+    """Which tokens of the stack count: by its mask, for decoders with labels by these."""
+    if stack.mask is None:
+        return None
+    if stack.mask in batch:
+        return batch[stack.mask] != 0
+    if stack.mask.startswith("decoder") and "labels" in batch:
+        return batch["labels"] != -100
+    return None
+
+
+@contextmanager
+def _collected(model: Any, stacks: tuple[Stack, ...]) -> Iterator[dict[str, list[Tensor]]]:
+    """The features of every layer of every stack, in order of the layers, during the block."""
+    seen: dict[str, list[Tensor]] = {stack.name: [] for stack in stacks}
+    handles = []
+    for stack in stacks:
+
+        def keep(_: nn.Module, __: Any, output: Tensor, stack: Stack = stack) -> None:
+            seen[stack.name].append(output.chunk(stack.stacked, -1)[-1])
+
+        for layer in layers_of(model, stack):
+            handles.append(linear_of(layer, stack.readers[-1]).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
