@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dotresize import l1_cost
 from dotresize.calibration import random_windows, tokenize
-from dotresize.checkpoint import load
+from dotresize.checkpoint import load_with_tokenizer
 from dotresize.statistics import residual_stream
 
 from .rows import append, where
@@ -32,7 +32,7 @@ WINDOWS, WINDOW = 8, 512
 def real_activations() -> Iterator[Tensor]:
     """The demo model's residual stream at every norm, (4096, 576) each."""
     logging.basicConfig(level=logging.ERROR)
-    model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=False)
+    model, tokenizer = load_with_tokenizer(str(model_file()), torch.device("cpu"), to_narrow=False)
     with tempfile.TemporaryDirectory() as folder:
         calibration, _ = write_texts(Path(folder))
         streams = [tokenize(path, tokenizer) for path in calibration]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dotresize.calibration import random_windows, tokenize
-from dotresize.checkpoint import load
+from dotresize.checkpoint import load_with_tokenizer
 from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.pipeline import compress
 from dotresize.self_text import sample
@@ -45,7 +45,9 @@ class Study:
 
     def __init__(self, windows: int) -> None:
         self.windows = windows
-        self.model, tokenizer = load(str(model_file()), torch.device("cpu"), to_narrow=True)
+        self.model, tokenizer = load_with_tokenizer(
+            str(model_file()), torch.device("cpu"), to_narrow=True
+        )
         with tempfile.TemporaryDirectory() as folder:
             calibration, held_out = write_texts(Path(folder))
             self.streams = [tokenize(path, tokenizer) for path in calibration]

@@ -28,9 +28,9 @@ BATCHES = (1, 8)
 
 def measure(source: str) -> dict[str, float]:
     """Tokens a second of one model, and the peak memory of this process."""
-    from dotresize.checkpoint import load
+    from dotresize.checkpoint import load_with_tokenizer
 
-    model, _ = load(source, torch.device("cpu"), to_narrow=False)
+    model, _ = load_with_tokenizer(source, torch.device("cpu"), to_narrow=False)
     figures: dict[str, float] = {}
     with torch.inference_mode():
         for batch in BATCHES:

@@ -38,7 +38,7 @@ __all__ = [
 # Importing the package costs torch and numpy only; models are touched on first use.
 _LATER = {
     "compress": "pipeline",
-    "load": "sliced",
+    "load": "checkpoint",
     "merge_feed_forward": "merge_ff",
     "recover": "recovery",
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dotresize import distributed, shelves, sliced
+from dotresize import distributed, merged_model, shelves, sliced
 from dotresize.models import architecture_of
 from dotresize.resident import shelf_of
 from dotresize.stored import check_stored, shards
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PARTIAL = ".dotresize-partial-"
 
 
-def load(
+def load_with_tokenizer(
     source: str, device: torch.device, *, to_narrow: bool, work: Path | None = None
 ) -> tuple[Any, Any]:
     """Model and tokenizer from a directory, a .gguf file or a hub id.
@@ -40,10 +40,10 @@ def load(
     """
     transformers: Any = importlib.import_module("transformers")
     where, options = _locate(source)
-    if not to_narrow and sliced.is_sliced(Path(where)):
+    if not to_narrow and _own_format(Path(where)) is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-            return sliced.load(where).to(device), tokenizer
+            return _load_own(Path(where)).to(device), tokenizer
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
@@ -84,6 +84,29 @@ def load(
         architecture_of(config).check(model)
     _forget_quantisation(model)
     return model.to(device).eval(), tokenizer
+
+
+def load(folder: str | Path) -> Any:
+    """A model that plain transformers cannot load, from the directory that holds it.
+
+    These are models with a map per location (dotresize.sliced) and with merged feed-forwards
+    (dotresize.merged_model). ValueError where the directory holds neither.
+    """
+    if _own_format(Path(folder)) is None:
+        raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
+    with _one_line(str(folder)):
+        return _load_own(Path(folder))
+
+
+def _own_format(folder: Path) -> Any:
+    """The module that reads a directory of ours; None for others."""
+    if sliced.is_sliced(folder):
+        return sliced
+    return merged_model if merged_model.is_merged(folder) else None
+
+
+def _load_own(folder: Path) -> Any:
+    return _own_format(folder).load(folder)
 
 
 @contextlib.contextmanager
@@ -181,6 +204,8 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
             sliced.save(model, folder)
         elif shelf_of(model) is not None:
             shelves.save(model, folder)
+        elif merged_model.shares_layers(model):
+            merged_model.save(model, folder)
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Command line: ``dotresize compress | sweep | eval | bench | info``.
+"""Command line: ``dotresize compress | sweep | merge-ff | eval | bench | info``.
 
 Exit codes: 0 done, 2 bad usage or bad input, 1 anything else; each failure is one line.
 """
@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(energy=None, params=None, targets=None)
     _add_narrowing(sweep)
+
+    merge = verbs.add_parser("merge-ff", help="let neighbouring layers share one feed-forward")
+    _add_merging(merge)
 
     evaluate = verbs.add_parser("eval", help="perplexity of each text file")
     evaluate.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
@@ -91,15 +94,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also evaluate dense, magnitude, pca and dot without refit, on the same calibration",
     )
-    compress.add_argument(
-        "--recover",
-        type=int,
-        metavar="STEPS",
-        help="then distil the dense model into it, for so many steps (needs accelerate)",
-    )
-    compress.add_argument(
-        "--learning-rate", type=float, default=2e-4, help="of --recover, at its highest (2e-4)"
-    )
+    _add_recovery(compress)
     compress.add_argument(
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"
     )
@@ -132,23 +127,11 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ridge", type=float, help="of the refit (0.1)")
     parser.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     parser.add_argument(
-        "--calibration",
-        action="extend",
-        nargs="+",
-        metavar="FILE",
-        help="text or .jsonl; each file gives an equal share of the windows",
-    )
-    parser.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
-    parser.add_argument("--windows", type=int, default=32, help="calibration windows (32)")
-    parser.add_argument(
         "--self-windows",
         type=int,
         help="windows that the model writes itself, one more source (a third of --windows)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="places the windows (0)")
-    parser.add_argument(
-        "--eval", action="extend", nargs="+", metavar="FILE", help="texts to evaluate on"
-    )
+    _add_texts(parser, windows=32)
     parser.add_argument(
         "--unseen",
         action="extend",
@@ -157,6 +140,66 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
         help="more of them, of kinds that the calibration has not; the page shows them apart",
     )
     _add_common(parser)
+
+
+def _add_merging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument(
+        "--merge", type=int, required=True, metavar="K", help="layers that share a feed-forward"
+    )
+    parser.add_argument(
+        "--anchor", default="first", help="whose order the others take: first, middle, last (first)"
+    )
+    parser.add_argument("--no-permute", action="store_true", help="average them as they are")
+    parser.add_argument(
+        "--soft", type=float, metavar="REG", help="align by transport plans, not by permutations"
+    )
+    parser.add_argument("--start", type=int, help="first layer (the best of all windows)")
+    parser.add_argument(
+        "--select-windows",
+        type=int,
+        default=4,
+        help="calibration windows whose perplexity chooses the layers (4)",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also evaluate without permutation, softly aligned, and without the layers",
+    )
+    _add_recovery(parser)
+    _add_texts(parser, windows=20)
+    _add_common(parser)
+
+
+def _add_recovery(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recover",
+        type=int,
+        metavar="STEPS",
+        help="then distil the dense model into it, for so many steps (needs accelerate)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="of --recover, at its highest (2e-4)"
+    )
+
+
+def _add_texts(parser: argparse.ArgumentParser, *, windows: int) -> None:
+    parser.add_argument(
+        "--calibration",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="text or .jsonl; each file gives an equal share of the windows",
+    )
+    parser.add_argument("--backend", default="auto", help="auto, triton, cpp or torch (auto)")
+    parser.add_argument(
+        "--windows", type=int, default=windows, help=f"calibration windows ({windows})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="places the windows (0)")
+    parser.add_argument(
+        "--eval", action="extend", nargs="+", metavar="FILE", help="texts to evaluate on"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

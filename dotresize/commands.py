@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dotresize
-from dotresize import checkpoint, comparison, distributed, page, planning, report
+from dotresize import checkpoint, comparison, distributed, merge_command, page, planning, report
 from dotresize.accounting import check_weights, peak_memory
 from dotresize.calibration import random_windows, read_text
 from dotresize.evaluate import perplexity
@@ -69,7 +69,8 @@ _SETTINGS = (
 
 def run(args: argparse.Namespace) -> int:
     """Dispatch on ``args.verb``; returns the exit code."""
-    verb = {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}[args.verb]
+    verbs = {"compress": _compress, "sweep": _sweep, "eval": _eval, "info": _info}
+    verb = (verbs | {"merge-ff": merge_command.run})[args.verb]
     distributed.begin()
     if distributed.rank():
         logger.setLevel(logging.WARNING)
@@ -108,7 +109,7 @@ def _eval(args: argparse.Namespace) -> int:
     check_windows(args)
     for path in args.eval:
         read_text(path)
-    model, tokenizer = checkpoint.load(args.model, device, to_narrow=False)
+    model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=False)
     check_weights(model)
     for name, windows in evaluation_texts(args.eval, [], args, model, tokenizer).windows.items():
         _say(f"{name}  {perplexity(model, windows, desc=name):.4f}")
@@ -156,7 +157,7 @@ def _run_stages(
     device: torch.device,
 ) -> int:
     work = None if args.memory is None else stages.shelve()
-    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True, work=work)
+    model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True, work=work)
     check_weights(model)
     streams, tokens, texts = _inputs(args, options, model, tokenizer)
     plan = None if work is None else planning.make_plan(args, options, model, tokens)
@@ -214,7 +215,7 @@ def _sweep(args: argparse.Namespace) -> int:
         options = _options(args)
     check_files(args, options, device)
     checkpoint.check_output(args.out)
-    model, tokenizer = checkpoint.load(args.model, device, to_narrow=True)
+    model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model)
     divisor = architecture_of(model.config).divisor(model.config)
     for width in args.widths:

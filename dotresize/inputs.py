@@ -27,25 +27,12 @@ def check_windows(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-windows {args.eval_windows}: must be at least 1")
 
 
-def check_files(args: argparse.Namespace, options: Options, device: torch.device) -> None:
-    """What can be refused before the model is read."""
+def check_text_files(args: argparse.Namespace) -> None:
+    """That the texts can be read, and give windows."""
     if not args.calibration:
         raise ValueError("--calibration: give at least one text or .jsonl file")
-    for path in [*args.calibration, *(args.eval or []), *(args.unseen or [])]:
+    for path in [*args.calibration, *(args.eval or []), *(getattr(args, "unseen", None) or [])]:
         read_text(path)
-    if getattr(args, "recover", None) is not None:
-        if distributed.size() > 1:
-            raise ValueError("--recover: trains in one process; run it without torchrun")
-        if args.recover < 1:
-            raise ValueError(f"--recover {args.recover}: must be at least 1 step")
-        if not 0 < args.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate {args.learning_rate:g}: must be positive")
-        check_trainer(device)
-        if options.per_location:
-            raise ValueError("--recover: trains plain checkpoints only, with one map for all")
-    for path in args.unseen or []:
-        if path in [*args.calibration, *(args.eval or [])]:
-            raise ValueError(f"--unseen {path}: is given to --calibration or --eval as well")
     if args.windows < len(args.calibration):
         raise ValueError(
             f"--windows {args.windows}: must be at least one for each of the "
@@ -53,6 +40,30 @@ def check_files(args: argparse.Namespace, options: Options, device: torch.device
         )
     if not -(2**63) <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: must fit in 64 bits")
+
+
+def check_recovery(args: argparse.Namespace, device: torch.device) -> None:
+    """--recover and what belongs to it."""
+    if getattr(args, "recover", None) is None:
+        return
+    if distributed.size() > 1:
+        raise ValueError("--recover: trains in one process; run it without torchrun")
+    if args.recover < 1:
+        raise ValueError(f"--recover {args.recover}: must be at least 1 step")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate {args.learning_rate:g}: must be positive")
+    check_trainer(device)
+
+
+def check_files(args: argparse.Namespace, options: Options, device: torch.device) -> None:
+    """What can be refused before the model is read."""
+    check_text_files(args)
+    check_recovery(args, device)
+    if getattr(args, "recover", None) is not None and options.per_location:
+        raise ValueError("--recover: trains plain checkpoints only, with one map for all")
+    for path in args.unseen or []:
+        if path in [*args.calibration, *(args.eval or [])]:
+            raise ValueError(f"--unseen {path}: is given to --calibration or --eval as well")
     if not args.eval and not args.unseen and getattr(args, "compare", True):
         raise ValueError(f"{args.verb}: give texts to compare on with --eval")
     check_windows(args)

@@ -175,6 +175,8 @@ def _measured(metric: Metric, model: Any) -> float:
 
 def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
     """Minus the mean loss over all that the loss is of; see ``merge_feed_forward``."""
+    if not all("labels" in batch or "input_ids" in batch for batch in batches):
+        raise ValueError("the batches have neither labels nor input_ids: give a metric")
 
     @torch.inference_mode()
     def minus_loss(model: Any) -> float:

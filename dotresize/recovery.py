@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize.accounting import check_weights
+from dotresize.merged_model import declared
 
 BATCH_WINDOWS = 2
 LEARNING_RATE = 2e-4
@@ -57,7 +58,7 @@ def recover(
 
     Args:
         dense: the original model, on the device of ``narrow``.
-        narrow: a plain narrowed model, with the same vocabulary.
+        narrow: a plain narrowed model, or a merged one, with the same vocabulary.
         tokens: int64 (windows, length), each window used once.
         folder: for Trainer's state. The same run that was interrupted there goes on, and then ends
             with the weights it would have had; the caller removes it.
@@ -113,7 +114,7 @@ def recover(
     start = time.perf_counter()
     dtypes = [parameter.dtype for parameter in narrow.parameters()]
     progress = tqdm(total=steps, desc="recover", unit="step", disable=None)
-    with _generators_kept(), progress:
+    with _generators_kept(), progress, declared(narrow):
         trainer = transformers.Trainer(
             model=narrow.float().train(),
             args=arguments,

@@ -143,14 +143,11 @@ def is_sliced(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
-def load(folder: str | Path) -> Any:
-    """A sliced model from its directory. ValueError where the directory holds none."""
+def load(folder: Path) -> Any:
+    """A sliced model from its directory."""
     import transformers
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    if not is_sliced(folder):
-        raise ValueError(f"model {folder}: is not a sliced model; plain transformers loads others")
     base = json.loads((folder / "config.json").read_text(encoding="utf-8"))["base"]
     config = transformers.AutoConfig.for_model(**base)
     weights = load_file(folder / "model.safetensors")

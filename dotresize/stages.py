@@ -103,7 +103,9 @@ class Stages:
 
             self._keep(folder, fill)
             return narrow, report
-        narrow, _ = checkpoint.load(str(folder), device, to_narrow=False, work=self.shards)
+        narrow, _ = checkpoint.load_with_tokenizer(
+            str(folder), device, to_narrow=False, work=self.shards
+        )
         return narrow, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
     def recovered(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import fails, tiny_model
+from safetensors.torch import load_file
 
+import dotresize
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
+from dotresize.cli import main
 from dotresize.merge_align import features
+from dotresize.merged_model import save
 from dotresize.models.stacks import layers_of, stacks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,6 +262,11 @@ def test_refusals(choices, message):
         merge_feed_forward(build("llama"), inputs("llama", 1), **choices)
 
 
+def test_a_metric_is_asked_for_where_there_is_no_loss():
+    with pytest.raises(ValueError, match="neither labels nor input_ids: give a metric"):
+        merge_feed_forward(build("vit"), inputs("vit"), k=2)
+
+
 def test_no_batches_and_nothing_that_counts():
     with pytest.raises(ValueError, match="there are no batches"):
         merge_feed_forward(build("llama"), [], k=2)
@@ -288,3 +299,93 @@ def test_published_parameter_counts():
         first = {n: p for n, p in layers[0].named_parameters() if n in stack.weights}
         tie(model, stack, list(range(k)), first)
         assert 1 - unique_parameters(model) / before == pytest.approx(share, abs=5e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "marian"])
+def test_stored_once_and_shared_again(kind, tmp_path):
+    model = build(kind)
+    merged, report = merge_feed_forward(model, inputs(kind), k=3, metric=closeness(model, kind))
+    save(merged, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    others = {name for names in report["shared"] for name in names[1:]}
+    assert others
+    assert not others & stored.keys()
+    loaded = dotresize.load(tmp_path)
+    assert unique_parameters(loaded) == report["parameters"]["merged"]
+    assert torch.equal(logits(loaded, kind), logits(merged, kind))
+    # What plain transformers would leave at random, it must not load at all.
+    import transformers
+
+    with pytest.raises(ValueError, match="dotresize-merged"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class": "os"}, "'os' is no class of transformers'"),
+        ({"class": None}, "'None' is no class|None is no class"),
+        ({"shared": [["nothing", "model.layers.1.mlp.up_proj.weight"]]}, "is stored apart"),
+    ],
+    ids=str,
+)
+def test_damaged_directories(change, message, tmp_path):
+    merged, _ = merge_feed_forward(build("llama"), inputs("llama"), k=3)
+    save(merged, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        dotresize.load(tmp_path)
+
+
+@pytest.fixture
+def words(model_directory, text_file, tmp_path):
+    small = ["--window", "32", "--windows", "6", "--eval-windows", "4", "--quiet"]
+    return [
+        *("merge-ff", str(model_directory), str(tmp_path / "out"), "--merge", "2"),
+        *("--calibration", str(text_file), "--eval", str(text_file), *small),
+    ]
+
+
+def test_the_command(words, capsys):
+    assert main([*words, "--compare", "--anchor", "last"]) == 0
+    table = capsys.readouterr().out
+    for name in ("dense", "merged", "without permutation", "soft alignment", "layers dropped"):
+        assert f"\n{name} " in table
+    out = Path(words[2])
+    report = json.loads((out / "dotresize.json").read_text())
+    assert len(report["stacks"]["decoder"]["profile"]) == 2
+    parameters = {name: row["parameters"] for name, row in report["rows"].items()}
+    assert parameters["dense"] - parameters["merged"] == 3 * 24 * 40
+    assert parameters["merged"] == parameters["soft alignment"] > parameters["layers dropped"]
+    assert main(["eval", str(out), *words[6:7], "--window", "32", "--quiet"]) == 0
+    assert main(["merge-ff", str(out), f"{out}2", *words[3:]]) == 2  # what is merged is merged
+
+
+def test_recovery_trains_what_is_shared(words, capsys):
+    pytest.importorskip("accelerate")
+    assert main([*words, "--recover", "4", "--learning-rate", "0.003"]) == 0
+    report = json.loads((Path(words[2]) / "dotresize.json").read_text())
+    rows = report["rows"]
+    assert rows["merged + recovery"]["parameters"] == rows["merged"]["parameters"]
+    assert rows["merged + recovery"]["perplexity"] != rows["merged"]["perplexity"]
+    loaded = dotresize.load(words[2])
+    assert unique_parameters(loaded) == rows["merged"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--merge", "9"], "--merge 9: must be 2 to 3, the model's layers"),
+        (["--anchor", "best"], "--anchor best: must be one of first, middle, last"),
+        (["--soft", "0"], "--soft 0: must be positive"),
+        (["--soft", "1", "--no-permute"], "--soft 1: must be positive, and without --no-permute"),
+        (["--select-windows", "7"], "--select-windows 7: must be 1 to 6"),
+        (["--start", "5"], "start 5: a window of 2 begins at 0 to 1"),
+        (["--recover", "0"], "--recover 0: must be at least 1 step"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses(more, message, words, capsys):
+    assert message in fails([*words, *more], capsys)
+    assert not Path(words[2]).exists()

@@ -1,0 +1,180 @@
+"""``dotresize merge-ff``: merge a language model's feed-forwards, and write what is left of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize import checkpoint
+from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
+from dotresize.calibration import random_windows
+from dotresize.evaluate import perplexity
+from dotresize.inputs import (
+    Texts,
+    check_recovery,
+    check_text_files,
+    check_windows,
+    evaluation_texts,
+    find_device,
+    tokens_of,
+)
+from dotresize.merge_ff import ANCHORS, merge_feed_forward
+from dotresize.merge_tie import dropped
+from dotresize.models.stacks import layers_of, stacks_of
+from dotresize.ops.backends import choose
+from dotresize.recovery import BATCH_WINDOWS, recover
+
+logger = logging.getLogger("dotresize")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The verb; returns the exit code."""
+    device = find_device(args.device)
+    _check(args, device)
+    checkpoint.check_output(args.out)
+    model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
+    check_weights(model)
+    layers = len(layers_of(model, stacks_of(model)[0]))
+    if not 2 <= args.merge <= layers:
+        raise ValueError(f"--merge {args.merge}: must be 2 to {layers}, the model's layers")
+    streams = [tokens_of(path, model, tokenizer, args.window) for path in args.calibration]
+    tokens = random_windows(streams, args.windows, args.window, args.seed)
+    texts = evaluation_texts(args.eval or [], [], args, model, tokenizer)
+    rows = {"dense": _row(model, texts, "dense")}
+    merged, report = _merged(args, model, tokens, start=args.start)
+    window = report["stacks"]["decoder"]["window"]
+    logger.info("layers %d to %d of %d become one feed-forward", window[0], window[-1], layers)
+    rows["merged"] = _row(merged, texts, "merged")
+    if args.compare:
+        rows |= _compared(args, model, tokens, texts, window)
+    if args.recover is not None:
+        new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
+        with tempfile.TemporaryDirectory(prefix="dotresize-") as folder:
+            choices = {"seed": args.seed, "learning_rate": args.learning_rate}
+            report["recovery"] = recover(model, merged, new, folder=folder, **choices)
+        rows["merged + recovery"] = _row(merged, texts, "merged + recovery")
+    report |= {"rows": rows, "versions": versions(), "peak_memory_bytes": peak_memory()}
+    report["settings"] = {k: v for k, v in vars(args).items() if k not in ("typed", "verb")}
+
+    def fill(folder: Path) -> None:
+        checkpoint.save(merged, tokenizer, folder)
+        text = json.dumps(report, indent=2) + "\n"
+        (folder / "dotresize.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(_card(args, report), encoding="utf-8")
+
+    checkpoint.write_whole(args.out, fill)
+    sys.stdout.write(f"{_table(rows)}\n\n{args.out} loads with dotresize.load\n")
+    return 0
+
+
+def _check(args: argparse.Namespace, device: torch.device) -> None:
+    """What can be refused before the model is read."""
+    check_text_files(args)
+    check_windows(args)
+    choose(args.backend, device)
+    if args.anchor not in ANCHORS:
+        raise ValueError(f"--anchor {args.anchor}: must be one of {', '.join(ANCHORS)}")
+    if args.soft is not None and (args.no_permute or not 0 < args.soft < float("inf")):
+        raise ValueError(f"--soft {args.soft:g}: must be positive, and without --no-permute")
+    if not 1 <= args.select_windows <= args.windows:
+        raise ValueError(f"--select-windows {args.select_windows}: must be 1 to {args.windows}")
+    check_recovery(args, device)
+
+
+def _merged(
+    args: argparse.Namespace, model: Any, tokens: Tensor, **choices: Any
+) -> tuple[Any, dict[str, Any]]:
+    """By the options given; windows are judged by perplexity on the first of the tokens."""
+    judged = tokens[: args.select_windows]
+    given = {"permute": not args.no_permute, "soft": args.soft, "anchor": args.anchor} | choices
+    return merge_feed_forward(
+        model,
+        [{"input_ids": ids} for ids in tokens.split(2)],
+        k=args.merge,
+        metric=lambda one: -perplexity(one, judged),
+        backend=args.backend,
+        **given,
+    )
+
+
+def _compared(
+    args: argparse.Namespace, model: Any, tokens: Tensor, texts: Texts, window: list[int]
+) -> dict[str, dict[str, Any]]:
+    """The same window merged in other ways, and its layers dropped but the anchor."""
+    others: dict[str, dict[str, Any]] = {
+        "without permutation": {"permute": False, "soft": None},
+        "soft alignment": {"permute": True, "soft": args.soft or 0.03},
+    }
+    rows = {}
+    for name, choices in others.items():
+        other, _ = _merged(args, model, tokens, start=window[0], **choices)
+        rows[name] = _row(other, texts, name)
+    stack = stacks_of(model)[0]
+    anchor = {"first": 0, "middle": (len(window) - 1) // 2, "last": -1}[args.anchor]
+    gone = [i for i in window if i != window[anchor]]
+    lost = sum(p.numel() for i in gone for p in layers_of(model, stack)[i].parameters())
+    rows["layers dropped"] = _row(
+        model, texts, "layers dropped", lambda: dropped(model, stack, gone)
+    )
+    rows["layers dropped"]["parameters"] -= lost
+    return rows
+
+
+def _row(
+    model: Any,
+    texts: Texts,
+    name: str,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any]:
+    with context():
+        found = {
+            text: perplexity(model, windows, desc=f"{name}, {text}")
+            for text, windows in texts.windows.items()
+        }
+    return {"parameters": unique_parameters(model), "perplexity": found}
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    texts = list(rows["dense"]["perplexity"])
+    lines = [["", "parameters", *(f"perplexity, {text}" for text in texts)]]
+    for name, row in rows.items():
+        figures = [f"{row['perplexity'][text]:.2f}" for text in texts]
+        lines.append([name, f"{row['parameters'] / 1e6:.1f} M", *figures])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = []
+    for name, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        padded.append("  ".join([name.ljust(widths[0]), *right]))
+    return "\n".join([padded[0].rstrip(), "-" * len(padded[0]), *padded[1:]])
+
+
+def _card(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    window = report["stacks"]["decoder"]["window"]
+    parameters = report["parameters"]
+    name = Path(args.model).name
+    return f"""---
+library_name: dotresize
+base_model: {json.dumps(name)}
+tags: [dotresize, compressed]
+---
+
+# {name}, feed-forwards merged
+
+Layers {window[0]} to {window[-1]} share one feed-forward: {parameters["dense"] / 1e6:.1f} M
+parameters became {parameters["merged"] / 1e6:.1f} M. `dotresize.load` loads it (dotresize
+{report["versions"]["dotresize"]}).
+
+```
+{_table(report["rows"])}
+```
+"""
