@@ -1,4 +1,4 @@
-"""A short distillation from the dense model, after everything that needs no training.
+"""A short training, after everything that needs none; by default distillation from the dense model.
 
     loss = mean over tokens of KL(softmax(dense logits) | softmax(narrow logits))
 
@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,34 +73,9 @@ def recover(
             finite.
     """
     check(narrow.device)
-    import transformers
-
     steps = len(tokens) // batch_windows
     if steps < 1:
         raise ValueError(f"recover: {len(tokens)} windows are less than a step of {batch_windows}")
-    _claim(Path(folder), narrow, tokens, {"learning_rate": learning_rate, "seed": seed})
-    device = narrow.device
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_windows,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(steps / 10),
-        save_steps=math.ceil(steps / 10),
-        save_total_limit=1,
-        logging_steps=max(1, steps // 10),
-        logging_strategy="steps",
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,  # its own bar prints every log entry on stdout
-        report_to=[],
-        use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=False,
-        seed=seed % 2**32,
-    )
-    if device.type == "cuda":
-        arguments._n_gpu = 1  # several would share each step's windows
 
     def divergence(outputs: Any, ids: Tensor, **_: Any) -> Tensor:
         with torch.no_grad():
@@ -111,47 +86,158 @@ def recover(
             raise ValueError("recover: the loss is not finite; try a smaller learning rate")
         return loss / ids.numel()
 
+    figures = fine_tune(
+        narrow,
+        [{"input_ids": window, "labels": window} for window in tokens],
+        folder=folder,
+        steps=steps,
+        batch=batch_windows,
+        learning_rate=learning_rate,
+        seed=seed,
+        loss=divergence,
+    )
+    return figures | {"tokens": tokens.numel()}
+
+
+def fine_tune(
+    model: Any,
+    examples: list[dict[str, Tensor]],
+    *,
+    folder: str | Path,
+    steps: int,
+    batch: int = 8,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    loss: Callable[..., Tensor] | None = None,
+    metric: Callable[[Any], float] | None = None,
+) -> dict[str, Any]:
+    """Train a model in place; parameters that are shared stay so.
+
+    Args:
+        model: narrowed or merged, of any transformers class.
+        examples: inputs without the batch axis, with labels.
+        folder, learning_rate, seed: as of ``recover``.
+        steps: of ``batch`` examples each, which are used again where they are too few.
+        loss: of (outputs, labels); the model's own if not given.
+        metric: of the model, higher is better: taken ten times, and the weights with the best are
+            those that it ends with.
+
+    Returns:
+        figures for the report: steps, learning rate, losses, seconds, and the metric's values.
+
+    Raises ValueError as ``recover`` does.
+    """
+    check(model.device)
+    import transformers
+
+    tenth = math.ceil(steps / 10)
+    _claim(Path(folder), model, examples, {"learning_rate": learning_rate, "seed": seed})
+    device = model.device
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=tenth,
+        save_steps=tenth,
+        save_total_limit=1,
+        logging_steps=max(1, steps // 10),
+        logging_strategy="steps",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,  # its own bar prints every log entry on stdout
+        report_to=[],
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        seed=seed % 2**32,
+    )
+    if device.type == "cuda":
+        arguments._n_gpu = 1  # several would share each step's windows
     start = time.perf_counter()
-    dtypes = [parameter.dtype for parameter in narrow.parameters()]
+    dtypes = [parameter.dtype for parameter in model.parameters()]
     progress = tqdm(total=steps, desc="recover", unit="step", disable=None)
-    with _generators_kept(), progress, declared(narrow):
+    best = None if metric is None else _Best(metric, Path(folder), tenth)
+    with _generators_kept(), progress, declared(model):
         trainer = transformers.Trainer(
-            model=narrow.float().train(),
+            model=model.float().train(),
             args=arguments,
-            train_dataset=[{"input_ids": window, "labels": window} for window in tokens],
-            compute_loss_func=divergence,
-            callbacks=[_progress(progress)],
+            train_dataset=examples,
+            compute_loss_func=loss,
+            callbacks=[_callback(progress, best)],
         )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_state(Path(folder)))
-    for parameter, dtype in zip(narrow.parameters(), dtypes, strict=True):
+    if best is not None:
+        best.put_into(model)
+    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)  # buffers stay: they are not of the checkpoint
-    check_weights(narrow.eval())
+    check_weights(model.eval())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
-        "tokens": tokens.numel(),
         "learning_rate": learning_rate,
         "losses": losses,
+        "metric": None if best is None else best.values,
         "seconds": time.perf_counter() - start,
     }
 
 
-def _progress(bar: Any) -> Any:
-    """A callback of Trainer's that moves a bar."""
+class _Best:
+    """The weights with the best metric so far, in the working folder."""
+
+    def __init__(self, metric: Callable[[Any], float], folder: Path, every: int) -> None:
+        self.values: dict[str, float] = {}
+        self._metric, self._folder, self._every = metric, folder, every
+        if (folder / "best.json").is_file():
+            self.values = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+
+    def look(self, model: Any, step: int) -> None:
+        if step % self._every or str(step) in self.values:
+            return
+        from safetensors.torch import save_file
+
+        value = float(self._metric(model.eval()))
+        model.train()
+        if not self.values or value > max(self.values.values()):
+            weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+            save_file(weights, self._folder / "best.safetensors")
+        self.values[str(step)] = value
+        text = json.dumps(self.values)
+        (self._folder / "best.json").write_text(text, encoding="utf-8")
+
+    def put_into(self, model: Any) -> None:
+        from safetensors.torch import load_file
+
+        weights = load_file(self._folder / "best.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+def _callback(bar: Any, best: _Best | None) -> Any:
+    """A callback of Trainer's that moves a bar, and looks for the best weights."""
     import transformers
 
-    class Progress(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    class Steps(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             bar.update(state.global_step - bar.n)
+            if best is not None:
+                best.look(others["model"], state.global_step)
 
-    return Progress()
+    return Steps()
 
 
-def _claim(folder: Path, narrow: Any, tokens: Tensor, choices: dict[str, float]) -> None:
+def _claim(
+    folder: Path, model: Any, examples: list[dict[str, Tensor]], choices: dict[str, float]
+) -> None:
     """ValueError where the folder holds another run's state; else says whose it is from now on."""
-    digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
-    for parameter in narrow.parameters():
+    digest = hashlib.sha256()
+    for example in examples:
+        for name in sorted(example):
+            digest.update(torch.as_tensor(example[name]).cpu().contiguous().numpy().tobytes())
+    for parameter in model.parameters():
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
     mine = json.dumps({"inputs": digest.hexdigest(), **choices})
     path = folder / "run.json"
