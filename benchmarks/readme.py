@@ -9,13 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dotresize.models import FAMILIES
 from dotresize.report import label
 
 from . import l1
 from .gpu_summary import ceilings, l1_table, sinkhorn_table
-from .large import SHARDS, TOKENS, WINDOW, llama
-from .large_counts import SHAPES, counts, gpu_bytes
+from .model_tables import families, large, merging, projected
 from .quality_tables import headline, speed, study
 from .rows import read
 
@@ -153,22 +151,6 @@ def gpu() -> str:
     return "\n".join([*lines, "", f"{about}. All rows: `{RESULTS / 'gpu.jsonl'}`."])
 
 
-def families() -> str:
-    """What can be narrowed of which family, from the axis tables."""
-    lines = [
-        "| model types | residual | feed-forward | the width is a multiple of |",
-        "|---|---|---|---|",
-    ]
-    for family in FAMILIES:
-        multiple = [name.removeprefix("num_").replace("_", " ") for name in family.width_divisors]
-        multiple += [str(family.width_multiple)] if family.width_multiple > 1 else []
-        inner = "yes" if family.has_inner_width else "no: experts"
-        types = ", ".join(family.model_types)
-        residual = f"no: {family.fixed_residual}" if family.fixed_residual else "yes"
-        lines.append(f"| {types} | {residual} | {inner} | {', '.join(multiple) or '-'} |")
-    return "\n".join(lines)
-
-
 def acceleration() -> str:
     """Iterations and milliseconds to a tolerance, each solver as it was measured last."""
     last = rows("acceleration.jsonl")
@@ -212,42 +194,6 @@ def pot() -> str:
     return "\n".join([*lines, "", *(f"- `{test}`: {why}" for test, why in reasons.items())])
 
 
-def large() -> str:
-    """Memory and time by stage of models that stayed in their files."""
-    table = rows("large.jsonl")
-    stages = ("calibration", "factorisation", "absorption", "refit")
-    lines = [
-        "| parameters | width | tokens | peak predicted | peak met | " + " | ".join(stages) + " |",
-        "|---" * (5 + len(stages)) + "|",
-    ]
-    for row in table:
-        sizes = (row[name]["host"] for name in ("predicted_memory_bytes", "peak_memory_bytes"))
-        cells = [f"{row['parameters']['dense']['total'] / 1e6:.0f} M"]
-        cells += [f"{row['width']['old']} -> {row['width']['new']}"]
-        cells += [str(row["calibration"]["tokens"]), *(f"{size / 1e9:.2f} GB" for size in sizes)]
-        cells += [f"{row['seconds'][stage]:.0f} s" for stage in stages]
-        lines.append(f"| {' | '.join(cells)} |")
-    about = f"Random bfloat16 weights in {SHARDS} shards, {table[-1]['device']}, "
-    about += f"{table[-1]['date']}. The peak is of resident memory,"
-    return "\n".join([*lines, "", about, f"libraries included. Rows: `{RESULTS / 'large.jsonl'}`."])
-
-
-def projected() -> str:
-    """Operations and bytes of the shapes that nobody here has run."""
-    lines = [
-        "| shape | forward | gram | float64 | on a GPU: greediest stage | and all activations |",
-        "|---" * 6 + "|",
-    ]
-    for name in ("1.1B", "8B", "70B"):
-        found = counts(SHAPES[name], TOKENS)
-        size = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
-        cells = [f"{found[kind] / 1e15:.2f} P" for kind in ("forward", "gram", "float64")]
-        cells += [f"{size[what] / 1e9:.1f} GB" for what in ("stages", "activations")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    about = "Operations in 10^15; bytes by the formula of `dotresize/memory.py`, in bfloat16."
-    return "\n".join([*lines, "", about])
-
-
 TABLES = {
     "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
     "docs/compress.md": {
@@ -256,7 +202,8 @@ TABLES = {
         "speed": lambda: speed(rows("speed.jsonl")),
     },
     "docs/families.md": {"families": families},
-    "docs/large.md": {"large": large, "projected": projected},
+    "docs/large.md": {"large": lambda: large(rows("large.jsonl")), "projected": projected},
+    "docs/merge-ff.md": {"merging": lambda: merging(rows("merging.jsonl"))},
     "docs/sinkhorn.md": {"acceleration": acceleration},
     "docs/ot.md": {"pot": pot},
 }

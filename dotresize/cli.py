@@ -167,7 +167,13 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also evaluate without permutation, softly aligned, and without the layers",
     )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"
+    )
     _add_recovery(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted --recover in OUT.partial"
+    )
     _add_texts(parser, windows=20)
     _add_common(parser)
 
@@ -246,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stages_kept(args: argparse.Namespace) -> str:
     """What is left to go on from, if anything."""
-    if args.verb != "compress":
+    if args.verb not in ("compress", "merge-ff"):
         return ""
     from dotresize.stages import partial_folder
 

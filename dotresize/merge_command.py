@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,6 +34,7 @@ from dotresize.merge_tie import dropped
 from dotresize.models.stacks import layers_of, stacks_of
 from dotresize.ops.backends import choose
 from dotresize.recovery import BATCH_WINDOWS, recover
+from dotresize.stages import partial_folder
 
 logger = logging.getLogger("dotresize")
 
@@ -42,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     _check(args, device)
     checkpoint.check_output(args.out)
+    partial = partial_folder(args.out)
+    if partial.exists() and not args.resume:
+        raise ValueError(f"{partial}: holds an unfinished run; go on with --resume, or remove it")
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model)
     layers = len(layers_of(model, stacks_of(model)[0]))
@@ -59,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
         rows |= _compared(args, model, tokens, texts, window)
     if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
-        with tempfile.TemporaryDirectory(prefix="dotresize-") as folder:
-            choices = {"seed": args.seed, "learning_rate": args.learning_rate}
-            report["recovery"] = recover(model, merged, new, folder=folder, **choices)
+        choices = {"seed": args.seed, "learning_rate": args.learning_rate}
+        report["recovery"] = recover(model, merged, new, folder=partial / "training", **choices)
         rows["merged + recovery"] = _row(merged, texts, "merged + recovery")
     report |= {"rows": rows, "versions": versions(), "peak_memory_bytes": peak_memory()}
     report["settings"] = {k: v for k, v in vars(args).items() if k not in ("typed", "verb")}
@@ -73,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         (folder / "README.md").write_text(_card(args, report), encoding="utf-8")
 
     checkpoint.write_whole(args.out, fill)
+    shutil.rmtree(partial, ignore_errors=True)
+    if args.plot is not None:
+        _plot(args.plot, report)
     sys.stdout.write(f"{_table(rows)}\n\n{args.out} loads with dotresize.load\n")
     return 0
 
@@ -89,6 +96,10 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     if not 1 <= args.select_windows <= args.windows:
         raise ValueError(f"--select-windows {args.select_windows}: must be 1 to {args.windows}")
     check_recovery(args, device)
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'dotresize[plot]'")
+    if args.plot is not None and args.start is not None:
+        raise ValueError("--plot: there is nothing to draw with --start, which tries one window")
 
 
 def _merged(
@@ -142,6 +153,20 @@ def _row(
             for text, windows in texts.windows.items()
         }
     return {"parameters": unique_parameters(model), "perplexity": found}
+
+
+def _plot(path: str, report: dict[str, Any]) -> None:
+    """Perplexity of every window, by its first layer."""
+    from matplotlib.figure import Figure
+
+    profile = report["stacks"]["decoder"]["profile"]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([one["start"] for one in profile], [-one["metric"] for one in profile], "o-")
+    axes.axhline(-report["metric"]["dense"], color="grey", linestyle="--", label="dense")
+    axes.set(xlabel="first layer of the window", ylabel="perplexity, merged", yscale="log")
+    axes.legend()
+    figure.savefig(path)
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ size passes through the memory of one layer.
 from __future__ import annotations
 
 import ctypes
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +40,6 @@ class Shelf(Protocol):
         """The part will be emptied."""
 
 
-_LIBC = ctypes.CDLL(None)
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE = 2**20
 
@@ -54,8 +54,8 @@ def put_on(shelf: Shelf, model: nn.Module) -> None:
     And large blocks of memory go back to the system when they are freed: the C library would keep
     those below 32 MB, layer upon layer.
     """
-    if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
     _SHELVES[model] = shelf, Counter()
 
 

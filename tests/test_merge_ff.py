@@ -12,7 +12,7 @@ from conftest import fails, tiny_model
 from safetensors.torch import load_file
 
 import dotresize
-from dotresize import merge_feed_forward
+from dotresize import merge_command, merge_feed_forward
 from dotresize.accounting import unique_parameters
 from dotresize.cli import main
 from dotresize.merge_align import features
@@ -373,9 +373,42 @@ def test_recovery_trains_what_is_shared(words, capsys):
     assert unique_parameters(loaded) == rows["merged"]["parameters"]
 
 
+def test_an_interrupted_recovery_goes_on(words, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    words += ["--recover", "4", "--learning-rate", "0.003"]
+    whole = [*words]
+    whole[2] = str(tmp_path / "whole")
+    assert main(whole) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_command, "_row", _stopping(merge_command._row))
+        capsys.readouterr()
+        assert "--resume goes on from it" in fails(words, capsys, code=1)
+    assert "holds an unfinished run" in fails(words, capsys)
+    assert main([*words, "--resume"]) == 0
+    assert not Path(f"{words[2]}.partial").exists()
+    one, other = (Path(w[2]) / "model.safetensors" for w in (words, whole))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def _stopping(row):
+    def stop(model, texts, name, *more):
+        if name == "merged + recovery":
+            raise KeyboardInterrupt
+        return row(model, texts, name, *more)
+
+    return stop
+
+
+def test_the_profile_is_drawn(words, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main([*words, "--plot", str(tmp_path / "profile.svg")]) == 0
+    assert "first layer of the window" in (tmp_path / "profile.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--plot", "x.svg", "--start", "0"], "--plot: there is nothing to draw with --start"),
         (["--merge", "9"], "--merge 9: must be 2 to 3, the model's layers"),
         (["--anchor", "best"], "--anchor best: must be one of first, middle, last"),
         (["--soft", "0"], "--soft 0: must be positive"),

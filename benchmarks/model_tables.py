@@ -1,0 +1,112 @@
+"""Tables about models: families, large ones, merged ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dotresize.models import FAMILIES
+from dotresize.models.stacks import STACKS
+
+from .large import SHARDS, TOKENS, WINDOW, llama
+from .large_counts import SHAPES, counts, gpu_bytes
+
+
+def families() -> str:
+    """What can be narrowed of which family, from the axis tables."""
+    lines = [
+        "| model types | residual | feed-forward | the width is a multiple of | merging |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        multiple = [name.removeprefix("num_").replace("_", " ") for name in family.width_divisors]
+        multiple += [str(family.width_multiple)] if family.width_multiple > 1 else []
+        inner = "yes" if family.has_inner_width else "no: experts"
+        types = ", ".join(family.model_types)
+        residual = f"no: {family.fixed_residual}" if family.fixed_residual else "yes"
+        merging = "yes" if family.model_types[0] in STACKS else "no: experts"
+        lines.append(
+            f"| {types} | {residual} | {inner} | {', '.join(multiple) or '-'} | {merging} |"
+        )
+    narrowed = {name for family in FAMILIES for name in family.model_types}
+    lines += [f"| {name} | - | - | - | yes |" for name in STACKS if name not in narrowed]
+    return "\n".join(lines)
+
+
+def large(table: list[dict[str, Any]]) -> str:
+    """Memory and time by stage of models that stayed in their files."""
+    stages = ("calibration", "factorisation", "absorption", "refit")
+    lines = [
+        "| parameters | width | tokens | peak predicted | peak met | " + " | ".join(stages) + " |",
+        "|---" * (5 + len(stages)) + "|",
+    ]
+    for row in table:
+        sizes = (row[name]["host"] for name in ("predicted_memory_bytes", "peak_memory_bytes"))
+        cells = [f"{row['parameters']['dense']['total'] / 1e6:.0f} M"]
+        cells += [f"{row['width']['old']} -> {row['width']['new']}"]
+        cells += [str(row["calibration"]["tokens"]), *(f"{size / 1e9:.2f} GB" for size in sizes)]
+        cells += [f"{row['seconds'][stage]:.0f} s" for stage in stages]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"Random bfloat16 weights in {SHARDS} shards, {table[-1]['device']}, "
+    about += f"{table[-1]['date']}. The peak is of resident memory,"
+    return "\n".join(
+        [*lines, "", about, "libraries included. Rows: `benchmarks/results/large.jsonl`."]
+    )
+
+
+def projected() -> str:
+    """Operations and bytes of the shapes that nobody here has run."""
+    lines = [
+        "| shape | forward | gram | float64 | on a GPU: greediest stage | and all activations |",
+        "|---" * 6 + "|",
+    ]
+    for name in ("1.1B", "8B", "70B"):
+        found = counts(SHAPES[name], TOKENS)
+        size = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
+        cells = [f"{found[kind] / 1e15:.2f} P" for kind in ("forward", "gram", "float64")]
+        cells += [f"{size[what] / 1e9:.1f} GB" for what in ("stages", "activations")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    about = "Operations in 10^15; bytes by the formula of `dotresize/memory.py`, in bfloat16."
+    return "\n".join([*lines, "", about])
+
+
+def merging(table: list[dict[str, Any]]) -> str:
+    """What merging leaves: accuracy, BLEU, perplexity, by the last run of each task."""
+    last = {row["task"]: row for row in table}
+    lines = []
+    for task, unit in (("images", "accuracy, %"), ("translation", "BLEU")):
+        row, scale = last[task], 100 if task == "images" else 1
+        share = 1 - row["parameters"]["merged"] / row["parameters"]["dense"]
+        sizes = {name: len(found["window"]) for name, found in row["stacks"].items()}
+        values = row["figures"].values()
+        what = ", ".join(f"{k} of the {name}'s" for name, k in sizes.items())
+        lines += [
+            f"**{task.capitalize()}**: {what}, {share:.1%} of the parameters.",
+            "",
+            "| " + " | ".join(["", *row["figures"]]) + " |",
+            "|---" * (1 + len(row["figures"])) + "|",
+            "| " + " | ".join([unit, *(f"{v * scale:.1f}" for v in values)]) + " |",
+            "",
+        ]
+    row = last["language"]
+    window = row["stacks"]["decoder"]["window"]
+    lines += [
+        f"**Language**: SmolLM2-135M, layers {window[0]} to {window[-1]} of 30; perplexity, and "
+        f"{row['recovery']['steps']} steps of recovery.",
+        "",
+        "| | parameters | " + " | ".join(row["rows"]["dense"]["perplexity"]) + " |",
+        "|---" * (2 + len(row["rows"]["dense"]["perplexity"])) + "|",
+    ]
+    for name, one in row["rows"].items():
+        cells = [name, f"{one['parameters'] / 1e6:.1f} M"]
+        cells += [f"{value:.1f}" for value in one["perplexity"].values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"{row['device']}, {row['date']}. Models of images and translation are trained by the "
+    about += "benchmark:"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            about,
+            "`python -m benchmarks.merging`; rows: `benchmarks/results/merging.jsonl`.",
+        ]
+    )
