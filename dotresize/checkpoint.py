@@ -52,6 +52,10 @@ def load_with_tokenizer(
         config = transformers.AutoConfig.from_pretrained(where, **options)
     if to_narrow:
         architecture_of(config)
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ValueError(
+            f"model {source}: config names a weights file of its own (transformers_weights)"
+        )
     if work is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -61,8 +65,6 @@ def load_with_tokenizer(
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
-            if getattr(config, "transformers_weights", None) is not None:
-                raise ValueError("config names a weights file of its own (transformers_weights)")
             if to_narrow:
                 check_stored(Path(where), config)
             else:

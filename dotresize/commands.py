@@ -75,10 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if distributed.rank():
         logger.setLevel(logging.WARNING)
         os.environ["TQDM_DISABLE"] = "1"
-    try:
-        return verb(args)
-    finally:
-        distributed.end()
+    code = verb(args)
+    distributed.end()  # not after an error: the others may wait for what will not come
+    return code
 
 
 def _say(text: str) -> None:
@@ -145,7 +144,8 @@ def _compress(args: argparse.Namespace) -> int:
     try:
         return _run_stages(args, options, settings, stages, device)
     except ValueError:
-        stages.remove()  # the same settings would fail again, and others could not go on from it
+        if not args.resume:  # the same settings would fail again; what was found stays
+            stages.remove()
         raise
 
 
@@ -160,7 +160,7 @@ def _run_stages(
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True, work=work)
     check_weights(model)
     streams, tokens, texts = _inputs(args, options, model, tokenizer)
-    plan = None if work is None else planning.make_plan(args, options, model, tokens)
+    plan = None if work is None else planning.make_plan(args, options, model, tokens, texts)
     narrow, rows = comparison.narrowed(
         model, tokenizer, tokens, options, texts, stages, compare=args.compare
     )
@@ -183,6 +183,7 @@ def _run_stages(
         report.write(last, folder, args.model)
 
     checkpoint.write_whole(args.out, fill)
+    distributed.wait()  # nobody needs its stages any more
     stages.remove()
     if args.report is not None:
         _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)

@@ -9,6 +9,7 @@ here does anything.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from torch import Tensor
 
 def begin() -> None:
     """Join the group that torchrun describes, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # The first process writes a large model while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
 def end() -> None:
@@ -61,7 +67,7 @@ def from_first(value: Any, owner: int = 0) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=owner, device=local_device())
+    dist.broadcast_object_list(box, src=owner, device=torch.device("cpu"))
     return box[0]
 
 

@@ -77,6 +77,10 @@ def find_device(name: str) -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and distributed.size() > 1:
+        if name != "cuda":
+            raise ValueError(f"--device {name}: give cuda; every process takes one of its own")
+        return distributed.local_device()
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: must be auto, cpu or cuda")
     return device

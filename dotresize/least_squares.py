@@ -23,7 +23,7 @@ class NormalEquations:
         """prior: A0, (inputs, outputs) float64."""
         self.prior = prior
         self.gram = prior.new_zeros(len(prior), len(prior))
-        self.cross = torch.zeros_like(prior)
+        self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """Tokens: u (..., inputs), v (..., outputs)."""

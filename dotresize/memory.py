@@ -11,7 +11,8 @@ refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal eq
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 evaluation    c V D + 12 B V
 batch         4 B (6 D + 3 F)
-activations   c T (3 D + 2 k + F), where they are kept        (streams.Spill)
+activations   c T (3 D + 2 k + F), where they are kept        (streams.Spill), or c D for each
+              token of the longest text to evaluate on, if that is more
 
 to which the host adds what Python and its libraries take before the first stage.
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 from dotresize import distributed
 from dotresize.accounting import peak_memory
 from dotresize.models import architecture_of
-from dotresize.resident import Files, device_of, shelf_of
+from dotresize.resident import Files, device_of, parts, shelf_of
 
 # Decimal, as sizes of memory are quoted, and binary.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -68,7 +69,13 @@ class Plan:
 
 
 def plan(
-    model: Any, tokens: Tensor, width: int, inner: int, batch_windows: int, budget: int
+    model: Any,
+    tokens: Tensor,
+    width: int,
+    inner: int,
+    batch_windows: int,
+    budget: int,
+    evaluated: int = 0,
 ) -> Plan:
     """The plan for a model on a shelf, with its activations where ``budget`` bytes let them be.
 
@@ -76,18 +83,22 @@ def plan(
         tokens: int64 (windows, length).
         width, inner: residual and feed-forward width of the narrowed model.
         budget: bytes of host memory.
+        evaluated: tokens of the longest text to evaluate on.
 
     Raises ValueError where the budget is too small for any place.
     """
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
     stages = stage_bytes(model, batch, width, inner, _computed_bytes(model))
-    kept = activation_bytes(model, tokens.numel(), width, _computed_bytes(model))
+    c = _computed_bytes(model)
+    kept = activation_bytes(model, tokens.numel(), width, c)
+    kept = max(kept, evaluated * model.config.hidden_size * c // distributed.size())
     device, base = device_of(model), _now() + _LATER
     most = max(stages.values())
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         place = "device" if most + kept < 0.9 * free else "host"
-        most, on_host = most + (kept if place == "device" else 0), 0
+        most += kept if place == "device" else 0
+        on_host = 2 * c * max(_sizes(model))  # a part on its way from and to the files
     else:
         place, on_host = "host", most
     need = base + on_host
@@ -143,10 +154,15 @@ def stage_bytes(model: Any, batch_tokens: int, width: int, inner: int, c: int) -
     }
 
 
+def _sizes(model: Any) -> list[int]:
+    """Parameters of every part."""
+    return [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in parts(model)]
+
+
 def _computed_bytes(model: Any) -> int:
     shelf = shelf_of(model)
     if isinstance(shelf, Files):
-        return 4 if shelf.widen else 2
+        return shelf.computed(next(iter(shelf.where))).itemsize
     return next(model.parameters()).element_size()
 
 

@@ -6,12 +6,13 @@ and standard deviation, layer i is aligned to layer a by
 
     C = E[(x_a - mu_a)' (x_i - mu_i)] / (sigma_a sigma_i)        pi = argmax sum_j C[j, pi(j)]
 
-one pair of layers at a time, so that memory does not depend on the number of tokens or layers.
-Windows that share a pair share its alignment.
+a few pairs of layers at a time, so that memory does not depend on the number of tokens or layers.
+Windows that share a pair share its permutation.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +26,11 @@ from dotresize.models.stacks import Stack, layers_of
 from dotresize.ops.assignment import assignment
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.streams import Spill
+
+# Of correlations that are aligned together.
+BATCH_BYTES = 2**30
+
+logger = logging.getLogger("dotresize")
 
 
 class Aligner:
@@ -60,20 +66,24 @@ class Aligner:
         int64 (n,), the neuron of the layer for each of the anchor's, or, soft, (n, n) float64 with
         rows and columns that sum to one.
         """
+        if self._soft is not None:
+            return [self._plan(self.correlation(anchor, i), self._soft) for i in others]
         missing = [i for i in others if (anchor, i) not in self._found]
-        if missing:
-            scores = torch.stack([self.correlation(anchor, i) for i in missing])
-            for i, found in zip(missing, self._align(scores), strict=True):
+        neurons = self._features[anchor][0].shape[1]
+        together = max(1, BATCH_BYTES // (8 * neurons**2))
+        for first in range(0, len(missing), together):
+            some = missing[first : first + together]
+            scores = torch.stack([self.correlation(anchor, i) for i in some])
+            for i, found in zip(some, assignment(scores, backend=self._backend), strict=True):
                 self._found[anchor, i] = found
         return [self._found[anchor, i] for i in others]
 
-    def _align(self, scores: Tensor) -> Tensor:
-        if self._soft is None:
-            return assignment(scores, backend=self._backend)
-        cost = 1.0 - scores
-        reg = self._soft * cost.mean((1, 2))
-        plan = sinkhorn(cost, reg, tol=1e-7, backend=self._backend).plan
-        return cast(Tensor, plan).to(FLOAT) * scores.shape[1]
+    def _plan(self, score: Tensor, soft: float) -> Tensor:
+        cost = 1.0 - score
+        result = sinkhorn(cost, soft * float(cost.mean()), tol=1e-7, backend=self._backend)
+        if not result.converged:
+            logger.warning("soft alignment at reg %g: %s", soft, result.status)
+        return cast(Tensor, result.plan).to(FLOAT) * len(score)
 
     def correlation(self, a: int, i: int) -> Tensor:
         """C of the module's header, (n, n) float64; 0 for a neuron that never changes."""

@@ -10,13 +10,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dotresize import checkpoint
+from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
 from dotresize.calibration import random_windows
 from dotresize.evaluate import perplexity
@@ -44,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     _check(args, device)
     checkpoint.check_output(args.out)
-    partial = partial_folder(args.out)
-    if partial.exists() and not args.resume:
-        raise ValueError(f"{partial}: holds an unfinished run; go on with --resume, or remove it")
+    unfinished = partial_folder(args.out)
+    if (unfinished / "settings.json").exists():
+        raise ValueError(f"{unfinished}: holds an unfinished run of compress; remove it")
+    if unfinished.exists() and not args.resume:
+        raise ValueError(f"{unfinished}: holds an unfinished run; give --resume, or remove it")
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model)
     layers = len(layers_of(model, stacks_of(model)[0]))
@@ -65,7 +68,13 @@ def run(args: argparse.Namespace) -> int:
     if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
         choices = {"seed": args.seed, "learning_rate": args.learning_rate}
-        report["recovery"] = recover(model, merged, new, folder=partial / "training", **choices)
+        try:
+            found = recover(model, merged, new, folder=unfinished / "training", **choices)
+        except ValueError:
+            if not args.resume:  # other choices could not go on from it
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        report["recovery"] = found
         rows["merged + recovery"] = _row(merged, texts, "merged + recovery")
     report |= {"rows": rows, "versions": versions(), "peak_memory_bytes": peak_memory()}
     report["settings"] = {k: v for k, v in vars(args).items() if k not in ("typed", "verb")}
@@ -77,15 +86,17 @@ def run(args: argparse.Namespace) -> int:
         (folder / "README.md").write_text(_card(args, report), encoding="utf-8")
 
     checkpoint.write_whole(args.out, fill)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    sys.stdout.write(f"{_table(rows)}\n\n{args.out} loads with dotresize.load\n")
     if args.plot is not None:
         _plot(args.plot, report)
-    sys.stdout.write(f"{_table(rows)}\n\n{args.out} loads with dotresize.load\n")
     return 0
 
 
 def _check(args: argparse.Namespace, device: torch.device) -> None:
     """What can be refused before the model is read."""
+    if distributed.size() > 1:
+        raise ValueError("merge-ff: runs in one process; run it without torchrun")
     check_text_files(args)
     check_windows(args)
     choose(args.backend, device)
@@ -98,6 +109,10 @@ def _check(args: argparse.Namespace, device: torch.device) -> None:
     check_recovery(args, device)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'dotresize[plot]'")
+    if args.plot is not None and Path(args.plot).suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"--plot {args.plot}: must be a .svg, .png or .pdf file")
+    if args.plot is not None and not Path(args.plot).absolute().parent.is_dir():
+        raise ValueError(f"--plot {args.plot}: its directory does not exist")
     if args.plot is not None and args.start is not None:
         raise ValueError("--plot: there is nothing to draw with --start, which tries one window")
 
@@ -112,10 +127,18 @@ def _merged(
         model,
         [{"input_ids": ids} for ids in tokens.split(2)],
         k=args.merge,
-        metric=lambda one: -perplexity(one, judged),
+        metric=partial(_minus_perplexity, windows=judged),
         backend=args.backend,
         **given,
     )
+
+
+def _minus_perplexity(model: Any, windows: Tensor) -> float:
+    """Minus infinity for a model whose loss is not finite: the worst, and no reason to stop."""
+    try:
+        return -perplexity(model, windows)
+    except ValueError:
+        return -float("inf")
 
 
 def _compared(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -134,7 +135,7 @@ class _Choice:
             alignments = dict(zip(others, self._aligner.to_anchor(anchor, others), strict=True))
         return merged(self._model, self._stack, window, [alignments.get(i) for i in window])
 
-    def best(self, metric: Metric, start: int | None) -> tuple[int, list[dict[str, float]]]:
+    def best(self, metric: Metric, start: int | None) -> tuple[int, list[dict[str, Any]]]:
         """The first layer of the best window, and the metric of all that were tried."""
         if start is not None:
             if not 0 <= start < self._windows:
@@ -146,8 +147,14 @@ class _Choice:
         name = f"windows, {self._stack.name}"
         for first in tqdm(range(self._windows), desc=name, unit="window", disable=None):
             context = tied(self._model, self._stack, self.window(first), self.merged(first))
-            profile.append({"start": first, "metric": self._within(context, metric)})
-        return int(max(profile, key=lambda entry: entry["metric"])["start"]), profile
+            with context:
+                value = float(metric(self._model))
+            # A window that breaks the model is the worst, and no reason to stop.
+            profile.append({"start": first, "metric": value if math.isfinite(value) else None})
+        sound = [entry for entry in profile if entry["metric"] is not None]
+        if not sound:
+            raise ValueError(f"the metric of every window of the {self._stack.name} is not finite")
+        return max(sound, key=lambda entry: entry["metric"])["start"], profile
 
     def baselines(self, metric: Metric, start: int) -> dict[str, float]:
         """The same window merged in the order the neurons have, and without its other layers."""
@@ -168,8 +175,8 @@ class _Choice:
 
 def _measured(metric: Metric, model: Any) -> float:
     value = float(metric(model))
-    if value != value or value == float("inf"):
-        raise ValueError(f"the metric is {value}: must be a number, higher is better")
+    if not math.isfinite(value):
+        raise ValueError(f"the metric is {value}: must be a finite number, higher is better")
     return value
 
 
@@ -181,19 +188,20 @@ def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
     @torch.inference_mode()
     def minus_loss(model: Any) -> float:
         total, count = 0.0, 0
-        stack = stacks_of(model)[-1]
+        stack, causal = stacks_of(model)[-1], [s.name for s in stacks_of(model)] == ["decoder"]
         for batch in batches:
             inputs = {name: x.to(device_of(model)) for name, x in batch.items()}
             if "labels" not in inputs:
                 mask, labels = counted(stack, inputs), inputs["input_ids"]
                 inputs["labels"] = labels if mask is None else labels.masked_fill(~mask, -100)
             labels = inputs["labels"]
-            # The first token of a text is given, not predicted, where labels are the input itself.
-            shifted = "labels" not in batch
-            number = int(((labels[:, 1:] if shifted else labels) != -100).sum())
+            # Decoders alone predict the next token: the first is given.
+            number = int(((labels[:, 1:] if causal else labels) != -100).sum())
+            if not number:
+                continue
             total += float(model(**inputs).loss) * number
             count += number
-        return -total / count
+        return -total / count if count else -math.inf
 
     return minus_loss
 
@@ -216,6 +224,8 @@ def _checked(
         raise ValueError(f"soft {soft:g}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")
+    if not sizes:
+        raise ValueError(f"k: names no stack, but there is {', '.join(names)}")
     for name, size in sizes.items():
         if name not in names:
             raise ValueError(f"k: {model.config.model_type} has no {name}, but {', '.join(names)}")

@@ -69,7 +69,10 @@ def tied(
 
 @contextmanager
 def dropped(model: Any, stack: Stack, window: list[int]) -> Iterator[None]:
-    """The window's layers do nothing for the length of a block; the stream passes them by."""
+    """The window's layers do nothing for the length of a block; the stream passes them by.
+
+    Generation with a cache needs layer 0, which counts the tokens.
+    """
     layers = [layers_of(model, stack)[i] for i in window]
     for layer in layers:
         layer.forward = _pass_by  # on the instance, in front of the method

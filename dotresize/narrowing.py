@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -111,11 +112,21 @@ def _shared_maps(
 ) -> list[maps.WidthMap]:
     """The maps of all locations, of which every process makes its share."""
     rank, size = distributed.rank(), distributed.size()
-    mine = width_maps(each[rank::size], chosen[rank::size], options)
-    return [
-        distributed.from_first(mine[i // size] if i % size == rank else None, i % size)
-        for i in range(len(each))
+    if size == 1:
+        return width_maps(each, chosen, options)
+    device = chosen[0].device
+    mine = [
+        _at(found, "cpu") for found in width_maps(each[rank::size], chosen[rank::size], options)
     ]
+    found = []
+    for i in range(len(each)):
+        one = mine[i // size] if i % size == rank else None
+        found.append(_at(distributed.from_first(one, i % size), device))
+    return found
+
+
+def _at(found: maps.WidthMap, device: torch.device | str) -> maps.WidthMap:
+    return replace(found, q=found.q.to(device), selection=found.selection.to(device))
 
 
 def split_budget(

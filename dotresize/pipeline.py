@@ -241,7 +241,7 @@ def calibrate(model: Any, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Sta
     start = time.perf_counter()
     # Every token that it writes would read all weights from their files.
     own = 0 if shelf_of(model) is not None else wanted[0].own_windows(len(tokens))
-    if own:
+    if own and distributed.rank() == 0:
         written = sample(model, own, tokens.shape[1], wanted[0].seed)
         tokens = torch.cat([tokens, written.to(tokens.device)])
     tokens = distributed.from_first(tokens)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dotresize.inputs import Texts
 from dotresize.memory import Plan, parse, plan, shown
 from dotresize.models import architecture_of
 from dotresize.options import Options
@@ -28,6 +29,7 @@ def check(args: argparse.Namespace, options: Options) -> None:
         raise ValueError(f"--memory: reads a model directory by parts, not {args.model}")
     held = {
         "--params": options.params is not None,
+        "--method slicegpt": options.method == "slicegpt",
         "--scope location": options.per_location,
         "--self-windows": bool(options.self_windows),
         "--recover": args.recover is not None,
@@ -39,7 +41,9 @@ def check(args: argparse.Namespace, options: Options) -> None:
             raise ValueError(f"{name}: needs the whole model in memory; leave --memory out")
 
 
-def make_plan(args: argparse.Namespace, options: Options, model: Any, tokens: Tensor) -> Plan:
+def make_plan(
+    args: argparse.Namespace, options: Options, model: Any, tokens: Tensor, texts: Texts
+) -> Plan:
     """The run's plan, announced and handed to the model's shelf."""
     config, architecture = model.config, architecture_of(model.config)
     if architecture.fixed_residual:
@@ -51,7 +55,8 @@ def make_plan(args: argparse.Namespace, options: Options, model: Any, tokens: Te
     inner = choose_inner_width(options.ff_width, config) or architecture.inner_width(config)
     budget = parse(args.memory)
     try:
-        found = plan(model, tokens, width, inner, options.batch_windows, budget)
+        longest = max((windows.numel() for windows in texts.windows.values()), default=0)
+        found = plan(model, tokens, width, inner, options.batch_windows, budget, longest)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     shelf = shelf_of(model)

@@ -131,7 +131,8 @@ def fine_tune(
     import transformers
 
     tenth = math.ceil(steps / 10)
-    _claim(Path(folder), model, examples, {"learning_rate": learning_rate, "seed": seed})
+    choices = {"learning_rate": learning_rate, "seed": seed, "steps": steps, "batch": batch}
+    _claim(Path(folder), model, examples, choices)
     device = model.device
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -199,6 +200,8 @@ class _Best:
         from safetensors.torch import save_file
 
         value = float(self._metric(model.eval()))
+        if math.isnan(value):
+            raise ValueError("recover: the metric is not a number")
         model.train()
         if not self.values or value > max(self.values.values()):
             weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}

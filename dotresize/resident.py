@@ -86,14 +86,16 @@ def resident(model: Any, *names: str) -> Iterator[Any]:
         yield found[0] if len(names) == 1 else found
         return
     shelf, held = _SHELVES[model]
-    for name, part in zip(names, found, strict=True):
-        if not held[name]:
-            shelf.take(name, part)
-        held[name] += 1
+    taken = []
     try:
+        for name, part in zip(names, found, strict=True):
+            if not held[name]:
+                shelf.take(name, part)
+            held[name] += 1
+            taken.append((name, part))
         yield found[0] if len(names) == 1 else found
     finally:
-        for name, part in zip(names, found, strict=True):
+        for name, part in taken:
             held[name] -= 1
             if not held[name]:
                 shelf.give_back(name, part)
@@ -164,15 +166,16 @@ class Files:
             weight = self.read(f"{name}.{key}")
             if not torch.isfinite(weight).all():
                 raise ValueError(f"weight {name}.{key} of the model holds NaN or Inf")
-            weights[key] = self._ready(weight)
+            weights[key] = weight.to(self.device, self.computed(f"{name}.{key}"))
         fill(part, weights)
 
     def give_back(self, name: str, part: nn.Module) -> None:
         """What was read stays as it is in the files."""
 
-    def _ready(self, weight: Tensor) -> Tensor:
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        return weight.to(self.device, torch.float32 if half and self.widen else weight.dtype)
+    def computed(self, name: str) -> torch.dtype:
+        """Of a weight in the model."""
+        stored = self.dtype(name)
+        return torch.float32 if self.widen and stored.itemsize < 4 else stored
 
 
 @contextmanager

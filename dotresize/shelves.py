@@ -38,6 +38,8 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> A
     transformers: Any = importlib.import_module("transformers")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("its weights are quantised, which only a model held in memory may be")
+    if not shards(folder):
+        raise ValueError("has no safetensors files")
     check_stored(folder, config)
     model = skeleton(transformers.AutoModelForCausalLM, config, device)
     if (folder / "generation_config.json").is_file():

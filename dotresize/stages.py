@@ -130,7 +130,6 @@ class Stages:
         return self.shards
 
     def remove(self) -> None:
-        distributed.wait()
         if distributed.rank() == 0:
             shutil.rmtree(self.path, ignore_errors=True)
 

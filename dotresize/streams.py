@@ -28,13 +28,14 @@ class StopForward(Exception):
 class Spill:
     """A list of tensors, one per batch, kept where there is room; entries come back as they were.
 
-    place: "device" keeps them where they are, "host" in main memory, "disk" in temporary files (see
-    TMPDIR). The files have no names: however the process ends, nothing is left of them.
+    place: "device" keeps them where they are, "host" in main memory, "disk" in a temporary file
+    (see TMPDIR). The file has no name: however the process ends, nothing is left of it.
     """
 
     def __init__(self, count: int, place: str = "disk") -> None:
         self._place = place
-        self._entries: list[Tensor | _File | None] = [None] * count
+        self._entries: list[Tensor | None] = [None] * count
+        self._file = _File(count) if place == "disk" else None
         self._device = torch.device("cpu")
 
     def __len__(self) -> int:
@@ -42,42 +43,49 @@ class Spill:
 
     def __setitem__(self, i: int, value: Tensor) -> None:
         self._device = value.device
-        if self._place == "disk":
-            entry = self._entries[i]
-            if not isinstance(entry, _File):
-                entry = self._entries[i] = _File()
-            entry.write(value)
+        if self._file is not None:
+            self._file.write(i, value)
         else:
             where = value.device if self._place == "device" else torch.device("cpu")
             self._entries[i] = value.to(where, copy=True)
 
     def __getitem__(self, i: int) -> Tensor:
-        entry = self._entries[i]
+        entry = self._entries[i] if self._file is None else self._file.read(i)
         if entry is None:
             raise IndexError(f"batch {i} was never written")
-        return (entry.read() if isinstance(entry, _File) else entry).to(self._device)
+        return entry.to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
 
 class _File:
-    """A tensor in a temporary file. Read and written, not mapped: no page of it counts as used."""
+    """Tensors in a temporary file. Read and written, not mapped: no page of it counts as used."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self._file = tempfile.TemporaryFile(prefix="dotresize-", buffering=0)  # noqa: SIM115
-        self._shape, self._dtype = torch.Size(), torch.float32
+        # Of each entry: where it begins, the bytes there are for it, its shape and type.
+        self._slots: list[tuple[int, int, torch.Size, torch.dtype] | None] = [None] * count
+        self._end = 0
 
-    def write(self, value: Tensor) -> None:
-        self._shape, self._dtype = value.shape, value.dtype
-        self._file.seek(0)
+    def write(self, i: int, value: Tensor) -> None:
+        begin, room, *_ = self._slots[i] or (0, -1)
+        if value.nbytes > room:
+            begin, room = self._end, value.nbytes
+            self._end += room
+        self._slots[i] = begin, room, value.shape, value.dtype
+        self._file.seek(begin)
         left = _bytes(value.detach().cpu().contiguous())
         while left:
             left = left[self._file.write(left) :]
 
-    def read(self) -> Tensor:
-        value = torch.empty(self._shape, dtype=self._dtype)
-        self._file.seek(0)
+    def read(self, i: int) -> Tensor | None:
+        slot = self._slots[i]
+        if slot is None:
+            return None
+        begin, _, shape, dtype = slot
+        value = torch.empty(shape, dtype=dtype)
+        self._file.seek(begin)
         left = _bytes(value)
         while left:
             left = left[self._file.readinto(left) :]

@@ -67,12 +67,3 @@ def test_read_back_with_equal_logits(tied, tmp_path):
     with torch.inference_mode():
         difference = read(input_ids=tokens).logits - narrow(input_ids=tokens).logits
     assert difference.abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(("kind", "multiple"), [("Q8_0", 32), ("Q4_0", 32), ("Q4_K", 256)])
-def test_widths_that_quantisation_takes(kind, multiple):
-    """docs/compress.md names them: rows are quantised in blocks."""
-    kind = getattr(gguf.GGMLQuantizationType, kind)
-    gguf.quant_shape_to_byte_shape((8, 2 * multiple), kind)
-    with pytest.raises(ValueError, match="not a multiple"):
-        gguf.quant_shape_to_byte_shape((8, 2 * multiple - 8), kind)

@@ -29,6 +29,13 @@ def test_solution_is_that_of_the_stacked_problem(problem, ridge):
     assert torch.allclose(solved(u, v, prior, ridge), wanted, atol=1e-5)
 
 
+def test_sums_are_contiguous(problem):
+    """A prior is often a transposed weight; sums over processes take no strides."""
+    equations = NormalEquations(problem[2].mT.contiguous().mT)
+    assert equations.cross.is_contiguous()
+    assert equations.gram.is_contiguous()
+
+
 def test_an_input_that_is_always_zero_keeps_its_prior(problem):
     u, v, prior = problem
     u[:, 4] = 0.0

@@ -250,6 +250,7 @@ def test_ties_outlive_moves_copies_and_training():
         ({"k": 1}, "k 1: must be 2 to 8, the layers of the decoder"),
         ({"k": 9}, "k 9: must be 2 to 8"),
         ({"k": {"encoder": 2}}, "llama has no encoder, but decoder"),
+        ({"k": {}}, "k: names no stack, but there is decoder"),
         ({"k": 3, "anchor": "best"}, "anchor 'best': must be one of first, middle, last"),
         ({"k": 3, "start": 6}, "start 6: a window of 3 begins at 0 to 5"),
         ({"k": 3, "soft": 0.0}, "soft 0: must be positive"),
@@ -260,6 +261,27 @@ def test_ties_outlive_moves_copies_and_training():
 def test_refusals(choices, message):
     with pytest.raises(ValueError, match=message):
         merge_feed_forward(build("llama"), inputs("llama", 1), **choices)
+
+
+def test_a_window_that_breaks_the_model_is_the_worst():
+    calls = iter([1.0, float("nan"), 0.3, 0.5, float("-inf"), 0.2, 0.1, 0.4, 0.5])
+    _, report = merge_feed_forward(
+        build("llama"), inputs("llama", 1), k=2, metric=lambda model: next(calls)
+    )
+    found = report["stacks"]["decoder"]
+    assert [one["metric"] for one in found["profile"]] == [None, 0.3, 0.5, None, 0.2, 0.1, 0.4]
+    assert found["window"] == [2, 3]
+
+
+def test_labels_that_do_not_count():
+    model = build("llama")
+    batches = inputs("llama", 2)
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].clone()
+    batches[0]["labels"][:] = -100
+    _, both = merge_feed_forward(model, batches, k=2, start=0)
+    _, one = merge_feed_forward(model, batches[1:], k=2, start=0)
+    assert both["metric"]["dense"] == pytest.approx(one["metric"]["dense"])
 
 
 def test_a_metric_is_asked_for_where_there_is_no_loss():
@@ -384,6 +406,8 @@ def test_an_interrupted_recovery_goes_on(words, capsys, monkeypatch, tmp_path):
         capsys.readouterr()
         assert "--resume goes on from it" in fails(words, capsys, code=1)
     assert "holds an unfinished run" in fails(words, capsys)
+    other = [*words[:-3], "6", *words[-2:], "--resume"]  # steps
+    assert "holds something else" in fails(other, capsys)
     assert main([*words, "--resume"]) == 0
     assert not Path(f"{words[2]}.partial").exists()
     one, other = (Path(w[2]) / "model.safetensors" for w in (words, whole))
@@ -409,6 +433,8 @@ def test_the_profile_is_drawn(words, tmp_path, capsys):
     ("more", "message"),
     [
         (["--plot", "x.svg", "--start", "0"], "--plot: there is nothing to draw with --start"),
+        (["--plot", "x.txt"], "--plot x.txt: must be a .svg, .png or .pdf file"),
+        (["--plot", "/no/where/x.svg"], "its directory does not exist"),
         (["--merge", "9"], "--merge 9: must be 2 to 3, the model's layers"),
         (["--anchor", "best"], "--anchor best: must be one of first, middle, last"),
         (["--soft", "0"], "--soft 0: must be positive"),

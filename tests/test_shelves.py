@@ -13,7 +13,7 @@ from conftest import fails, tiny_model
 from dotresize import comparison, compress
 from dotresize.cli import main
 from dotresize.evaluate import perplexity
-from dotresize.memory import parse
+from dotresize.memory import parse, plan
 from dotresize.resident import device_of, parts, resident, shelf_of
 from dotresize.shelves import open_model, save
 from dotresize.streams import Spill
@@ -181,7 +181,7 @@ def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
         (["--memory", "0GB"], "--memory '0GB' is not a size"),
         (["--memory", "1MB"], r"--memory 0.00 GB: 0.\d\d GB are needed, .* by the"),
         (["--compare"], "--compare: needs the whole model in memory; leave --memory out"),
-        (["--method", "slicegpt"], "--scope location: needs the whole model"),
+        (["--method", "slicegpt"], "--method slicegpt: needs the whole model"),
         (["--self-windows", "2"], "--self-windows: needs the whole model"),
     ],
     ids=str,
@@ -209,6 +209,40 @@ def test_activations_come_back_as_they_were(place):
     assert torch.equal(kept[1], second[:1])
     with pytest.raises(IndexError, match="batch 0 was never written"):
         Spill(1, place)[0]
+
+
+def test_no_more_files_than_a_process_may_open():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        kept = Spill(400)
+        for i in range(400):
+            kept[i] = torch.full((3,), i)
+        assert [int(x[0]) for x in kept] == list(range(400))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_budget_too_small_does_not_cost_what_is_finished(by_parts, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "dense_report", stop)
+        fails(by_parts, capsys, code=1)
+    kept = Path(f"{by_parts[2]}.partial")
+    assert "GB are needed" in fails([*by_parts[:-1], "1MB", "--resume"], capsys)
+    assert (kept / "narrow" / "config.json").is_file()
+    assert main([*by_parts, "--resume"]) == 0
+    assert not kept.exists()
+
+
+def test_long_texts_to_evaluate_on_are_planned_for(tmp_path):
+    model = on_shelf(stored(tiny_model(), tmp_path / "dense"))
+    few = torch.zeros(2, 8, dtype=torch.int64)
+    small, large = (plan(model, few, 16, 40, 4, 10**12, n) for n in (0, 10**7))
+    assert large.host - small.host > 10**7 * 24 * 4 - 10**6
 
 
 @pytest.mark.parametrize(
