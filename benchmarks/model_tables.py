@@ -73,7 +73,8 @@ def merging(table: list[dict[str, Any]]) -> str:
     """What merging leaves: accuracy, BLEU, perplexity, by the last run of each task."""
     last = {row["task"]: row for row in table}
     lines = []
-    for task, unit in (("images", "accuracy, %"), ("translation", "BLEU")):
+    units = {"images": "accuracy, %", "translation": "BLEU"}
+    for task, unit in ((task, unit) for task, unit in units.items() if task in last):
         row, scale = last[task], 100 if task == "images" else 1
         share = 1 - row["parameters"]["merged"] / row["parameters"]["dense"]
         sizes = {name: len(found["window"]) for name, found in row["stacks"].items()}
