@@ -39,13 +39,13 @@ def load_with_tokenizer(
     for what is missing or damaged, and, if it is ``to_narrow``, for an unsupported architecture.
     """
     transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     where, options = _locate(source)
     if not to_narrow and _own_format(Path(where)) is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             return _load_own(Path(where)).to(device), tokenizer
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
         transformers.utils.logging.disable_progress_bar()
     with _one_line(source):

@@ -254,13 +254,17 @@ def test_ties_outlive_moves_copies_and_training():
         ({"k": 3, "anchor": "best"}, "anchor 'best': must be one of first, middle, last"),
         ({"k": 3, "start": 6}, "start 6: a window of 3 begins at 0 to 5"),
         ({"k": 3, "soft": 0.0}, "soft 0: must be positive"),
-        ({"k": 3, "metric": lambda model: float("nan")}, "the metric is nan"),
     ],
     ids=str,
 )
 def test_refusals(choices, message):
     with pytest.raises(ValueError, match=message):
         merge_feed_forward(build("llama"), inputs("llama", 1), **choices)
+
+
+def test_a_metric_must_be_a_number():
+    with pytest.raises(ValueError, match="the metric is nan: must be a finite number"):
+        merge_feed_forward(build("llama"), inputs("llama", 1), k=3, metric=lambda _: float("nan"))
 
 
 def test_a_window_that_breaks_the_model_is_the_worst():
