@@ -160,21 +160,24 @@ def fine_tune(
     dtypes = [parameter.dtype for parameter in model.parameters()]
     progress = tqdm(total=steps, desc="recover", unit="step", disable=None)
     best = None if metric is None else _Best(metric, Path(folder), tenth)
-    with _generators_kept(), progress, declared(model):
-        trainer = transformers.Trainer(
-            model=model.float().train(),
-            args=arguments,
-            train_dataset=examples,
-            compute_loss_func=loss,
-            callbacks=[_callback(progress, best)],
-        )
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_state(Path(folder)))
-    if best is not None:
-        best.put_into(model)
-    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
-        parameter.data = parameter.data.to(dtype)  # buffers stay: they are not of the checkpoint
-    check_weights(model.eval())
+    try:
+        with _generators_kept(), progress, declared(model):
+            trainer = transformers.Trainer(
+                model=model.float().train(),
+                args=arguments,
+                train_dataset=examples,
+                compute_loss_func=loss,
+                callbacks=[_callback(progress, best)],
+            )
+            trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+            trainer.train(resume_from_checkpoint=_last_state(Path(folder)))
+        if best is not None:
+            best.put_into(model)
+    finally:
+        for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)  # buffers stay: not of the checkpoint
+        model.eval()
+    check_weights(model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,

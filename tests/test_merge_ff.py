@@ -18,6 +18,7 @@ from dotresize.cli import main
 from dotresize.merge_align import features
 from dotresize.merged_model import save
 from dotresize.models.stacks import layers_of, stacks_of
+from dotresize.recovery import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -416,6 +417,45 @@ def test_an_interrupted_recovery_goes_on(words, capsys, monkeypatch, tmp_path):
     assert not Path(f"{words[2]}.partial").exists()
     one, other = (Path(w[2]) / "model.safetensors" for w in (words, whole))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_training_what_is_shared_goes_on_from_its_middle(monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    import transformers
+
+    merged, report = merge_feed_forward(build("vit"), inputs("vit"), k=3, metric=lambda _: 0.0)
+    whole = copy.deepcopy(merged)
+    images = torch.randn(24, 1, 8, 8)
+    examples = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(images)]
+    values = iter([0.1, 0.5, 0.2, 0.4, 0.3] * 4)
+    choices = {"steps": 5, "batch": 4, "learning_rate": 0.01}
+    found = fine_tune(
+        whole, examples, folder=tmp_path / "whole", metric=lambda _: next(values), **choices
+    )
+    assert list(found["metric"].values()) == [0.1, 0.5, 0.2, 0.4, 0.3]
+    best = load_file(tmp_path / "whole" / "best.safetensors")
+    assert all(torch.equal(p, best[name]) for name, p in whole.named_parameters())
+    again = copy.deepcopy(merged)
+    step = transformers.Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    values = iter([0.1, 0.5, 0.2, 0.4, 0.3])
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(
+                again, examples, folder=tmp_path / "two", metric=lambda _: next(values), **choices
+            )
+    assert not again.training
+    again = copy.deepcopy(merged)
+    fine_tune(again, examples, folder=tmp_path / "two", metric=lambda _: next(values), **choices)
+    assert unique_parameters(again) == report["parameters"]["merged"]
+    for (name, one), other in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def _stopping(row):
