@@ -101,7 +101,7 @@ def test_command_line(model_directory, text_file, tmp_path, capsys):
 
 def test_load_refuses_what_is_not_sliced(model_directory, tmp_path):
     for folder in (model_directory, tmp_path, Path("nowhere")):
-        with pytest.raises(ValueError, match="is not a sliced model"):
+        with pytest.raises(ValueError, match="has no format of ours"):
             dotresize.load(folder)
 
 
