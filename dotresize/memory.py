@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dotresize import distributed
+from dotresize.absorb import TABLE_ROWS
 from dotresize.accounting import peak_memory
 from dotresize.models import architecture_of
 from dotresize.resident import Files, device_of, parts, shelf_of
@@ -87,9 +88,9 @@ def plan(
 
     Raises ValueError where the budget is too small for any place.
     """
-    batch = min(batch_windows, len(tokens)) * tokens.shape[1]
-    stages = stage_bytes(model, batch, width, inner, _computed_bytes(model))
     c = _computed_bytes(model)
+    batch = min(batch_windows, len(tokens)) * tokens.shape[1]
+    stages = stage_bytes(model, batch, width, inner, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
     kept = max(kept, evaluated * model.config.hidden_size * c // distributed.size())
     device, base = device_of(model), _now() + _LATER
@@ -148,7 +149,7 @@ def stage_bytes(model: Any, batch_tokens: int, width: int, inner: int, c: int) -
     return {
         "calibration": c * layer + 28 * old**2 + batch,
         "map": 56 * old**2,
-        "tables": c * table * (old + width) + 8 * 8192 * (old + width) + 16 * old**2,
+        "tables": c * table * (old + width) + 8 * TABLE_ROWS * (old + width) + 16 * old**2,
         "refit": round(c * layer * (1 + width / old)) + equations + batch,
         "evaluation": c * table * old + 12 * batch_tokens * table,
     }

@@ -13,8 +13,7 @@ Windows that share a pair share its permutation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from dotresize.linear import linear_of
 from dotresize.models.stacks import Stack, layers_of
 from dotresize.ops.assignment import assignment
 from dotresize.ops.sinkhorn import sinkhorn
-from dotresize.streams import Spill
+from dotresize.streams import Spill, captured
 
 # Of correlations that are aligned together.
 BATCH_BYTES = 2**30
@@ -102,7 +101,6 @@ class Aligner:
             deviation = (square / self.tokens).sqrt()
             # A neuron that never changes correlates with nothing.
             deviation[deviation <= 1e-6 * mean.abs()] = torch.inf
-            deviation[deviation == 0] = torch.inf
             self._moments[layer] = mean, deviation
         return self._moments[layer]
 
@@ -122,11 +120,13 @@ def features(
         for stack, count in zip(stacks, counts, strict=True)
     }
     for number, batch in enumerate(batches):
-        with _collected(model, stacks) as seen:
+        with ExitStack() as hooks:
+            seen = [hooks.enter_context(captured(_known_by(model, stack))) for stack in stacks]
             model(**batch)
-        for stack in stacks:
+        for stack, delivered in zip(stacks, seen, strict=True):
             mask = counted(stack, batch)
-            for i, values in enumerate(seen[stack.name]):
+            for i, output in enumerate(delivered):
+                values = output.chunk(stack.stacked, -1)[-1]
                 tokens = values.shape[:-1].numel()  # some layers flatten them
                 if mask is not None and mask.numel() != tokens:
                     raise ValueError(
@@ -139,6 +139,11 @@ def features(
     return found
 
 
+def _known_by(model: Any, stack: Stack) -> list[nn.Module]:
+    """What delivers the features of each layer."""
+    return [linear_of(layer, stack.readers[-1]) for layer in layers_of(model, stack)]
+
+
 def counted(stack: Stack, batch: dict[str, Tensor]) -> Tensor | None:
     """Which tokens of the stack count: by its mask, for decoders with labels by these."""
     if stack.mask is None:
@@ -148,22 +153,3 @@ def counted(stack: Stack, batch: dict[str, Tensor]) -> Tensor | None:
     if stack.mask.startswith("decoder") and "labels" in batch:
         return batch["labels"] != -100
     return None
-
-
-@contextmanager
-def _collected(model: Any, stacks: tuple[Stack, ...]) -> Iterator[dict[str, list[Tensor]]]:
-    """The features of every layer of every stack, in order of the layers, during the block."""
-    seen: dict[str, list[Tensor]] = {stack.name: [] for stack in stacks}
-    handles = []
-    for stack in stacks:
-
-        def keep(_: nn.Module, __: Any, output: Tensor, stack: Stack = stack) -> None:
-            seen[stack.name].append(output.chunk(stack.stacked, -1)[-1])
-
-        for layer in layers_of(model, stack):
-            handles.append(linear_of(layer, stack.readers[-1]).register_forward_hook(keep))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

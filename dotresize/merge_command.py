@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     logger.info("layers %d to %d of %d become one feed-forward", window[0], window[-1], layers)
     rows["merged"] = _row(merged, texts, "merged")
     if args.compare:
-        rows |= _compared(args, model, tokens, texts, window)
+        rows |= _compared(args, model, tokens, texts, report["stacks"]["decoder"])
     if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
         choices = {"seed": args.seed, "learning_rate": args.learning_rate}
@@ -142,7 +142,7 @@ def _minus_perplexity(model: Any, windows: Tensor) -> float:
 
 
 def _compared(
-    args: argparse.Namespace, model: Any, tokens: Tensor, texts: Texts, window: list[int]
+    args: argparse.Namespace, model: Any, tokens: Tensor, texts: Texts, chosen: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The same window merged in other ways, and its layers dropped but the anchor."""
     others: dict[str, dict[str, Any]] = {
@@ -151,11 +151,10 @@ def _compared(
     }
     rows = {}
     for name, choices in others.items():
-        other, _ = _merged(args, model, tokens, start=window[0], **choices)
+        other, _ = _merged(args, model, tokens, start=chosen["window"][0], **choices)
         rows[name] = _row(other, texts, name)
     stack = stacks_of(model)[0]
-    anchor = {"first": 0, "middle": (len(window) - 1) // 2, "last": -1}[args.anchor]
-    gone = [i for i in window if i != window[anchor]]
+    gone = [i for i in chosen["window"] if i != chosen["anchor"]]
     lost = sum(p.numel() for i in gone for p in layers_of(model, stack)[i].parameters())
     rows["layers dropped"] = _row(
         model, texts, "layers dropped", lambda: dropped(model, stack, gone)
