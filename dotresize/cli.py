@@ -165,7 +165,7 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also evaluate without permutation, softly aligned, and without the layers",
+        help="also without permutation, softly aligned, and without the layers, each recovered too",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,21 +61,15 @@ def run(args: argparse.Namespace) -> int:
     merged, report = _merged(args, model, tokens, start=args.start)
     window = report["stacks"]["decoder"]["window"]
     logger.info("layers %d to %d of %d become one feed-forward", window[0], window[-1], layers)
-    rows["merged"] = _row(merged, texts, "merged")
-    if args.compare:
-        rows |= _compared(args, model, tokens, texts, report["stacks"]["decoder"])
+    new = None
     if args.recover is not None:
         new = random_windows(streams, args.recover * BATCH_WINDOWS, args.window, args.seed + 1)
-        choices = {"seed": args.seed, "learning_rate": args.learning_rate}
-        try:
-            found = recover(model, merged, new, folder=unfinished / "training", **choices)
-        except ValueError:
-            if not args.resume:  # other choices could not go on from it
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        report["recovery"] = found
-        rows["merged + recovery"] = _row(merged, texts, "merged + recovery")
-    report |= {"rows": rows, "versions": versions(), "peak_memory_bytes": peak_memory()}
+    judge = _Judge(args, model, texts, new)
+    rows |= judge.rows("merged", merged)
+    if args.compare:
+        rows |= _compared(args, model, tokens, judge, report["stacks"]["decoder"])
+    report |= {"recovery": judge.recoveries.get("merged"), "rows": rows}
+    report |= {"versions": versions(), "peak_memory_bytes": peak_memory()}
     report["settings"] = {k: v for k, v in vars(args).items() if k not in ("typed", "verb")}
 
     def fill(folder: Path) -> None:
@@ -141,8 +134,37 @@ def _minus_perplexity(model: Any, windows: Tensor) -> float:
         return -float("inf")
 
 
+class _Judge:
+    """Figures of a model made from the dense one, and of what a short training makes of it."""
+
+    def __init__(
+        self, args: argparse.Namespace, dense: Any, texts: Texts, tokens: Tensor | None
+    ) -> None:
+        self.recoveries: dict[str, dict[str, Any]] = {}
+        self._args, self._dense, self._texts, self._tokens = args, dense, texts, tokens
+
+    def rows(self, name: str, model: Any) -> dict[str, dict[str, Any]]:
+        found = {name: _row(model, self._texts, name)}
+        if self._tokens is not None:
+            self._recover(name, model, self._tokens)
+            after = f"{name} + recovery"
+            found[after] = _row(model, self._texts, after)
+        return found
+
+    def _recover(self, name: str, model: Any, tokens: Tensor) -> None:
+        unfinished = partial_folder(self._args.out)
+        choices = {"seed": self._args.seed, "learning_rate": self._args.learning_rate}
+        folder = unfinished / name.replace(" ", "-")
+        try:
+            self.recoveries[name] = recover(self._dense, model, tokens, folder=folder, **choices)
+        except ValueError:
+            if not self._args.resume:  # other choices could not go on from it
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
 def _compared(
-    args: argparse.Namespace, model: Any, tokens: Tensor, texts: Texts, chosen: dict[str, Any]
+    args: argparse.Namespace, model: Any, tokens: Tensor, judge: _Judge, chosen: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The same window merged in other ways, and its layers dropped but the anchor."""
     others: dict[str, dict[str, Any]] = {
@@ -152,28 +174,22 @@ def _compared(
     rows = {}
     for name, choices in others.items():
         other, _ = _merged(args, model, tokens, start=chosen["window"][0], **choices)
-        rows[name] = _row(other, texts, name)
-    stack = stacks_of(model)[0]
+        rows |= judge.rows(name, other)
+    other, stack = copy.deepcopy(model), stacks_of(model)[0]
     gone = [i for i in chosen["window"] if i != chosen["anchor"]]
     lost = sum(p.numel() for i in gone for p in layers_of(model, stack)[i].parameters())
-    rows["layers dropped"] = _row(
-        model, texts, "layers dropped", lambda: dropped(model, stack, gone)
-    )
-    rows["layers dropped"]["parameters"] -= lost
-    return rows
+    with dropped(other, stack, gone):
+        found = judge.rows("layers dropped", other)
+    for row in found.values():
+        row["parameters"] -= lost
+    return rows | found
 
 
-def _row(
-    model: Any,
-    texts: Texts,
-    name: str,
-    context: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> dict[str, Any]:
-    with context():
-        found = {
-            text: perplexity(model, windows, desc=f"{name}, {text}")
-            for text, windows in texts.windows.items()
-        }
+def _row(model: Any, texts: Texts, name: str) -> dict[str, Any]:
+    found = {
+        text: perplexity(model, windows, desc=f"{name}, {text}")
+        for text, windows in texts.windows.items()
+    }
     return {"parameters": unique_parameters(model), "perplexity": found}
 
 
