@@ -31,8 +31,9 @@ from torch import Tensor
 from dotresize import distributed
 from dotresize.absorb import TABLE_ROWS
 from dotresize.accounting import peak_memory
+from dotresize.files import Files
 from dotresize.models import architecture_of
-from dotresize.resident import Files, device_of, parts, shelf_of
+from dotresize.resident import device_of, parts, shelf_of
 
 # Decimal, as sizes of memory are quoted, and binary.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}

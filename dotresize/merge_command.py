@@ -171,7 +171,7 @@ def _compared(
         "without permutation": {"permute": False, "soft": None},
         "soft alignment": {"permute": True, "soft": args.soft or 0.03},
     }
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, choices in others.items():
         other, _ = _merged(args, model, tokens, start=chosen["window"][0], **choices)
         rows |= judge.rows(name, other)

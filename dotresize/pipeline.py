@@ -170,7 +170,10 @@ def _narrowed(
     if architecture_of(model.config).fixed_residual:
         start = time.perf_counter()
         correction = Correction(options.refit, options.ridge, inner, options.ff_method)
-        narrow = narrow_inner(model, windows, correction, batch_windows=options.batch_windows)
+        batch, place = options.batch_windows, place_of(model, windows)
+        narrow = narrow_inner(model, windows, correction, batch_windows=batch, place=place)
+        if shelf_of(narrow) is not None:
+            shelves.finish(narrow)
         seconds["refit"] = time.perf_counter() - start
         return narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), None
     check_config(model.config, width)

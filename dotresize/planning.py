@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dotresize.files import Files
 from dotresize.inputs import Texts
 from dotresize.memory import Plan, parse, plan, shown
 from dotresize.models import architecture_of
 from dotresize.options import Options
-from dotresize.resident import Files, shelf_of
+from dotresize.resident import shelf_of
 from dotresize.width import choose_inner_width, choose_width, residual_share
 
 logger = logging.getLogger("dotresize")
@@ -46,10 +47,8 @@ def make_plan(
 ) -> Plan:
     """The run's plan, announced and handed to the model's shelf."""
     config, architecture = model.config, architecture_of(model.config)
-    if architecture.fixed_residual:
-        raise ValueError(f"--memory: {config.model_type} keeps its residual; leave --memory out")
     width = config.hidden_size  # --energy finds it later, and no more than this
-    if options.energy is None:
+    if options.energy is None and not architecture.fixed_residual:
         share = residual_share(options.width, options.ff_width)
         width = choose_width(share, width, architecture.divisor(config))
     inner = choose_inner_width(options.ff_width, config) or architecture.inner_width(config)

@@ -14,11 +14,9 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dotresize.models import architecture_of
@@ -114,68 +112,6 @@ def fill(part: nn.Module, weights: dict[str, Tensor]) -> None:
 def empty(part: nn.Module) -> None:
     """Leave the shapes of a part's parameters, without their memory."""
     fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})
-
-
-class Files:
-    """A shelf of safetensors files.
-
-    Attributes:
-        where: the file of each weight.
-        widen: whether weights in half precision are put into the model as float32.
-        work: a folder for files made out of these.
-        place: of activations between layers, see ``streams.Spill``.
-    """
-
-    work: Path
-    place: str = "disk"
-
-    def __init__(
-        self, paths: list[Path], device: torch.device, alias: dict[str, str], *, widen: bool
-    ) -> None:
-        """alias: names that stand for others in the files."""
-        self.device = device
-        self.paths: list[Path] = []
-        self.widen = widen
-        self.where: dict[str, Path] = {}
-        self._alias = alias
-        for path in paths:
-            self.add(path)
-
-    def add(self, path: Path) -> None:
-        """One more file."""
-        self.paths.append(path)
-        with safe_open(path, framework="pt") as file:
-            self.where.update(dict.fromkeys(file.keys(), path))
-
-    def __contains__(self, name: str) -> bool:
-        return self._alias.get(name, name) in self.where
-
-    def read(self, name: str) -> Tensor:
-        """A weight as it is stored, by memory map."""
-        name = self._alias.get(name, name)
-        with safe_open(self.where[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a weight as it is stored."""
-        return self.read(name).dtype
-
-    def take(self, name: str, part: nn.Module) -> None:
-        weights = {}
-        for key, _ in part.named_parameters():  # one by one: a widened weight's map is let go
-            weight = self.read(f"{name}.{key}")
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"weight {name}.{key} of the model holds NaN or Inf")
-            weights[key] = weight.to(self.device, self.computed(f"{name}.{key}"))
-        fill(part, weights)
-
-    def give_back(self, name: str, part: nn.Module) -> None:
-        """What was read stays as it is in the files."""
-
-    def computed(self, name: str) -> torch.dtype:
-        """Of a weight in the model."""
-        stored = self.dtype(name)
-        return torch.float32 if self.widen and stored.itemsize < 4 else stored
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dotresize.absorb import Absorption, is_tied
+from dotresize.files import Files, Names
 from dotresize.models import architecture_of
-from dotresize.resident import Files, fill, parts, put_on, resident, shelf_of, skeleton
+from dotresize.resident import fill, parts, put_on, resident, shelf_of, skeleton
 from dotresize.stored import INDEX, check_stored, shards
 
 
@@ -44,37 +45,44 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> A
     model = skeleton(transformers.AutoModelForCausalLM, config, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    files = Files(shards(folder), device, _alias(model), widen=device.type == "cpu")
-    for name, _ in model.named_parameters():
-        if name not in files:
-            raise ValueError(f"{name} is not stored under that name, which --memory needs")
+    files = Files(shards(folder), device, Names(model), widen=device.type == "cpu")
+    reached = tuple(f"{name}." for name in parts(model))
+    for name, weight in model.named_parameters():
+        files.check(name, weight.shape)
+        if not name.startswith(reached):
+            raise ValueError(f"{name} is of no part that --memory knows; leave --memory out")
     files.work = work
     put_on(files, model)
     return model
 
 
-def _alias(model: Any) -> dict[str, str]:
-    """The name that a tied head's weight is stored under."""
-    architecture = architecture_of(model.config)
-    if not is_tied(model):
-        return {}
-    return {f"{architecture.head}.weight": f"{architecture.embedding}.weight"}
+class _Copies:
+    """Parts as they are in another model; see ``Absorption``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.tied, self.config = model, is_tied(model), copy.deepcopy(model.config)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        if self.tied and name == architecture_of(self.config).head:
+            return {}
+        with resident(self.model, name) as part:
+            return {key: weight.clone() for key, weight in part.named_parameters()}
 
 
 class _Growing(Files):
     """The shelf of a narrowed model that is still being made."""
 
-    def __init__(self, absorption: Absorption, dense: Files, model: Any) -> None:
-        super().__init__([], dense.device, _alias(model), widen=dense.widen)
+    def __init__(self, made: Absorption | _Copies, dense: Files, model: Any) -> None:
+        super().__init__([], dense.device, Names(model), widen=dense.widen)
         self.work, self.place = dense.work, dense.place
-        self._absorption, self._dense = absorption, dense
-        self._parts = parts(model)[: -1 if absorption.tied else None]
+        self._made, self._dense = made, dense
+        self._parts = parts(model)[: -1 if made.tied else None]
 
     def take(self, name: str, part: nn.Module) -> None:
         if all(f"{name}.{key}" in self for key, _ in part.named_parameters()):
             super().take(name, part)
         else:
-            fill(part, self._absorption.part(name))
+            fill(part, self._made.part(name))
 
     def give_back(self, name: str, part: nn.Module) -> None:
         weights = {f"{name}.{key}": weight for key, weight in part.named_parameters()}
@@ -82,7 +90,9 @@ class _Growing(Files):
             return
         number = self._parts.index(name) + 1
         path = self.work / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
-        stored = {key: self._as_stored(key, weight) for key, weight in weights.items()}
+        stored: dict[str, Tensor] = {}
+        for key, weight in weights.items():
+            stored |= self.names.apart(key, self._as_stored(key, weight))
         save_file(stored, path, metadata={"format": "pt"})
         self.add(path)
 
@@ -92,12 +102,20 @@ class _Growing(Files):
 
 def narrowed(model: Any, q: Tensor, *, untie: bool = False) -> Any:
     """``absorb`` for a model on a shelf: the same model, on a shelf that grows as it is walked."""
+    return _made(model, Absorption(model, q, untie=untie))
+
+
+def copied(model: Any) -> Any:
+    """``copy.deepcopy`` for a model on a shelf, likewise: changes to a held part stay."""
+    return _made(model, _Copies(model))
+
+
+def _made(model: Any, made: Absorption | _Copies) -> Any:
     dense = shelf_of(model)
     assert isinstance(dense, Files)
-    absorption = Absorption(model, q, untie=untie)
-    narrow = skeleton(type(model), absorption.config, dense.device)
+    narrow = skeleton(type(model), made.config, dense.device)
     narrow.generation_config = copy.deepcopy(model.generation_config)
-    put_on(_Growing(absorption, dense, narrow), narrow)
+    put_on(_Growing(made, dense, narrow), narrow)
     return narrow
 
 

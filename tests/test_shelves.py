@@ -30,7 +30,10 @@ CHOICES = [
     {"method": "magnitude"},
     {"energy": 0.9},
 ]
-FAMILIES = ["qwen2", "qwen3", "mistral", "smollm3", "granite", "gemma", "olmo", "phi3"]
+FAMILIES = [
+    *("qwen2", "qwen3", "mistral", "smollm3", "granite", "gemma", "olmo", "phi3"),
+    *("mixtral", "qwen3_moe"),
+]
 
 
 @pytest.fixture
@@ -94,6 +97,16 @@ def test_every_family_with_a_residual_map(kind, tokens, tmp_path):
     assert perplexity(shelved, tokens) == pytest.approx(perplexity(held, tokens), rel=1e-6)
 
 
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
+def test_feed_forwards_alone(kind, refit, tokens, tmp_path):
+    choices = {"width": None, "ff_width": 25, "refit": refit}
+    held, loaded, shelved, report = both(tiny_model(kind), tokens, tmp_path, **choices)
+    assert report["feed_forward"]["new"] == 25
+    assert_same(held, loaded)
+    assert perplexity(shelved, tokens) == pytest.approx(perplexity(held, tokens), rel=1e-6)
+
+
 def test_half_precision_is_stored_as_it_was_and_computed_wide(tokens, tmp_path):
     model = tiny_model(dtype=torch.bfloat16)
     shelved, _ = compress(on_shelf(stored(model, tmp_path / "dense")), tokens, width=16)
@@ -127,9 +140,25 @@ def test_a_weight_that_is_not_finite_is_named(tokens, tmp_path):
         compress(on_shelf(stored(model, tmp_path / "dense")), tokens, width=16)
 
 
-def test_experts_under_other_names_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not stored under that name"):
-        on_shelf(stored(tiny_model("mixtral"), tmp_path / "dense"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_local_experts": 5}, r"gate.weight is stored as \(4, 24\), .* asks for \(5, 24\)"),
+        ({"intermediate_size": 41}, r"w1.weight is stored as \(40, 24\), .* asks for \(41, 24\)"),
+    ],
+    ids=str,
+)
+def test_experts_other_than_the_config_has(change, message, tmp_path):
+    folder = stored(tiny_model("mixtral"), tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        on_shelf(folder)
+
+
+def test_a_weight_outside_the_parts(tmp_path):
+    with pytest.raises(ValueError, match="wpe.weight is of no part that --memory knows"):
+        on_shelf(stored(tiny_model("gpt2"), tmp_path / "dense"))
 
 
 @pytest.fixture

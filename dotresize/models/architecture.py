@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,9 @@ class Architecture:
         inner: config entry that holds the feed-forward width.
         fixed_residual: why no map passes the residual, which then keeps its width; of the
             sublayers only the feed-forward, the last, is named.
+        stored: weights of a layer that files hold under other names: for each the names there,
+            relative to the layer, of the pieces that lie above each other along the outputs. With
+            {} in them, the number of an expert, there is a set of pieces for each.
         embedding, layers, final_norm, head: module names.
     """
 
@@ -72,6 +75,7 @@ class Architecture:
     residual_multiplier: str | None = None
     inner: str = "intermediate_size"
     fixed_residual: str = ""
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def inner_width(self, config: Any) -> int:
         """The feed-forward width that a config asks for."""

@@ -57,6 +57,25 @@ EXPERTS = replace(
             experts=True,
         ),
     ),
+    stored={
+        "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+        "mlp.experts.gate_up_proj": (
+            "block_sparse_moe.experts.{}.w1.weight",
+            "block_sparse_moe.experts.{}.w3.weight",
+        ),
+        "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
+    },
 )
 
-QWEN_EXPERTS = replace(EXPERTS, model_types=("qwen3_moe",), inner="moe_intermediate_size")
+QWEN_EXPERTS = replace(
+    EXPERTS,
+    model_types=("qwen3_moe",),
+    inner="moe_intermediate_size",
+    stored={
+        "mlp.experts.gate_up_proj": (
+            "mlp.experts.{}.gate_proj.weight",
+            "mlp.experts.{}.up_proj.weight",
+        ),
+        "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
+    },
+)

@@ -1,0 +1,155 @@
+"""A shelf of safetensors files: under which names they hold weights, and in which pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dotresize.models import architecture_of
+from dotresize.resident import fill
+
+
+class Names:
+    """The names that files have for a model's weights.
+
+    A tied head's weight is the embedding's. What a layer holds in one tensor may be stored in
+    pieces (``Architecture.stored``).
+    """
+
+    def __init__(self, model: Any) -> None:
+        architecture = architecture_of(model.config)
+        self._stored = architecture.stored
+        self._layers = architecture.layers + "."
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        self._alias = f"{architecture.head}.weight" if tied else None
+        self._table = f"{architecture.embedding}.weight"
+        self._experts = {
+            name: len(model.get_parameter(f"{self._layers}0.{name}"))
+            for name, pieces in self._stored.items()
+            if "{}" in pieces[0]
+        }
+
+    def of(self, name: str) -> list[list[str]]:
+        """The pieces of a weight: for every expert (one row for a weight without), one after the
+        other along the outputs."""
+        layer, key = self._split(name)
+        if key not in self._stored:
+            return [[self._table if name == self._alias else name]]
+        count = self._experts.get(key, 1)
+        return [[layer + piece.format(e) for piece in self._stored[key]] for e in range(count)]
+
+    def by_expert(self, name: str) -> bool:
+        """Whether a weight's first axis are experts, which are stored one by one."""
+        return self._split(name)[1] in self._experts
+
+    def apart(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """A weight as its pieces."""
+        pieces = self.of(name)
+        rows = weight if self.by_expert(name) else weight[None]
+        return {
+            piece: value
+            for names, row in zip(pieces, rows, strict=True)
+            for piece, value in zip(names, row.chunk(len(names)), strict=True)
+        }
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """The prefix of a layer, and the name in it; both empty for what lies outside."""
+        if not name.startswith(self._layers):
+            return "", ""
+        number, _, key = name.removeprefix(self._layers).partition(".")
+        return f"{self._layers}{number}.", key
+
+
+class Files:
+    """A shelf of safetensors files.
+
+    Attributes:
+        where: the file of each stored tensor.
+        widen: whether weights in half precision are put into the model as float32.
+        work: a folder for files made out of these.
+        place: of activations between layers, see ``streams.Spill``.
+    """
+
+    work: Path
+    place: str = "disk"
+
+    def __init__(
+        self, paths: list[Path], device: torch.device, names: Names, *, widen: bool
+    ) -> None:
+        self.device = device
+        self.paths: list[Path] = []
+        self.widen = widen
+        self.where: dict[str, Path] = {}
+        self.names = names
+        for path in paths:
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """One more file."""
+        self.paths.append(path)
+        with safe_open(path, framework="pt") as file:
+            self.where.update(dict.fromkeys(file.keys(), path))
+
+    def __contains__(self, name: str) -> bool:
+        return all(piece in self.where for row in self.names.of(name) for piece in row)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight on the shelf's device, as it is stored or in another type."""
+        pieces, dtype = self.names.of(name), dtype or self.dtype(name)
+        if not self.names.by_expert(name):
+            (names,) = pieces
+            found = [self._piece(piece).to(self.device, dtype) for piece in names]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        first = [self._piece(piece).shape for piece in pieces[0]]
+        shape = len(pieces), sum(rows for rows, _ in first), first[0][1]
+        weight = torch.empty(shape, dtype=dtype, device=self.device)
+        for names, expert in zip(pieces, weight, strict=True):  # one by one: no second copy
+            for piece, rows in zip(names, expert.chunk(len(names)), strict=True):
+                rows.copy_(self._piece(piece))
+        return weight
+
+    def _piece(self, name: str) -> Tensor:
+        """By memory map."""
+        with safe_open(self.where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a weight as it is stored."""
+        return self._piece(self.names.of(name)[0][0]).dtype
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """ValueError where a weight is not stored, or its pieces have other shapes."""
+        if name not in self:
+            raise ValueError(f"{name} is not stored under a name that --memory knows")
+        pieces = self.names.of(name)
+        if self.names.by_expert(name):
+            shape = shape[1:]
+        wanted = [shape[0] // len(pieces[0]), *shape[1:]]
+        for piece in (piece for row in pieces for piece in row):
+            with safe_open(self.where[piece], framework="pt") as file:
+                found = list(file.get_slice(piece).get_shape())
+            if found != wanted:
+                raise ValueError(
+                    f"{piece} is stored as {tuple(found)}, config asks for {tuple(wanted)}"
+                )
+
+    def take(self, name: str, part: nn.Module) -> None:
+        weights = {}
+        for key, _ in part.named_parameters():  # one by one: a widened weight's map is let go
+            weight = self.read(f"{name}.{key}", self.computed(f"{name}.{key}"))
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"weight {name}.{key} of the model holds NaN or Inf")
+            weights[key] = weight
+        fill(part, weights)
+
+    def give_back(self, name: str, part: nn.Module) -> None:
+        """What was read stays as it is in the files."""
+
+    def computed(self, name: str) -> torch.dtype:
+        """Of a weight in the model."""
+        stored = self.dtype(name)
+        return torch.float32 if self.widen and stored.itemsize < 4 else stored
