@@ -84,6 +84,7 @@ class Files:
         self.paths: list[Path] = []
         self.widen = widen
         self.where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self.names = names
         for path in paths:
             self.add(path)
@@ -92,7 +93,9 @@ class Files:
         """One more file."""
         self.paths.append(path)
         with safe_open(path, framework="pt") as file:
-            self.where.update(dict.fromkeys(file.keys(), path))
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                self.where[name] = path
+                self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def __contains__(self, name: str) -> bool:
         return all(piece in self.where for row in self.names.of(name) for piece in row)
@@ -101,11 +104,9 @@ class Files:
         """A weight on the shelf's device, as it is stored or in another type."""
         pieces, dtype = self.names.of(name), dtype or self.dtype(name)
         if not self.names.by_expert(name):
-            (names,) = pieces
-            found = [self._piece(piece).to(self.device, dtype) for piece in names]
-            return found[0] if len(found) == 1 else torch.cat(found)
-        first = [self._piece(piece).shape for piece in pieces[0]]
-        shape = len(pieces), sum(rows for rows, _ in first), first[0][1]
+            return self._piece(pieces[0][0]).to(self.device, dtype)
+        rows, *others = self._shapes[pieces[0][0]]
+        shape = len(pieces), len(pieces[0]) * rows, *others
         weight = torch.empty(shape, dtype=dtype, device=self.device)
         for names, expert in zip(pieces, weight, strict=True):  # one by one: no second copy
             for piece, rows in zip(names, expert.chunk(len(names)), strict=True):
@@ -128,14 +129,11 @@ class Files:
         pieces = self.names.of(name)
         if self.names.by_expert(name):
             shape = shape[1:]
-        wanted = [shape[0] // len(pieces[0]), *shape[1:]]
+        wanted = shape[0] // len(pieces[0]), *shape[1:]
         for piece in (piece for row in pieces for piece in row):
-            with safe_open(self.where[piece], framework="pt") as file:
-                found = list(file.get_slice(piece).get_shape())
+            found = self._shapes[piece]
             if found != wanted:
-                raise ValueError(
-                    f"{piece} is stored as {tuple(found)}, config asks for {tuple(wanted)}"
-                )
+                raise ValueError(f"{piece} is stored as {found}, config asks for {wanted}")
 
     def take(self, name: str, part: nn.Module) -> None:
         weights = {}

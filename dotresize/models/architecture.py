@@ -55,9 +55,9 @@ class Architecture:
         inner: config entry that holds the feed-forward width.
         fixed_residual: why no map passes the residual, which then keeps its width; of the
             sublayers only the feed-forward, the last, is named.
-        stored: weights of a layer that files hold under other names: for each the names there,
-            relative to the layer, of the pieces that lie above each other along the outputs. With
-            {} in them, the number of an expert, there is a set of pieces for each.
+        stored: weights of a layer that files hold otherwise, by the names there, relative to the
+            layer: one other name; or for what all experts have in one tensor, with {} for the
+            number of an expert, the pieces that lie one above the other along its outputs.
         embedding, layers, final_norm, head: module names.
     """
 
