@@ -110,6 +110,8 @@ CASES = (
         own_text=True,
     ),
     Case("budget, 80 % in total", BUDGET, own_text=True),
+    # As many outside the embeddings by both widths, whatever the budget chose.
+    Case("both widths + refit", {"width": 567, "ff_width": 1152}, own_text=True),
     # What 80 % in total is compared with: 19.7 % fewer parameters, all of them inner neurons.
     *(
         Case(f"feed-forward 1024, {name}", {"ff_width": 1024, "ff_method": name, "refit": False})

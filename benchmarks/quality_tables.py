@@ -19,7 +19,8 @@ EQUAL_TOTAL = (
 )
 EQUAL_NON_EMBEDDING = (
     *(f"feed-forward, {name}" for name in ("magnitude", "transport", "nystrom", "eliminate")),
-    *("default", "feed-forward, eliminate + refit", "budget, 80 % outside the embeddings"),
+    *("default", "feed-forward, eliminate + refit", "both widths + refit"),
+    "budget, 80 % outside the embeddings",
 )
 REFITTED = {
     **{name: f"{name} + refit" for name in ("magnitude", "transport", "SliceGPT")},
