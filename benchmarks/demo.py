@@ -70,6 +70,7 @@ def append_rows(path: Path) -> None:
         "seed": settings["seed"],
     }
     kept = ("method", "refit", "width", "tied", "plain_checkpoint", "parameters", "map")
+    kept += ("recovery", "training_free")
     with path.open("a", encoding="utf-8") as file:
         for row in [*report["compared"], report]:
             figures = {key: row[key] for key in (*kept, "perplexity", "seconds") if key in row}

@@ -105,6 +105,25 @@ def speed(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def recovered(rows: list[Row]) -> str:
+    """A narrowed model before and after the short training of ``--recover``."""
+    row = rows[-1]
+    texts = list(row["perplexity"])
+    recovery, tokens = row["recovery"], row["recovery"]["tokens"]
+    lines = _head(["", *texts])
+    for name, found in (
+        ("training-free", row["training_free"]["perplexity"]),
+        (f"after {recovery['steps']} steps", row["perplexity"]),
+    ):
+        lines.append(_line([name, *(f"{found[text]:.1f}" for text in texts)]))
+    lines += [
+        "",
+        f"Perplexity; {tokens} tokens in {recovery['seconds']:.0f} s, after the demo's command. "
+        f"{row['device']}, {row['date']}.",
+    ]
+    return "\n".join(lines)
+
+
 def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
     lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
     rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]

@@ -14,7 +14,7 @@ from dotresize.report import label
 from . import l1
 from .gpu_summary import ceilings, l1_table, sinkhorn_table
 from .model_tables import families, large, merging, projected
-from .quality_tables import headline, speed, study
+from .quality_tables import headline, recovered, speed, study
 from .rows import read
 
 ROOT = Path(__file__).parent.parent
@@ -200,6 +200,7 @@ TABLES = {
         "quality": lambda: headline(rows("quality.jsonl")),
         "study": lambda: study(rows("quality.jsonl")),
         "speed": lambda: speed(rows("speed.jsonl")),
+        "recovered": lambda: recovered(rows("recovered.jsonl")),
     },
     "docs/families.md": {"families": families},
     "docs/large.md": {"large": lambda: large(rows("large.jsonl")), "projected": projected},
