@@ -1,8 +1,9 @@
 """Killed at random moments, then resumed: ``python -m benchmarks.kills --kills 20 --out FILE``.
 
 A small random Llama is compressed once undisturbed. Then, for every kill, into a directory of its
-own: SIGKILL after a time drawn evenly from the first run's, ``--resume``, and all that OUT holds is
-compared byte for byte. Half of the runs read the model by parts (``--memory``).
+own: SIGKILL at a moment drawn evenly between the first line that the run prints, before it
+calibrates, and its end; ``--resume``; and all that OUT holds is compared byte for byte. Half of the
+runs read the model by parts (``--memory``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import hashlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -67,12 +67,16 @@ def main() -> int:
             words = ["compress", str(work / "model"), str(out), "--calibration", str(text)]
             words += ["--window", "128", "--windows", "12", "--width", "0.8", "--ff-width", "0.9"]
             command = [sys.executable, "-m", "dotresize", *words, "--quiet", *HOWS[how], *more]
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(command, **pipes)
+            process.stderr.readline()
+            return process
 
         whole, seconds = {}, {}
         for how in HOWS:
-            begin = time.perf_counter()
-            if start(work / how, how).wait():
+            process, begin = start(work / how, how), time.perf_counter()
+            process.communicate()
+            if process.returncode:
                 raise SystemExit("the undisturbed run failed")
             seconds[how] = time.perf_counter() - begin
             whole[how] = weights(work / how)
@@ -80,15 +84,15 @@ def main() -> int:
             how = list(HOWS)[i % len(HOWS)]
             out = work / f"out{i}"
             process = start(out, how)
-            try:
-                process.wait(moments.uniform(0, seconds[how]))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            time.sleep(moments.uniform(0, seconds[how]))
+            process.kill()
+            process.communicate()
             found[stage(out)] += 1
-            again = [] if out.exists() else ["--resume"]
-            if again and start(out, how, *again).wait():
-                raise SystemExit(f"run {i}, {how}: could not go on")
+            if not out.exists():
+                process = start(out, how, "--resume")
+                process.communicate()
+                if process.returncode:
+                    raise SystemExit(f"run {i}, {how}: could not go on")
             if weights(out) != whole[how]:
                 different.append(i)
             shutil.rmtree(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .quality_cases import HEADLINE, KEPT_SETS, MIXTURES
+from .quality_cases import HEADLINE, KEPT_SETS
 from .texts import SOURCES
 
 Row = dict[str, Any]
@@ -80,7 +80,7 @@ def study(rows: list[Row]) -> str:
             "",
             *_ties(found),
             "",
-            "**Seeds of the calibration windows**, mean excess over the texts, by calibration:",
+            "**Seeds of the calibration windows**, mean excess over the texts:",
             "",
             *_seeds(found),
         ]
@@ -158,13 +158,13 @@ def _ties(found: Found) -> list[str]:
 
 
 def _seeds(found: Found) -> list[str]:
-    """A line for each calibration that has been run with several seeds."""
+    """A line for each case and calibration that has been run with several seeds."""
     seeds = sorted({seed for _, _, seed in found})
-    lines = _head(["", *(f"{case}, seed {seed}" for case in ("PCA", "default") for seed in seeds)])
-    for mixture in MIXTURES:
-        rows = [found.get((c, mixture, seed)) for c in ("PCA", "default") for seed in seeds]
+    lines = _head(["", "calibration", *(f"seed {seed}" for seed in seeds)])
+    for case, mixture in dict.fromkeys((case, mixture) for case, mixture, _ in found):
+        rows = [found.get((case, mixture, seed)) for seed in seeds]
         if None not in rows:
-            lines.append(_line([mixture, *(f"{_average(row):.2f}" for row in rows if row)]))
+            lines.append(_line([case, mixture, *(f"{_average(row):.3f}" for row in rows if row)]))
     return lines
 
 
