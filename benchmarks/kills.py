@@ -2,8 +2,8 @@
 
 A small random Llama is compressed once undisturbed. Then, for every kill, into a directory of its
 own: SIGKILL at a moment drawn evenly between the first line that the run prints, before it
-calibrates, and its end; ``--resume``; and all that OUT holds is compared byte for byte. Half of the
-runs read the model by parts (``--memory``).
+calibrates, and its end; ``--resume``; and the weights and configs in OUT are compared byte for
+byte. Half of the runs read the model by parts (``--memory``).
 """
 
 from __future__ import annotations
@@ -90,9 +90,11 @@ def main() -> int:
             found[stage(out)] += 1
             if not out.exists():
                 process = start(out, how, "--resume")
-                process.communicate()
+                _, said = process.communicate()
                 if process.returncode:
-                    raise SystemExit(f"run {i}, {how}: could not go on")
+                    raise SystemExit(f"run {i}, {how}: could not go on: {said.decode()}")
+                if Path(f"{out}.partial").exists():
+                    different.append(i)
             if weights(out) != whole[how]:
                 different.append(i)
             shutil.rmtree(out)

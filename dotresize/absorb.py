@@ -89,9 +89,9 @@ class Absorption:
         gain = self.architecture.gain(norm).to(read)
         for reader in part.readers:
             weight = layer.get_parameter(reader)
-            new[reader] = _like(weight, (weight.to(read) * gain) @ read / self._s)
+            new[reader] = turned(weight, gain[:, None] * read / self._s)
         weight = layer.get_parameter(part.writer)
-        new[part.writer] = _like(weight, self._stream * written.mT @ weight.to(read))
+        new[part.writer] = _written(weight, self._stream * written.mT)
         bias = part.writer.removesuffix("weight") + "bias"
         if bias in layer.state_dict():
             vector = layer.get_parameter(bias)
@@ -129,10 +129,23 @@ class Absorption:
 
 
 def turned(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """``table @ matrix`` by blocks of rows, in the table's dtype. matrix: float64."""
-    new = table.new_empty(len(table), matrix.shape[1]) if out is None else out
-    for old_rows, rows in zip(table.split(TABLE_ROWS), new.split(TABLE_ROWS), strict=True):
+    """``table @ matrix`` by blocks of rows, in the table's dtype.
+
+    table: (..., D); matrix: (D, k) float64; out: contiguous.
+    """
+    new = table.new_empty(*table.shape[:-1], matrix.shape[1]) if out is None else out
+    blocks = (x.view(-1, x.shape[-1]).split(TABLE_ROWS) for x in (table, new))
+    for old_rows, rows in zip(*blocks, strict=True):
         rows.copy_(old_rows.to(matrix) @ matrix)
+    return new
+
+
+def _written(weight: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix @ weight``, in the weight's dtype, for one expert after the other if it has them."""
+    new = weight.new_empty(*weight.shape[:-2], len(matrix), weight.shape[-1])
+    each = (x.view(-1, *x.shape[-2:]) for x in (weight, new))
+    for old, product in zip(*each, strict=True):
+        product.copy_(matrix @ old.to(matrix))
     return new
 
 

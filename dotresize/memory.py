@@ -9,8 +9,10 @@ map           56 D^2
 tables        c V (D + k) + 8 rows (D + k) + 16 D^2
 refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
+experts       c (P_D + P_k) + max(batch, c P_k / 2)           (no equations; what is stored)
 evaluation    c V D + 12 B V
-batch         4 B (6 D + 3 F)
+batch         4 B (6 D + 3 F), with t experts for each token 4 B (6 D + t (2 D + 4 F)); where
+              attention writes its scores out, 4 B L (3 H + 2) more for H heads and windows of L
 activations   c T (3 D + 2 k + F), where they are kept        (streams.Spill), or c D for each
               token of the longest text to evaluate on, if that is more
 
@@ -91,7 +93,7 @@ def plan(
     """
     c = _computed_bytes(model)
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
-    stages = stage_bytes(model, batch, width, inner, c)
+    stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
     kept = max(kept, evaluated * model.config.hidden_size * c // distributed.size())
     device, base = device_of(model), _now() + _LATER
@@ -135,25 +137,43 @@ def place_of(model: Any, tokens: Tensor) -> str:
     return "device" if kept < 0.5 * torch.cuda.mem_get_info(device)[0] else "disk"
 
 
-def stage_bytes(model: Any, batch_tokens: int, width: int, inner: int, c: int) -> dict[str, int]:
+def stage_bytes(
+    model: Any, batch_tokens: int, length: int, width: int, inner: int, c: int
+) -> dict[str, int]:
     """The module's header: by stage, without the activations of all tokens.
 
-    model: may be a skeleton; batch_tokens: B; width, inner: of the narrowed model.
+    model: may be a skeleton; batch_tokens: B; length: L; width, inner: of the narrowed model.
     """
     config = model.config
     architecture = architecture_of(config)
     old, table = config.hidden_size, config.vocab_size
     wide = architecture.inner_width(config)
     layer = sum(p.numel() for p in model.get_submodule(f"{architecture.layers}.0").parameters())
-    batch = 4 * batch_tokens * (6 * old + 3 * wide)
-    equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width
+    batch = _batch_bytes(config, batch_tokens, length)
+    layers = round(c * layer * (1 + width / old))
+    if architecture.has_inner_width:
+        equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width + batch
+    else:
+        equations = max(batch, c * layer * width // (2 * old))
     return {
         "calibration": c * layer + 28 * old**2 + batch,
         "map": 56 * old**2,
         "tables": c * table * (old + width) + 8 * TABLE_ROWS * (old + width) + 16 * old**2,
-        "refit": round(c * layer * (1 + width / old)) + equations + batch,
+        "refit": layers + equations,
         "evaluation": c * table * old + 12 * batch_tokens * table,
     }
+
+
+def _batch_bytes(config: Any, tokens: int, length: int) -> int:
+    """What a layer takes beside its weights, in float32."""
+    architecture = architecture_of(config)
+    old, wide = config.hidden_size, architecture.inner_width(config)
+    inner = 3 * wide
+    if not architecture.has_inner_width:
+        inner = config.num_experts_per_tok * (2 * old + 4 * wide)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    scores = length * (3 * config.num_attention_heads + 2) if eager else 0
+    return 4 * tokens * (6 * old + inner + scores)
 
 
 def _sizes(model: Any) -> list[int]:

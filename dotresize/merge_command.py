@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import json
@@ -68,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     rows |= judge.rows("merged", merged)
     if args.compare:
         rows |= _compared(args, model, tokens, judge, report["stacks"]["decoder"])
-    report |= {"recovery": judge.recoveries.get("merged"), "rows": rows}
-    report |= {"versions": versions(), "peak_memory_bytes": peak_memory()}
+    if args.recover is not None:
+        report["recovery"] = rows["merged + recovery"].pop("recovery")
+    report |= {"rows": rows, "versions": versions(), "peak_memory_bytes": peak_memory()}
     report["settings"] = {k: v for k, v in vars(args).items() if k not in ("typed", "verb")}
 
     def fill(folder: Path) -> None:
@@ -140,26 +142,35 @@ class _Judge:
     def __init__(
         self, args: argparse.Namespace, dense: Any, texts: Texts, tokens: Tensor | None
     ) -> None:
-        self.recoveries: dict[str, dict[str, Any]] = {}
         self._args, self._dense, self._texts, self._tokens = args, dense, texts, tokens
 
     def rows(self, name: str, model: Any) -> dict[str, dict[str, Any]]:
         found = {name: _row(model, self._texts, name)}
         if self._tokens is not None:
-            self._recover(name, model, self._tokens)
+            training = self._recover(name, model, self._tokens)
             after = f"{name} + recovery"
-            found[after] = _row(model, self._texts, after)
+            found[after] = _row(model, self._texts, after) | {"recovery": training}
         return found
 
-    def _recover(self, name: str, model: Any, tokens: Tensor) -> None:
+    def others(self, name: str, model: Any) -> dict[str, dict[str, Any]]:
+        """Of what is only compared: if that fails, it costs its row and no more."""
+        try:
+            return self.rows(name, model)
+        except ValueError as error:
+            logger.warning("%s: %s; left out of the comparison", name, error)
+            return {}
+
+    def _recover(self, name: str, model: Any, tokens: Tensor) -> dict[str, Any]:
         unfinished = partial_folder(self._args.out)
         choices = {"seed": self._args.seed, "learning_rate": self._args.learning_rate}
         folder = unfinished / name.replace(" ", "-")
         try:
-            self.recoveries[name] = recover(self._dense, model, tokens, folder=folder, **choices)
+            return recover(self._dense, model, tokens, folder=folder, **choices)
         except ValueError:
             if not self._args.resume:  # other choices could not go on from it
-                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it holds another's
+                    unfinished.rmdir()
             raise
 
 
@@ -174,12 +185,12 @@ def _compared(
     rows: dict[str, dict[str, Any]] = {}
     for name, choices in others.items():
         other, _ = _merged(args, model, tokens, start=chosen["window"][0], **choices)
-        rows |= judge.rows(name, other)
+        rows |= judge.others(name, other)
     other, stack = copy.deepcopy(model), stacks_of(model)[0]
     gone = [i for i in chosen["window"] if i != chosen["anchor"]]
     lost = sum(p.numel() for i in gone for p in layers_of(model, stack)[i].parameters())
     with dropped(other, stack, gone):
-        found = judge.rows("layers dropped", other)
+        found = judge.others("layers dropped", other)
     for row in found.values():
         row["parameters"] -= lost
     return rows | found
@@ -200,7 +211,8 @@ def _plot(path: str, report: dict[str, Any]) -> None:
     profile = report["stacks"]["decoder"]["profile"]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([one["start"] for one in profile], [-one["metric"] for one in profile], "o-")
+    sound = [one for one in profile if one["metric"] is not None]
+    axes.plot([one["start"] for one in sound], [-one["metric"] for one in sound], "o-")
     axes.axhline(-report["metric"]["dense"], color="grey", linestyle="--", label="dense")
     axes.set(xlabel="first layer of the window", ylabel="perplexity, merged", yscale="log")
     axes.legend()

@@ -45,6 +45,7 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> A
     model = skeleton(transformers.AutoModelForCausalLM, config, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    architecture_of(config).check(model)
     files = Files(shards(folder), device, Names(model), widen=device.type == "cpu")
     reached = tuple(f"{name}." for name in parts(model))
     for name, weight in model.named_parameters():

@@ -119,6 +119,7 @@ class Streams:
         self._arguments: dict[nn.Module, list[tuple[tuple, dict]]] = {
             layer: [] for layer in self._layers
         }
+        self._shared = _Shared()
         with (
             resident(model, self._architecture.embedding),
             _replaced({layer: self._catcher(layer) for layer in self._layers}),
@@ -144,7 +145,7 @@ class Streams:
     def _catcher(self, layer: nn.Module) -> Callable:
         def catch(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             i = len(self._arguments[layer])
-            self._arguments[layer].append((args, kwargs))
+            self._arguments[layer].append(self._shared((args, kwargs)))
             if layer is self._layers[0]:
                 self.stream[i] = hidden_states
             if layer is self._layers[-1]:
@@ -165,6 +166,30 @@ class Streams:
     def until(self, layer: nn.Module, module: nn.Module, i: int) -> Tensor:
         """What a module inside the layer reads for batch i; nothing after it is run."""
         return _input_of(module, lambda: self.run(layer, i))
+
+
+class _Shared:
+    """Equal tensors become one: masks and tables are made anew for every batch, all the same."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple, list[Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._one(value)
+        if isinstance(value, dict):
+            return {name: self(one) for name, one in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self(one) for one in value)
+        return value
+
+    def _one(self, value: Tensor) -> Tensor:
+        kept = self._kept.setdefault((value.shape, value.dtype), [])
+        for other in kept:
+            if other is value or torch.equal(other, value):
+                return other
+        kept.append(value)
+        return value
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def test_the_command(words, capsys):
 
 def test_recovery_trains_what_is_shared(words, capsys):
     pytest.importorskip("accelerate")
-    assert main([*words, "--recover", "4", "--learning-rate", "0.003", "--compare"]) == 0
+    training = ["--recover", "4", "--learning-rate", "0.003"]
+    assert main([*words, *training, "--compare"]) == 0
     rows = json.loads((Path(words[2]) / "dotresize.json").read_text())["rows"]
     for name in ("merged", "without permutation", "soft alignment", "layers dropped"):
         after = rows[f"{name} + recovery"]
@@ -50,6 +51,26 @@ def test_recovery_trains_what_is_shared(words, capsys):
         assert after["perplexity"] != rows[name]["perplexity"]
     loaded = dotresize.load(words[2])
     assert unique_parameters(loaded) == rows["merged"]["parameters"]
+    out = Path(words[2])
+    words[2] += "-alone"
+    assert main([*words, *training]) == 0
+    one, other = (folder / "model.safetensors" for folder in (out, Path(words[2])))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_baseline_that_fails_costs_its_row(words, capsys, caplog, monkeypatch):
+    pytest.importorskip("accelerate")
+    row = merge_command._row
+
+    def failing(model, texts, name):
+        if name == "layers dropped + recovery":
+            raise ValueError("the loss is not finite")
+        return row(model, texts, name)
+
+    monkeypatch.setattr(merge_command, "_row", failing)
+    assert main([*words, "--recover", "2", "--compare"]) == 0
+    assert "layers dropped: the loss is not finite; left out of the comparison" in caplog.text
+    assert "soft alignment + recovery" in capsys.readouterr().out
 
 
 def test_an_interrupted_recovery_goes_on(words, capsys, monkeypatch, tmp_path):

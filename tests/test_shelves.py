@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import copy_of, fails, tiny_model
+from test_cli import start
 
 from dotresize import comparison, compress
 from dotresize.cli import main
@@ -16,7 +17,7 @@ from dotresize.evaluate import perplexity
 from dotresize.memory import parse, plan
 from dotresize.resident import device_of, parts, resident, shelf_of
 from dotresize.shelves import open_model, save
-from dotresize.streams import Spill
+from dotresize.streams import Spill, Streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +158,7 @@ def test_experts_other_than_the_config_has(change, message, tmp_path):
 
 
 def test_a_weight_outside_the_parts(tmp_path):
-    with pytest.raises(ValueError, match="wpe.weight is of no part that --memory knows"):
+    with pytest.raises(ValueError, match=r"wpe\.weight is of no part that --memory knows"):
         on_shelf(stored(tiny_model("gpt2"), tmp_path / "dense"))
 
 
@@ -265,6 +266,38 @@ def test_a_budget_too_small_does_not_cost_what_is_finished(by_parts, capsys, mon
     assert (kept / "narrow" / "config.json").is_file()
     assert main([*by_parts, "--resume"]) == 0
     assert not kept.exists()
+
+
+def test_the_peak_of_experts(by_parts, model_directory, tmp_path):
+    """Nothing is computed for all experts at once."""
+    size = {"hidden_size": 512, "intermediate_size": 256, "num_local_experts": 96}
+    folder = copy_of(model_directory, tmp_path / "experts")
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    stored(tiny_model("mixtral", num_hidden_layers=1, **size), folder, "30MB")
+    by_parts[1] = str(folder)
+    by_parts[by_parts.index("--width") + 1] = "408"
+    process = start(by_parts)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    report = json.loads((Path(by_parts[2]) / "dotresize.json").read_text())
+    predicted, met = (report[f"{name}_memory_bytes"]["host"] for name in ("predicted", "peak"))
+    assert 0.6 * predicted < met <= predicted
+
+
+def test_masks_are_kept_once(tokens, tmp_path):
+    model = tiny_model("gemma2")
+    kept = Streams(model, tokens, 2)._arguments.values()
+    seen = [
+        value
+        for layer in kept
+        for args, kwargs in layer
+        for value in (*args, *kwargs.values())
+        if isinstance(value, torch.Tensor)
+    ]
+    assert len(kept) == 3
+    # A mask of each kind, whatever the batches; positions besides.
+    assert len({id(value) for value in seen if value.ndim == 4}) <= 2
+    assert len({id(value) for value in seen}) <= 4
 
 
 def test_long_texts_to_evaluate_on_are_planned_for(tmp_path):
