@@ -66,6 +66,15 @@ struct SinkhornKernels {
   T (*row_max)(int64_t m, const T* g, const T* k);
   // c[j] += sum_r w[r] e[r * stride + j], r < 4
   void (*add_four_rows)(int64_t m, const T* w, const T* e, int64_t stride, T* c);
+  // The same of four rows `before`, and sums[r] = sum_j v[j] e[r * stride + j]
+  void (*dot_and_add_four_rows)(int64_t m, const T* v, const T* e, int64_t stride, T* sums,
+                                const T* w, const T* before, T* c);
+  // total[j] += c[j] v[j], c[j] = 0
+  void (*join_columns)(int64_t m, const T* v, T* c, double* total);
+  // sum_j |p[j] - q[j]|
+  double (*distance)(int64_t m, const double* p, const double* q);
+  // out[j] = log2(p[j] / q[j]) of positive numbers
+  void (*log2_quotients)(int64_t m, const double* p, const double* q, double* out);
   // minimum = min_j cost[j] + closed[j]; false if the row holds a NaN or -inf
   bool (*row_minimum)(int64_t m, const T* cost, const T* closed, T* minimum);
   // minima[j] = min(minima[j], cost[j] - row_min)

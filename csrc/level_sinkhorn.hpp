@@ -94,14 +94,96 @@ T row_max(int64_t m, const T* g, const T* k) {
   return result;
 }
 
+// c[j] += the weighted sum of four rows, one vector of it.
+template <typename T>
+inline void add_four(int64_t j, const typename Simd<T>::V* w, const T* e, int64_t stride, T* c) {
+  const auto low = load(e + j) * w[0] + load(e + stride + j) * w[1];
+  const auto high = load(e + 2 * stride + j) * w[2] + load(e + 3 * stride + j) * w[3];
+  store(c + j, load(c + j) + (low + high));
+}
+
 template <typename T>
 void add_four_rows(int64_t m, const T* w, const T* e, int64_t stride, T* c) {
-  for (int64_t j = 0; j < m; j += kLanes<T>) {
-    const auto low = load(e + j) * w[0] + load(e + stride + j) * w[1];
-    const auto high = load(e + 2 * stride + j) * w[2] + load(e + 3 * stride + j) * w[3];
-    store(c + j, load(c + j) + (low + high));
+  using V = typename Simd<T>::V;
+  const V weight[4] = {V{} + w[0], V{} + w[1], V{} + w[2], V{} + w[3]};
+  for (int64_t j = 0; j < m; j += kLanes<T>) add_four<T>(j, weight, e, stride, c);
+}
+
+// Two things at once, so that the four rows' sums and the divisions after them, long chains both,
+// are done while other rows are added.
+template <typename T>
+void dot_and_add_four_rows(int64_t m, const T* v, const T* e, int64_t stride, T* sums, const T* w,
+                           const T* before, T* c) {
+  constexpr int L = kLanes<T>;
+  using V = typename Simd<T>::V;
+  const V weight[4] = {V{} + w[0], V{} + w[1], V{} + w[2], V{} + w[3]};
+  V even[4], odd[4];  // two accumulators a row: eight chains hide the latency of their additions
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) even[r] = odd[r] = V{};
+  int64_t j = 0;
+  for (; j + 2 * L <= m; j += 2 * L) {
+    const V first = load(v + j), second = load(v + j + L);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      even[r] += first * load(e + r * stride + j);
+      odd[r] += second * load(e + r * stride + j + L);
+    }
+    add_four<T>(j, weight, before, stride, c);
+    add_four<T>(j + L, weight, before, stride, c);
+  }
+  if (j < m) {
+    const V first = load(v + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) even[r] += first * load(e + r * stride + j);
+    add_four<T>(j, weight, before, stride, c);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) sums[r] = horizontal_sum<T>(even[r] + odd[r]);
+}
+
+// ---------------------------------------------------------------- columns, in double
+
+template <typename T>
+void join_columns(int64_t m, const T* v, T* c, double* total) {
+  for (int64_t j = 0; j < m; ++j) {
+    total[j] += static_cast<double>(c[j]) * v[j];
+    c[j] = 0;
   }
 }
+
+inline double distance(int64_t m, const double* p, const double* q) {
+  using I = Simd<double>::I;
+  const I mask = I{} + 0x7fffffffffffffff;
+  Simd<double>::V sum[2] = {};
+  for (int64_t j = 0; j < m; j += kLanes<double>) {
+    sum[j / kLanes<double> % 2] += (Simd<double>::V)((I)(load(p + j) - load(q + j)) & mask);
+  }
+  return horizontal_sum<double>(sum[0] + sum[1]);
+}
+
+// x = 2^e y with y in [sqrt(1/2), sqrt(2)), and log y = 2 atanh s with s = (y - 1) / (y + 1), whose
+// series ends at s^21: s^2 < 0.0295. Good to 2e-16 beside the whole part.
+inline void log2_quotients(int64_t m, const double* p, const double* q, double* out) {
+  using V = Simd<double>::V;
+  using I = Simd<double>::I;
+  typedef uint64_t U __attribute__((vector_size(VECTOR_BYTES)));
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd, kBias = 1024;
+  constexpr double kTwoOverLn2 = 2.8853900817779268, kRound = Simd<double>::kRound;
+  for (int64_t j = 0; j < m; j += kLanes<double>) {
+    const U bits = (U)(load(p + j) / load(q + j));
+    // Kept positive for a logical shift; AVX2 has no other.
+    const U e = (bits - kRootHalf + (kBias << 52)) >> 52;
+    const V y = (V)(bits - ((e - kBias) << 52));
+    const V whole = (V)((I)e + (I)(V{} + kRound)) - (kRound + static_cast<double>(kBias));
+    const V s = (y - 1.0) / (y + 1.0), z = s * s;
+    V series = V{} + 1.0 / 21;
+#pragma GCC unroll 10
+    for (int k = 19; k > 0; k -= 2) series = series * z + 1.0 / k;
+    store(out + j, whole + kTwoOverLn2 * s * series);
+  }
+}
+
+// ---------------------------------------------------------------- the caller's cost
 
 // The three passes below read the caller's cost, whose rows have no padding: whole vectors, then
 // the rest of the row one by one.
@@ -170,9 +252,10 @@ void plan_row(int64_t m, double f, const double* g, const T* cost, double per_re
 }
 
 template <typename T>
-constexpr SinkhornKernels<T> kSinkhorn = {kLanes<T>,        row_exp2<T>,    row_max<T>,
-                                          add_four_rows<T>, row_minimum<T>, column_minima<T>,
-                                          scale_row<T>,     plan_row<T>};
+constexpr SinkhornKernels<T> kSinkhorn = {
+    kLanes<T>,       row_exp2<T>, row_max<T>,     add_four_rows<T>, dot_and_add_four_rows<T>,
+    join_columns<T>, distance,    log2_quotients, row_minimum<T>,   column_minima<T>,
+    scale_row<T>,    plan_row<T>};
 
 }  // namespace
 }  // namespace dotresize

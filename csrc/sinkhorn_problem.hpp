@@ -14,8 +14,7 @@
 // k is a copy whose row and column minima were subtracted before the division, so that at small reg
 // float32 spends its digits where the plan is; the minima return with the potentials.
 //
-// Bound: 16 vector instructions for the exponential and its sum and 1.25 for the column sums, per
-// vector of entries.
+// Most sweeps need no exponential at all: see sinkhorn_rows.hpp.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +27,7 @@
 #include "momentum.hpp"
 #include "sinkhorn.hpp"
 #include "sinkhorn_limits.hpp"
+#include "sinkhorn_rows.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -46,41 +46,49 @@ class Problem {
         reg_(p.reg),
         momentum_(p.momentum),
         a_(p.a),
-        b_(p.b),
         cost_(static_cast<const T*>(p.cost)),
         cost_stride_(p.stride),
         f_out_(p.f),
         g_out_(p.g),
         stride_((m_ + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes),
-        k_(make_buffer<T>(n_ * stride_)),
-        base_(n_, 0.0),
-        sum_(n_, 1.0),
+        b_(stride_, 0.0),
+        lowest_(stride_, -kInf),
         row_min_(n_, 0.0),
         column_min_(m_, kInf),
         log_sum_(m_, 0.0),
         members_(team) {
-    for (Member& member : members_) {
+    for (int index = 0; index < team_; ++index) {
+      Member& member = members_[index];
+      member.rows =
+          std::make_unique<Rows<T>>(n_ * index / team_, n_ * (index + 1) / team_, stride_);
       member.g = make_buffer<T>(stride_);
       if (momentum_) member.before = make_buffer<double>(m_);
-      member.rows = make_buffer<T>(5 * stride_);
       for (auto& columns : member.columns) columns = make_buffer<double>(stride_);
       member.total = make_buffer<double>(stride_);
+      member.log_quotient = make_buffer<double>(stride_);
       member.f = make_buffer<double>(n_);
     }
-    for (int64_t j = 0; j < m_; ++j) used_columns_ += b_[j] > 0;
+    for (int64_t j = 0; j < m_; ++j) {
+      b_[j] = p.b[j];
+      if (b_[j] == 0) continue;
+      lowest_[j] = std::clamp(1e-3 * b_[j], kLostColumn, kTinyColumn);
+      ++used_columns_;
+    }
+    const auto faint = [](double mass) { return mass > 0 && mass < kFaint; };
+    scalable_ = std::none_of(a_, a_ + n_, faint) && std::none_of(b_.begin(), b_.end(), faint);
   }
 
   // Row minima of this member's rows over columns of positive mass, and what is left of each column
   // above them. A barrier belongs after it.
   void scan(int index) {
     Member& member = members_[index];
-    T* closed = member.rows.get();
+    T* closed = member.g.get();
     double* minima = member.columns[0].get();
     for (int64_t j = 0; j < m_; ++j) {
       closed[j] = b_[j] > 0 ? T(0) : std::numeric_limits<T>::infinity();
       minima[j] = kInf;
     }
-    for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
+    for (int64_t i = member.rows->begin(); i < member.rows->end(); ++i) {
       T minimum;
       if (!kernels_.row_minimum(m_, cost_ + i * cost_stride_, closed, &minimum)) {
         member.state = Status::kInvalid;
@@ -120,8 +128,9 @@ class Problem {
   // The scaled costs of this member's rows, and its g.
   void scale(int index) {
     const double per_reg = 1.0 / (reg_ * kLn2);
-    for (int64_t i = first_row(index); i < first_row(index + 1); ++i) {
-      T* k = k_.get() + i * stride_;
+    Rows<T>& rows = *members_[index].rows;
+    for (int64_t i = rows.begin(); i < rows.end(); ++i) {
+      T* k = rows.k(i);
       kernels_.scale_row(m_, cost_ + i * cost_stride_, row_min_[i], column_min_.data(), per_reg, k);
       std::fill(k + m_, k + stride_, std::numeric_limits<T>::infinity());
     }
@@ -130,34 +139,22 @@ class Problem {
       const double start = g_out_[j] / kLn2 - column_min_[j] * per_reg;
       g[j] = b_[j] == 0 ? -std::numeric_limits<T>::infinity() : static_cast<T>(start);
       if (momentum_) members_[index].before[j] = g[j];
+      if (b_[j] > 0) members_[index].centre += g[j] / used_columns_;
     }
     std::fill(g + m_, g + stride_, T(0));
   }
 
   // Row update and column sums of this member's rows. Consecutive sweeps write to different
-  // halves of `columns`, so that one barrier, after it, is enough.
+  // halves of `columns` and `settled`, so that one barrier, after it, is enough.
   void sweep(int index, int64_t iteration) {
     Member& member = members_[index];
-    T* e = member.rows.get();
-    T* c = e + 4 * stride_;
     double* total = member.columns[iteration % 2].get();
     std::fill(total, total + stride_, 0.0);
-    std::fill(c, c + stride_, T(0));
-    const int64_t begin = first_row(index), end = first_row(index + 1);
-    for (int64_t i = begin; i < end; i += 4) {
-      T weight[4] = {0, 0, 0, 0};
-      const int64_t rows = std::min<int64_t>(4, end - i);
-      for (int64_t r = 0; r < rows; ++r) {
-        weight[r] = update_row(member.g.get(), i + r, e + r * stride_);
-      }
-      for (int64_t r = rows; r < 4; ++r) std::fill_n(e + r * stride_, stride_, T(0));
-      kernels_.add_four_rows(stride_, weight, e, stride_, c);
-      if ((i - begin) % kRowBlock == kRowBlock - 4 || i + 4 >= end) {
-        for (int64_t j = 0; j < stride_; ++j) {
-          total[j] += c[j];
-          c[j] = 0;
-        }
-      }
+    if (may_scale(member, iteration)) {
+      member.rows->sweep_scaled(a_, member.g.get(), total);
+      member.settled[iteration % 2] = true;
+    } else {
+      member.settled[iteration % 2] = member.rows->sweep(a_, member.g.get(), total);
     }
   }
 
@@ -169,30 +166,34 @@ class Problem {
       const double* columns = members_[other].columns[iteration % 2].get();
       for (int64_t j = 0; j < stride_; ++j) total[j] += columns[j];
     }
-    double error = 0;
-    for (int64_t j = 0; j < m_; ++j) error += std::abs(total[j] - b_[j]);
-    return error;
+    return kernels_.distance(stride_, total, b_.data());
   }
 
   // Whether some column has underflowed; then `redo_columns` and a barrier come first.
   bool has_tiny_columns(int index) const {
     const double* total = members_[index].total.get();
-    for (int64_t j = 0; j < m_; ++j) {
-      if (underflowed(total[j], j)) return true;
-    }
-    return false;
+    bool tiny = false;
+    for (int64_t j = 0; j < m_; ++j) tiny |= underflowed(total[j], j);
+    return tiny;
   }
 
   // This member's share of the columns that underflowed: log2 sum_i 2^(f_i - k_ij).
   void redo_columns(int index) {
     const double* total = members_[index].total.get();
     double* f = members_[index].f.get();
-    for (int64_t i = 0; i < n_; ++i) f[i] = row_potential(i);
+    const auto each_row = [&](auto body) {
+      for (const Member& owner : members_) {
+        for (int64_t i = owner.rows->begin(); i < owner.rows->end(); ++i) {
+          body(i, owner.rows->k(i));
+        }
+      }
+    };
+    for (const Member& owner : members_) write_row_potentials(*owner.rows, f);
     for (int64_t j = m_ * index / team_; j < m_ * (index + 1) / team_; ++j) {
       if (!underflowed(total[j], j)) continue;
       double best = -kInf, sum = 0;
-      for (int64_t i = 0; i < n_; ++i) best = std::max(best, f[i] - k_[i * stride_ + j]);
-      for (int64_t i = 0; i < n_; ++i) sum += std::exp2(f[i] - k_[i * stride_ + j] - best);
+      each_row([&](int64_t i, const T* k) { best = std::max(best, f[i] - k[j]); });
+      each_row([&](int64_t i, const T* k) { sum += std::exp2(f[i] - k[j] - best); });
       log_sum_[j] = best + std::log2(sum);
     }
   }
@@ -202,14 +203,15 @@ class Problem {
     Member& member = members_[index];
     T* g = member.g.get();
     const double* total = member.total.get();
-    double centre = 0, inner = 0, largest = 0;
-    for (int64_t j = 0; j < m_; ++j) centre += b_[j] > 0 ? g[j] : 0.0;
-    centre /= used_columns_;
+    const double* log_quotient = member.log_quotient.get();
+    kernels_.log2_quotients(stride_, b_.data(), total, member.log_quotient.get());
     const double factor = momentum_ ? member.momentum.next_factor() : 0.0;
+    const double centre = member.centre;
+    double next_centre = 0, inner = 0, largest = 0, drift = 0;
     for (int64_t j = 0; j < m_; ++j) {
       if (b_[j] == 0) continue;  // stays at -inf
-      const double update = underflowed(total[j], j) ? std::log2(b_[j]) - log_sum_[j]
-                                                     : g[j] + std::log2(b_[j] / total[j]);
+      const double update =
+          underflowed(total[j], j) ? std::log2(b_[j]) - log_sum_[j] : g[j] + log_quotient[j];
       double next = update - centre;
       if (momentum_) {
         const double change = next - member.before[j];
@@ -218,15 +220,20 @@ class Problem {
         next += factor * change;
       }
       g[j] = static_cast<T>(next);
+      next_centre += g[j];
       largest = std::max(largest, std::abs(next));
+      drift = std::max(drift, member.rows->drift(j, next));
     }
+    member.centre = next_centre / used_columns_;
+    member.drift = drift;
     member.momentum.remember(error, inner, largest > kFarPotential<T>);
   }
 
   // Potentials of the caller's cost: the subtracted minima come back.
   void write_potentials() {
     const T* g = members_[0].g.get();
-    for (int64_t i = 0; i < n_; ++i) f_out_[i] = row_potential(i) * kLn2 + row_min_[i] / reg_;
+    for (const Member& owner : members_) write_row_potentials(*owner.rows, f_out_);
+    for (int64_t i = 0; i < n_; ++i) f_out_[i] = f_out_[i] * kLn2 + row_min_[i] / reg_;
     for (int64_t j = 0; j < m_; ++j) g_out_[j] = g[j] * kLn2 + column_min_[j] / reg_;
   }
 
@@ -239,59 +246,44 @@ class Problem {
 
  private:
   struct Member {
+    std::unique_ptr<Rows<T>> rows;
     Buffer<T> g;
-    Buffer<T> rows;  // four rows of the plan, and a block of column sums
-    Buffer<double> columns[2], total, f, before;
+    Buffer<double> columns[2], total, log_quotient, f, before;
+    double centre = 0, drift = kInf;  // the mean of g, and its distance from the rows' reference
+    bool settled[2] = {};
     Momentum momentum;
     Status state = Status::kMaxIter;
   };
 
-  int64_t first_row(int index) const { return n_ * index / team_; }
-
-  double row_potential(int64_t i) const {
-    return a_[i] == 0 ? -kInf : std::log2(a_[i] / sum_[i]) + base_[i];
+  // The same answer for every member: all have the same g, and look at everybody's rows.
+  bool may_scale(const Member& member, int64_t iteration) const {
+    if (!scalable_ || !(member.drift <= kDrift)) return false;
+    return std::all_of(members_.begin(), members_.end(),
+                       [&](const Member& other) { return other.settled[(iteration + 1) % 2]; });
   }
 
-  bool underflowed(double sum, int64_t j) const {
-    return b_[j] > 0 && !(sum > std::clamp(1e-3 * b_[j], kLostColumn, kTinyColumn));
+  void write_row_potentials(const Rows<T>& rows, double* f) const {
+    for (int64_t i = rows.begin(); i < rows.end(); ++i) f[i] = rows.potential(i, a_[i]);
   }
 
-  // Returns the factor that turns e into the row of the plan.
-  T update_row(const T* g, int64_t i, T* e) {
-    if (a_[i] == 0) {
-      std::fill_n(e, stride_, T(0));
-      return 0;
-    }
-    const T* k = k_.get() + i * stride_;
-    // The shift under which the previous sum would have been between 1 and 2.
-    double base = std::clamp(base_[i] - exponent(sum_[i]), -kLargestShift, kLargestShift);
-    double sum = kernels_.row_exp2(stride_, static_cast<T>(base), g, k, e);
-    if (!(sum > kSafeLow && sum < kSafeHigh)) {
-      base = -std::nearbyint(kernels_.row_max(stride_, g, k));
-      for (int64_t j = 0; j < stride_; ++j) e[j] = g[j] + static_cast<T>(base);
-      sum = kernels_.row_exp2(stride_, T(0), e, k, e);
-    }
-    base_[i] = base;
-    sum_[i] = sum;
-    return static_cast<T>(a_[i] / sum);
-  }
+  bool underflowed(double sum, int64_t j) const { return !(sum > lowest_[j]); }
 
   const int64_t n_, m_;
   const int team_;
   const SinkhornKernels<T>& kernels_;
   const double reg_;
   const bool momentum_;
-  const double *a_, *b_;
+  const double* a_;
   const T* cost_;
   const int64_t cost_stride_;
   double *f_out_, *g_out_;
   const int64_t stride_;
-  Buffer<T> k_;
-  // The row's integer shift, and its sum under that: f_i = base_i + log2(a_i / sum_i).
-  std::vector<double> base_, sum_;
+  // The columns' masses, and what their sums must exceed: -inf where there is no mass.
+  std::vector<double> b_, lowest_;
   std::vector<double> row_min_, column_min_, log_sum_;
   std::vector<Member> members_;
   int64_t used_columns_ = 0;
+  bool scalable_ = false;
 };
 
 }  // namespace dotresize

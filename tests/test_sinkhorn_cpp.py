@@ -103,6 +103,32 @@ def test_a_team_redoes_its_rows_and_columns(count):
     assert (bad.status, worse.status) == ("infeasible", "invalid")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("faintest", [1.0, 1e-12, 1e-17, 1e-19, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reg", [1.0, 0.02, 0.001])
+def test_sweeps_without_exponentials(reg, dtype, faintest, count):
+    """Near and far potentials, ends of what scaled rows resolve: iteration by iteration the log
+    domain's own numbers."""
+    random = torch.Generator().manual_seed(3)
+    cost = torch.rand(131, 259, generator=random, dtype=torch.float64)
+    cost[5, :200] = cost[40:90, 7] = INF
+    a, b = (torch.rand(k, generator=random, dtype=torch.float64) for k in cost.shape)
+    a[[0, 64, 130]], b[[1, 258]] = 0, 0
+    b[30:60] *= faintest
+    a[20] *= faintest
+    for iterations in (1, 2, 3, 10, 150):
+        settings = {"tol": 0, "max_iter": iterations}
+        truth = sinkhorn(cost, reg, a / a.sum(), b / b.sum(), backend="torch", **settings)
+        with threads(count):
+            given = (cost.to(dtype), reg, a / a.sum(), b / b.sum())
+            result = sinkhorn(*given, backend="cpp", **settings)
+        resolved = torch.finfo(dtype).eps / reg
+        assert l1(result.plan, truth.plan) < 20 * resolved, iterations
+        gap = truth.potentials[1] - result.potentials[1]
+        assert gap[b > 0].std() < 20 * resolved, iterations  # their constant is free
+
+
 def test_tiny_masses_are_exact():
     """A row of mass 1e-35 keeps its shape, and columns of 1e-30 their sums."""
     cost = torch.rand(40, 1000)
