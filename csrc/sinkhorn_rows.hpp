@@ -33,13 +33,13 @@ class Rows {
         stride_(stride),
         kernels_(sinkhorn_kernels<T>()),
         k_(make_buffer<T>((end - begin) * stride)),
-        e_(make_buffer<T>((end - begin + 3) / 4 * 4 * stride)),
+        e_(make_buffer<T>(padded() * stride)),
         reference_(make_buffer<T>(stride)),
         v_(make_buffer<T>(stride)),
         c_(make_buffer<T>(stride)),
         base_(end - begin, 0.0),
         sum_(end - begin, 1.0) {
-    std::fill(e_.get(), e_.get() + (end - begin + 3) / 4 * 4 * stride, T(0));
+    std::fill_n(e_.get(), padded() * stride, T(0));
   }
 
   int64_t begin() const { return begin_; }
@@ -104,6 +104,9 @@ class Rows {
   }
 
  private:
+  // Whole groups of four, and one even for a thread without rows: there are problems of few rows.
+  int64_t padded() const { return std::max<int64_t>(1, (end_ - begin_ + 3) / 4) * 4; }
+
   T* e(int64_t i) { return e_.get() + (i - begin_) * stride_; }
 
   // The block of column sums joins the total, and begins again.

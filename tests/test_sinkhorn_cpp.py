@@ -83,6 +83,15 @@ def test_threaded_rows_agree(count, dtype):
     assert l1(first.plan, truth.plan) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_team_larger_than_the_rows(rows):
+    cost = torch.rand(rows, 150_001)
+    with threads(3):
+        result = sinkhorn(cost, 0.5, tol=0, max_iter=5, backend="cpp")
+    truth = sinkhorn(cost.double(), 0.5, tol=0, max_iter=5, backend="torch")
+    assert l1(result.plan, truth.plan) < 1e-4  # a float32 sum over so many columns
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_team_redoes_its_rows_and_columns(count):
     """Start potentials far off, forbidden pairs and empty rows, with the rows over threads."""
