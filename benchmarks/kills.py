@@ -2,8 +2,8 @@
 
 A small random Llama is compressed once undisturbed. Then, for every kill, into a directory of its
 own: SIGKILL at a moment drawn evenly between the first line that the run prints, before it
-calibrates, and its end; ``--resume``; and the weights and configs in OUT are compared byte for
-byte. Half of the runs read the model by parts (``--memory``).
+calibrates, and the moment when OUT is there; ``--resume``; and the weights and configs in OUT are
+compared byte for byte. Half of the runs read the model by parts (``--memory``).
 """
 
 from __future__ import annotations
@@ -75,10 +75,12 @@ def main() -> int:
         whole, seconds = {}, {}
         for how in HOWS:
             process, begin = start(work / how, how), time.perf_counter()
+            while process.poll() is None and not (work / how).exists():
+                time.sleep(0.005)
+            seconds[how] = time.perf_counter() - begin
             process.communicate()
             if process.returncode:
                 raise SystemExit("the undisturbed run failed")
-            seconds[how] = time.perf_counter() - begin
             whole[how] = weights(work / how)
         for i in tqdm(range(args.kills), desc="kills", disable=None):
             how = list(HOWS)[i % len(HOWS)]

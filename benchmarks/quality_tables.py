@@ -25,6 +25,7 @@ EQUAL_NON_EMBEDDING = (
 REFITTED = {
     **{name: f"{name} + refit" for name in ("magnitude", "transport", "SliceGPT")},
     "PCA": "default",
+    **{name: f"{name} + refit" for name in ("transport per location", "PCA per location")},
 }
 
 
@@ -41,7 +42,7 @@ def headline(rows: list[Row]) -> str:
         cells = [f"**{case}**" if case == "default" else case, *_size(row), *_excess(row)]
         cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
         lines.append(_line(cells))
-    last = rows[-1]
+    last = found[HEADLINE[-1], "all", 0]
     dense = ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
     lines += [
         "",

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dotresize import distributed
 from dotresize.memory import place_of
 from dotresize.models import architecture_of
-from dotresize.resident import device_of, parts, resident, shelf_of
+from dotresize.resident import device_of, layers, resident, shelf_of
 from dotresize.streams import Streams
 
 
@@ -74,7 +74,7 @@ def _walked_logits(
     """Of a model on a shelf: all windows pass a layer before the next one is taken."""
     architecture = architecture_of(model.config)
     streams = Streams(model, windows, batch_windows, place_of(model, windows))
-    for name in parts(model)[1:-2]:
+    for name in layers(model):
         with resident(model, name) as layer:
             for i in range(len(streams)):
                 streams.stream[i] = streams.run(layer, i)

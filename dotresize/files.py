@@ -17,7 +17,8 @@ class Names:
     """The names that files have for a model's weights.
 
     A tied head's weight is the embedding's. What a layer holds in one tensor may be stored in
-    pieces (``Architecture.stored``).
+    pieces (``Architecture.stored``). Files of the model without its head lack the prefix that the
+    other names begin with.
     """
 
     def __init__(self, model: Any) -> None:
@@ -32,6 +33,15 @@ class Names:
             for name, pieces in self._stored.items()
             if "{}" in pieces[0]
         }
+        self._prefix = f"{model.base_model_prefix}."
+        self._known = {
+            piece for name, _ in model.named_parameters() for row in self.of(name) for piece in row
+        }
+
+    def known(self, stored: str) -> str:
+        """The name that a stored tensor has here."""
+        longer = self._prefix + stored
+        return longer if longer in self._known and stored not in self._known else stored
 
     def of(self, name: str) -> list[list[str]]:
         """The pieces of a weight: for every expert (one row for a weight without), one after the
@@ -85,6 +95,7 @@ class Files:
         self.widen = widen
         self.where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, str] = {}
         self.names = names
         for path in paths:
             self.add(path)
@@ -93,9 +104,10 @@ class Files:
         """One more file."""
         self.paths.append(path)
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                self.where[name] = path
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
+            for stored in file.keys():  # noqa: SIM118 - not a dictionary
+                name = self.names.known(stored)
+                self.where[name], self._stored[name] = path, stored
+                self._shapes[name] = tuple(file.get_slice(stored).get_shape())
 
     def __contains__(self, name: str) -> bool:
         return all(piece in self.where for row in self.names.of(name) for piece in row)
@@ -116,7 +128,7 @@ class Files:
     def _piece(self, name: str) -> Tensor:
         """By memory map."""
         with safe_open(self.where[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a weight as it is stored."""

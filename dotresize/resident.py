@@ -68,12 +68,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device if shelf is None else shelf.device
 
 
+def layers(model: Any) -> list[str]:
+    """Names of the decoder layers, in order of execution."""
+    name = architecture_of(model.config).layers
+    return [f"{name}.{i}" for i in range(len(model.get_submodule(name)))]
+
+
 def parts(model: Any) -> list[str]:
     """Names of the parts, in order of execution; a tied head is one that shares its weight."""
     architecture = architecture_of(model.config)
-    layers = model.get_submodule(architecture.layers)
-    names = [f"{architecture.layers}.{i}" for i in range(len(layers))]
-    return [architecture.embedding, *names, architecture.final_norm, architecture.head]
+    return [*architecture.tables, *layers(model), architecture.final_norm, architecture.head]
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Streams:
         }
         self._shared = _Shared()
         with (
-            resident(model, self._architecture.embedding),
+            resident(model, *self._architecture.tables),
             _replaced({layer: self._catcher(layer) for layer in self._layers}),
         ):
             for ids in self.batches:
@@ -132,13 +132,13 @@ class Streams:
 
     def logits(self, i: int) -> Tensor:
         """Of batch i, from a stream that has passed all layers; the head must be resident."""
-        embedding = self._model.get_submodule(self._architecture.embedding)
+        tables = [self._model.get_submodule(name) for name in self._architecture.tables]
         stream = self.stream[i]
 
         def as_found(*_: Any, **__: Any) -> Tensor:
             return stream
 
-        with _replaced(dict.fromkeys([embedding, *self._layers], as_found)):
+        with _replaced(dict.fromkeys([*tables, *self._layers], as_found)):
             ids = self.batches[i].to(self._device)
             return self._model(input_ids=ids, use_cache=False).logits
 

@@ -99,13 +99,24 @@ def test_every_family_with_a_residual_map(kind, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2", "gpt2", "opt"])
 def test_feed_forwards_alone(kind, refit, tokens, tmp_path):
     choices = {"width": None, "ff_width": 25, "refit": refit}
     held, loaded, shelved, report = both(tiny_model(kind), tokens, tmp_path, **choices)
     assert report["feed_forward"]["new"] == 25
     assert_same(held, loaded)
     assert perplexity(shelved, tokens) == pytest.approx(perplexity(held, tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_files_of_the_model_without_its_head(kind, tokens, tmp_path):
+    """As the hub has GPT-2: ``wte.weight``, not ``transformer.wte.weight``."""
+    choices = {"ff_width": 30, "width": None if kind == "gpt2" else 16, "self_windows": 0}
+    model = tiny_model(kind)
+    held, _ = compress(model, tokens, **choices)
+    shelved, _ = compress(on_shelf(stored(model.base_model, tmp_path / "dense")), tokens, **choices)
+    for name, weight in held.named_parameters():
+        assert torch.equal(shelf_of(shelved).read(name), weight), name
 
 
 def test_half_precision_is_stored_as_it_was_and_computed_wide(tokens, tmp_path):
@@ -158,8 +169,9 @@ def test_experts_other_than_the_config_has(change, message, tmp_path):
 
 
 def test_a_weight_outside_the_parts(tmp_path):
-    with pytest.raises(ValueError, match=r"wpe\.weight is of no part that --memory knows"):
-        on_shelf(stored(tiny_model("gpt2"), tmp_path / "dense"))
+    model = tiny_model("opt", word_embed_proj_dim=16)
+    with pytest.raises(ValueError, match=r"project_out\.weight is of no part that --memory knows"):
+        on_shelf(stored(model, tmp_path / "dense"))
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ class Architecture:
             layer: one other name; or for what all experts have in one tensor, with {} for the
             number of an expert, the pieces that lie one above the other along its outputs.
         embedding, layers, final_norm, head: module names.
+        positions: of the table of learned positions, where there is one.
     """
 
     model_types: tuple[str, ...]
@@ -69,6 +70,7 @@ class Architecture:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    positions: str = ""
     norm_offset: float = 0.0
     layer_norm: bool = False
     root_scaled: bool = False
@@ -76,6 +78,11 @@ class Architecture:
     inner: str = "intermediate_size"
     fixed_residual: str = ""
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """What the stream in front of the first layer is read from."""
+        return (self.embedding, self.positions) if self.positions else (self.embedding,)
 
     def inner_width(self, config: Any) -> int:
         """The feed-forward width that a config asks for."""
