@@ -65,7 +65,7 @@ def main() -> int:
 
         def start(out: Path, how: str, *more: str) -> subprocess.Popen:
             words = ["compress", str(work / "model"), str(out), "--calibration", str(text)]
-            words += ["--window", "128", "--windows", "12", "--width", "0.8", "--ff-width", "0.9"]
+            words += ["--window", "128", "--windows", "48", "--width", "0.8", "--ff-width", "0.9"]
             command = [sys.executable, "-m", "dotresize", *words, "--quiet", *HOWS[how], *more]
             pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             process = subprocess.Popen(command, **pipes)
