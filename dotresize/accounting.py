@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -52,12 +54,21 @@ def check_weights(model: Any) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Bytes that this process has held at most, by device."""
+    peak = {"host": _peak_resident()}
     if torch.cuda.is_available():
         peak["device"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident() -> int:
+    # Linux keeps ru_maxrss across exec: a child starts with the peak of its parent.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0])
+    except (OSError, IndexError):
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def versions() -> dict[str, str]:
