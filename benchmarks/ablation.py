@@ -156,7 +156,12 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
     mixtures = list(dict.fromkeys(row["mixture"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(mixtures), figsize=(3 + 4 * len(mixtures), 8), sharey=True, squeeze=False
+        1,
+        len(mixtures),
+        figsize=(3 + 4 * len(mixtures), 8),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     for axis, mixture in zip(axes[0], mixtures, strict=True):
         mine = [row for row in rows if row["mixture"] == mixture]
@@ -166,7 +171,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         for i, text in enumerate(mine[0]["excess"]):
             values = [row["excess"][text] for row in mine]
             axis.plot(values, names, "o", color=f"C{i + 1}", markersize=4, label=text)
-        axis.set(xlabel="excess", title=f"calibrated on {mixture}")
+        axis.set(xlabel="excess", title=f"calibration: {mixture}")
         axis.grid(True, axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(fontsize=8)

@@ -72,7 +72,8 @@ def check_l1(draw: Draw) -> str | None:
     found = l1_cost(x, y, backend=draw.one_of("cpp", "torch")).double()
     truth = torch.cdist(x.double().mT, y.double().mT, p=1) / tokens
     worst = float((found - truth).abs().max() / truth.max().clamp(min=1e-300))
-    return None if worst <= 1e-6 else f"l1 cost off by {worst:.2g} of the largest"
+    # float32 sums of up to 256 tokens: 1.1e-6 was the worst of 8000 problems.
+    return None if worst <= 2e-6 else f"l1 cost off by {worst:.2g} of the largest"
 
 
 def check_assignment(draw: Draw) -> str | None:

@@ -73,7 +73,7 @@ struct SinkhornKernels {
   void (*join_columns)(int64_t m, const T* v, T* c, double* total);
   // sum_j |p[j] - q[j]|
   double (*distance)(int64_t m, const double* p, const double* q);
-  // out[j] = log2(p[j] / q[j]) of positive numbers
+  // out[j] = log2(p[j] / q[j]) where the quotient is a normal number
   void (*log2_quotients)(int64_t m, const double* p, const double* q, double* out);
   // minimum = min_j cost[j] + closed[j]; false if the row holds a NaN or -inf
   bool (*row_minimum)(int64_t m, const T* cost, const T* closed, T* minimum);

@@ -21,9 +21,11 @@ constexpr int64_t kRowBlock = 256;
 // A column sum below this, unless its marginal is as small, may have lost terms that underflowed;
 // below the second it has.
 constexpr double kTinyColumn = 1e-22, kLostColumn = 1e-33;
+// Quotients of smaller masses may be subnormal.
+constexpr double kSubnormal = 1e-270;
 
 // Sweeps without exponentials: how far a column's factor and a row's sum may be from 1, in powers
-// of two, and the smallest mass of a row or column that they resolve.
+// of two, and the smallest mass of a column that they resolve.
 constexpr double kDrift = 8, kSettled = 16, kFaint = 1e-18;
 
 // floor(log2(value)) of a positive normal number.

@@ -1,4 +1,4 @@
-// Log-domain Sinkhorn on a CPU: one read and one exponential per entry and iteration.
+// Log-domain Sinkhorn on a CPU: one read and at most one exponential per entry and iteration.
 //
 // With k = cost / reg, for row i:    z_j = g_j - k_ij,   f_i = log a_i - logsumexp_j z_j,
 // and exp(f_i + z_j) is the finished row of the plan, already at hand: it is added into the column
@@ -57,10 +57,17 @@ class Problem {
         column_min_(m_, kInf),
         log_sum_(m_, 0.0),
         members_(team) {
+    for (int64_t j = 0; j < m_; ++j) {
+      b_[j] = p.b[j];
+      if (b_[j] == 0) continue;
+      lowest_[j] = b_[j] < kSubnormal ? kInf : std::clamp(1e-3 * b_[j], kLostColumn, kTinyColumn);
+      ++used_columns_;
+    }
+    scalable_ = std::none_of(b_.begin(), b_.end(), [](double b) { return b > 0 && b < kFaint; });
     for (int index = 0; index < team_; ++index) {
       Member& member = members_[index];
-      member.rows =
-          std::make_unique<Rows<T>>(n_ * index / team_, n_ * (index + 1) / team_, stride_);
+      member.rows = std::make_unique<Rows<T>>(n_ * index / team_, n_ * (index + 1) / team_, stride_,
+                                              scalable_);
       member.g = make_buffer<T>(stride_);
       if (momentum_) member.before = make_buffer<double>(m_);
       for (auto& columns : member.columns) columns = make_buffer<double>(stride_);
@@ -68,14 +75,6 @@ class Problem {
       member.log_quotient = make_buffer<double>(stride_);
       member.f = make_buffer<double>(n_);
     }
-    for (int64_t j = 0; j < m_; ++j) {
-      b_[j] = p.b[j];
-      if (b_[j] == 0) continue;
-      lowest_[j] = std::clamp(1e-3 * b_[j], kLostColumn, kTinyColumn);
-      ++used_columns_;
-    }
-    const auto faint = [](double mass) { return mass > 0 && mass < kFaint; };
-    scalable_ = std::none_of(a_, a_ + n_, faint) && std::none_of(b_.begin(), b_.end(), faint);
   }
 
   // Row minima of this member's rows over columns of positive mass, and what is left of each column
@@ -203,8 +202,8 @@ class Problem {
     Member& member = members_[index];
     T* g = member.g.get();
     const double* total = member.total.get();
-    const double* log_quotient = member.log_quotient.get();
-    kernels_.log2_quotients(stride_, b_.data(), total, member.log_quotient.get());
+    double* log_quotient = member.log_quotient.get();
+    kernels_.log2_quotients(stride_, b_.data(), total, log_quotient);
     const double factor = momentum_ ? member.momentum.next_factor() : 0.0;
     const double centre = member.centre;
     double next_centre = 0, inner = 0, largest = 0, drift = 0;
@@ -278,7 +277,7 @@ class Problem {
   const int64_t cost_stride_;
   double *f_out_, *g_out_;
   const int64_t stride_;
-  // The columns' masses, and what their sums must exceed: -inf where there is no mass.
+  // The columns' masses, and what their sums must exceed or be redone: -inf where there is none.
   std::vector<double> b_, lowest_;
   std::vector<double> row_min_, column_min_, log_sum_;
   std::vector<Member> members_;

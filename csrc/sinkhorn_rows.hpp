@@ -6,11 +6,11 @@
 //     sum_i = sum_j E_ij v_j,    c_j = v_j sum_i (a_i / sum_i) E_ij.
 // This is the scaling form of Sinkhorn with absorption (Schmitzer, SIAM J. Sci. Comput. 41, 2019)
 // under limits so narrow that no term that float32 would keep in the log domain is lost: E has
-// rows that sum to 2^-16 ... 2^16, v is within 2^-8 ... 2^8, and an entry that underflowed, below
-// 2^-126, can add at most 2^-102 to a column, far below kTinyColumn.
+// rows that sum to 2^-16 ... 2^17 and v is within 2^-8 ... 2^8, so that an entry that underflowed,
+// below 2^-126, can add 2^-94 = 5e-29 of the mass to a column, far below kTinyColumn.
 //
-// Bound: 15 vector instructions for an exponential, one for its sum and 1.25 for the column sums,
-// per vector of entries, or 1 and 1.25 without exponentials: then the memory that E lies in.
+// Bound: 15 vector instructions for an exponential, one for its sum and 1.5 for the column sums,
+// per vector of entries, or 1 and 1.5 without exponentials: then the memory that E lies in.
 #pragma once
 
 #include <algorithm>
@@ -27,19 +27,21 @@ namespace dotresize {
 template <typename T>
 class Rows {
  public:
-  Rows(int64_t begin, int64_t end, int64_t stride)
+  // keep: whether sweeps without exponentials will be asked for, which need room for all of E.
+  Rows(int64_t begin, int64_t end, int64_t stride, bool keep)
       : begin_(begin),
         end_(end),
         stride_(stride),
+        e_step_(keep ? stride : 0),
         kernels_(sinkhorn_kernels<T>()),
         k_(make_buffer<T>((end - begin) * stride)),
-        e_(make_buffer<T>(padded() * stride)),
+        e_(make_buffer<T>((keep ? (end - begin + 3) / 4 * 4 : 4) * stride)),
         reference_(make_buffer<T>(stride)),
         v_(make_buffer<T>(stride)),
         c_(make_buffer<T>(stride)),
         base_(end - begin, 0.0),
         sum_(end - begin, 1.0) {
-    std::fill_n(e_.get(), padded() * stride, T(0));
+    std::fill_n(c_.get(), stride, T(0));
   }
 
   int64_t begin() const { return begin_; }
@@ -54,7 +56,7 @@ class Rows {
     return a == 0 ? -kInf : std::log2(a / sum_[i - begin_]) + base_[i - begin_];
   }
 
-  // How far g_j is from the reference, where the reference can follow it.
+  // How far g_j is from the reference, in a column that is not closed.
   double drift(int64_t j, double g) const { return std::abs(g - reference_[j]); }
 
   // Adds the finished rows to `total`. False if sweeps without exponentials may not follow.
@@ -66,12 +68,15 @@ class Rows {
       if (reference_[j] == -kInf) reference_[j] = 0;
     }
     bool settled = true;
-    std::fill_n(c_.get(), stride_, T(0));
     for (int64_t i = begin_; i < end_; i += 4) {
       T weight[4] = {};
-      for (int64_t r = i; r < std::min(i + 4, end_); ++r) {
-        weight[r - i] = exponentials(a[r], g, r);
-        settled &= std::abs(exponent(sum_[r - begin_])) <= kSettled;
+      for (int64_t r = i; r < i + 4; ++r) {
+        if (r < end_ && a[r] > 0) {
+          weight[r - i] = exponentials(a[r], g, r, e(i) + (r - i) * stride_);
+          settled &= std::abs(exponent(sum_[r - begin_])) <= kSettled;
+        } else {
+          std::fill_n(e(i) + (r - i) * stride_, stride_, T(0));
+        }
       }
       kernels_.add_four_rows(stride_, weight, e(i), stride_, c_.get());
       if ((i + 4 - begin_) % kRowBlock == 0) flush(total);
@@ -82,8 +87,8 @@ class Rows {
 
   // The same without exponentials, for g near the reference. Each step adds the four rows before.
   void sweep_scaled(const double* a, const T* g, double* total) {
+    if (begin_ == end_) return;
     kernels_.row_exp2(stride_, T(0), g, reference_.get(), v_.get());
-    std::fill_n(c_.get(), stride_, T(0));
     T weight[4] = {};
     const T* before = e_.get();
     for (int64_t i = begin_; i < end_; i += 4) {
@@ -104,18 +109,14 @@ class Rows {
   }
 
  private:
-  // Whole groups of four, and one even for a thread without rows: there are problems of few rows.
-  int64_t padded() const { return std::max<int64_t>(1, (end_ - begin_ + 3) / 4) * 4; }
-
-  T* e(int64_t i) { return e_.get() + (i - begin_) * stride_; }
+  // The group of four rows that begins with i.
+  T* e(int64_t i) { return e_.get() + (i - begin_) * e_step_; }
 
   // The block of column sums joins the total, and begins again.
   void flush(double* total) { kernels_.join_columns(stride_, v_.get(), c_.get(), total); }
 
-  // Makes a row of e, and returns the factor that turns it into one of the plan.
-  T exponentials(double a, const T* g, int64_t i) {
-    if (a == 0) return 0;  // the row has been 0 from the start
-    T* row = e(i);
+  // Makes a row of E, and returns the factor that turns it into one of the plan.
+  T exponentials(double a, const T* g, int64_t i, T* row) {
     double &base = base_[i - begin_], &sum = sum_[i - begin_];
     // The shift under which the previous sum would have been between 1 and 2.
     base = std::clamp(base - exponent(sum), -kLargestShift, kLargestShift);
@@ -128,9 +129,10 @@ class Rows {
     return static_cast<T>(a / sum);
   }
 
-  const int64_t begin_, end_, stride_;
+  const int64_t begin_, end_, stride_, e_step_;
   const SinkhornKernels<T>& kernels_;
-  Buffer<T> k_, e_, reference_, v_, c_;
+  Buffer<T> k_, e_, reference_, v_;
+  Buffer<T> c_;  // zero between sweeps
   // The row's integer shift, and its sum under that.
   std::vector<double> base_, sum_;
 };

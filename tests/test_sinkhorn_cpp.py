@@ -113,7 +113,7 @@ def test_a_team_redoes_its_rows_and_columns(count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("faintest", [1.0, 1e-12, 1e-17, 1e-19, 1e-30])
+@pytest.mark.parametrize("faintest", [1.0, 1e-13, 1e-14, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reg", [1.0, 0.02, 0.001])
 def test_sweeps_without_exponentials(reg, dtype, faintest, count):
@@ -136,6 +136,16 @@ def test_sweeps_without_exponentials(reg, dtype, faintest, count):
         assert l1(result.plan, truth.plan) < 20 * resolved, iterations
         gap = truth.potentials[1] - result.potentials[1]
         assert gap[b > 0].std() < 20 * resolved, iterations  # their constant is free
+
+
+def test_a_subnormal_mass():
+    cost, b = torch.rand(6, 9, dtype=torch.float64), torch.full((9,), 1 / 8, dtype=torch.float64)
+    b[2] = 1e-318
+    found = [
+        sinkhorn(cost, 0.1, None, b, tol=0, max_iter=1, backend=name).potentials[1]
+        for name in ("cpp", "torch")
+    ]
+    assert (found[0] - found[1]).std() < 1e-9
 
 
 def test_tiny_masses_are_exact():
@@ -179,5 +189,9 @@ if backends()["cpp"]["available"]:
             truth = sinkhorn(cost.double(), 0.03, tol=1e-13, max_iter=20000, backend="torch")
             assert mine.converged, mine
             assert float((mine.plan - truth.plan).abs().sum()) < 10 * tol, (n, m, dtype)
+            few = {"tol": 0, "max_iter": 7}
+            mine = sinkhorn(cost, 0.03, backend="cpp", **few)
+            truth = sinkhorn(cost.double(), 0.03, backend="torch", **few)
+            assert float((mine.plan - truth.plan).abs().sum()) < tol, (n, m, dtype)
 """
     run_at_simd_level(code, level)
