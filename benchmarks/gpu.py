@@ -9,6 +9,9 @@ correctness case fails. Without a GPU, TRITON_INTERPRET=1 rehearses all of it on
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +19,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,8 @@ from .workload import one_line
 Row = dict[str, Any]
 _SANITIZERS = ("memcheck", "racecheck")
 _SANITIZER_S = 75
+# Processes that check; each holds a few gigabytes of the GPU at most.
+_CHECKERS = 8
 # No case begins later than this after the start; those that remain are rows that say so.
 _BUDGET_S = 400
 
@@ -111,6 +117,36 @@ def check(test: gpu_checks.Check, device: torch.device) -> Row:
     return row
 
 
+def checked(
+    size: str, device: torch.device, stack: contextlib.ExitStack
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Names of the checks and what waits for their rows.
+
+    On a GPU in several processes, as most of a check's time is spent on compilation, which all
+    later sections find done; the tiny sizes too, which the sanitizers run again.
+    """
+    if device.type != "cuda":
+        for name, test in gpu_checks.checks(size):
+            yield name, functools.partial(check, test, device)
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(_CHECKERS, (os.cpu_count() or 1) // 2))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+    wanted = [
+        (one, i, name)
+        for one in (size, "tiny")
+        for i, (name, _) in enumerate(gpu_checks.checks(one))
+    ]
+    futures = [pool.submit(_check_alone, one, i) for one, i, _ in wanted]
+    for (_, _, name), future in zip(wanted, futures, strict=True):
+        yield name, future.result
+
+
+def _check_alone(size: str, i: int) -> Row:
+    tests = [test for _, test in gpu_checks.checks(size)]
+    return check(tests[i], torch.device("cuda"))
+
+
 def sanitize(tool: str) -> Row:
     """The tiny correctness cases in a process of their own, under a sanitizer."""
     if shutil.which("compute-sanitizer") is None:
@@ -147,9 +183,10 @@ def run(out: Path, peers: bool) -> int:
     report = Report(out / "gpu.jsonl", environment(device))
     for name, rate in ceilings(device, clock.median).items():
         report.add("ceiling", name, lambda r=rate: {"per_s": r()})
-    for name, test in gpu_checks.checks(size):
-        report.add("check", name, lambda t=test: check(t, device))
-        clock.tidy()
+    with contextlib.ExitStack() as stack:
+        for name, result in checked(size, device, stack):
+            report.add("check", name, result)
+    clock.tidy()
     for shape in sizes["l1"]:
         report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))
     for shape, counts in sizes["sinkhorn"]:

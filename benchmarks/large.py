@@ -73,8 +73,9 @@ def llama(shape: Shape) -> Any:
 
 
 def _random(shape: torch.Size) -> torch.Tensor:
-    weight = torch.empty(shape, dtype=torch.bfloat16)
-    return weight.fill_(1.0) if len(shape) == 1 else weight.normal_(std=0.02)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # 8 B numbers take a CPU minutes
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return (weight.fill_(1.0) if len(shape) == 1 else weight.normal_(std=0.02)).cpu()
 
 
 def _bytes_tokenizer() -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dotresize import distributed
+from dotresize.products import over_tokens
 
 # Normal equations square the condition number.
 FLOAT = torch.float64
@@ -27,9 +28,9 @@ class NormalEquations:
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """Tokens: u (..., inputs), v (..., outputs)."""
-        u, v = u.flatten(0, -2).float(), v.flatten(0, -2).float()
-        self.gram += u.mT @ u
-        self.cross += u.mT @ v
+        u, v = u.flatten(0, -2), v.flatten(0, -2)
+        self.gram += over_tokens(u, u)
+        self.cross += over_tokens(u, v)
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""

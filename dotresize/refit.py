@@ -37,6 +37,7 @@ from dotresize.feed_forward import choose_neurons
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.models import Sublayer, architecture_of
+from dotresize.products import product
 from dotresize.resident import resident
 from dotresize.sliced import past_feed_forward, without_adapters
 from dotresize.streams import Spill, Streams, captured, inner_neurons, norms_of
@@ -207,7 +208,7 @@ class _Walk:
         project = (self._stream_scale * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._wide.stream, strict=True):
-            missing = wanted.float() @ project - x.float()
+            missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
             equations.add(h, missing / self._multiplier - bias)
         return solve_writer(layer, part, equations, correction)
 

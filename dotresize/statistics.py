@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dotresize import distributed
 from dotresize.models import architecture_of
 from dotresize.ops.l1_accumulator import L1CostAccumulator
+from dotresize.products import scaled_gram
 from dotresize.resident import device_of, resident
 from dotresize.streams import Streams, captured_inputs, norms_of
 
@@ -135,13 +136,14 @@ class _Sums:
     def add(self, read: list[Tensor], first: int) -> None:
         """Tokens of the locations from ``first`` on, as read by their norms."""
         for i, x in enumerate(read, first):
-            stream = x.flatten(0, -2).float()
-            _check_finite(stream, self.names[i])
-            stream = unit_rms(stream)
+            found = x.flatten(0, -2)
+            _check_finite(found, self.names[i])
+            scale = inverse_rms(found.float())
+            stream = found.float() * scale
             self.importance[i] += stream.abs().sum(0).double()
             place = i if self._apart else 0
             if self.moment is not None and self.final is not None:
-                product = stream.mT @ stream
+                product = scaled_gram(found, scale)
                 self.moment[place] += product
                 if i == len(self.names) - 1:
                     self.final += product
@@ -174,7 +176,12 @@ class _Sums:
 
 def unit_rms(stream: Tensor) -> Tensor:
     """Every token divided by its root mean square over the channels, the last axis."""
-    return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
+    return stream * inverse_rms(stream)
+
+
+def inverse_rms(stream: Tensor) -> Tensor:
+    """One over each token's root mean square over the channels, (..., 1)."""
+    return torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 
 def residual_stream(model: Any, ids: Tensor) -> Tensor:
