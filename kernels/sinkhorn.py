@@ -112,14 +112,16 @@ class _Batch:
         storage: str,
         labels: Sequence[int],
     ) -> None:
-        self.costs = costs
+        # A cost that is stored anew is not read often enough to be copied first.
+        self.costs = costs = costs if storage == "u16" else layout.aligned(costs)
         first = costs[0]
         self.device, self.kind = first.device, first.dtype
         self.n, self.m = [c.shape[0] for c in costs], [c.shape[1] for c in costs]
         self.tile = Tile(max(self.m), self.kind)
-        processors = 1  # in the interpreter
+        processors, self.lanes = 1, 32  # in the interpreter
         if first.is_cuda:
-            processors = torch.cuda.get_device_properties(first.device).multi_processor_count
+            device = torch.cuda.get_device_properties(first.device)
+            processors, self.lanes = device.multi_processor_count, device.warp_size
         slots = processors * max(1, _WARPS_RESIDENT // self.tile.warps)
         self.rows = layout.rows_per_program(self.n, slots, self.tile.rows)
         self.a, self.b = a.to(self.kind), b.to(self.kind)
@@ -133,7 +135,7 @@ class _Batch:
         self._buffers()
         self.limit, self.momentum = (pace == MOMENTUM).to(self.f), bool((pace == MOMENTUM).any())
         self._minima()
-        self.stored, self.scale = first, self.inv_reg
+        self.stored, self.scale, self.align = first, self.inv_reg, 16 // first.element_size()
         if storage == "u16":
             self._store_linear(labels)
         start = torch.where(self.b > 0, g - self.shift_g, -torch.inf) * _LOG2E
@@ -157,7 +159,8 @@ class _Batch:
             return torch.empty(*shape, dtype=dtype, device=self.device)
 
         count = len(self.costs)
-        self.row_min, self.f = empty(t.rows_total), empty(t.rows_total)
+        self.row_min = empty(t.rows_total)
+        self.f = self.log_a.clone()  # of no sweep yet; costs, minima taken off, are not below 0
         self.column_min = empty(t.columns_total)
         self.g = empty(2, t.columns_total)
         self.partial = empty(t.partial_total)
@@ -172,7 +175,7 @@ class _Batch:
         self.sweeps = torch.zeros_like(self.status)
 
     def _minima(self) -> None:
-        t = self.tables
+        t, row_block = self.tables, prepare.row_block(max(self.m))
         with torch.cuda.device_of(self.f):
             prepare.row_minima_kernel[(len(t.program),)](
                 *(self.costs[0], t.problem, t.program, self.a, self.b),
@@ -180,8 +183,9 @@ class _Batch:
                 INFEASIBLE=INFEASIBLE,
                 INVALID=INVALID,
                 TABLE=TABLE,
-                BR=prepare.ROWS,
-                BC=prepare.COLUMNS,
+                BR=row_block[0],
+                BC=row_block[1],
+                STAGES=prepare.STAGES,
             )
             grid = (len(t.program), triton.cdiv(max(self.m), prepare.COLUMNS))
             prepare.partial_minima_kernel[grid](
@@ -237,7 +241,8 @@ class _Batch:
                 BR=prepare.ROWS,
                 BC=prepare.COLUMNS,
             )
-        self.stored, t.problem, t.align = stored, table, 8
+        self.stored, t.problem, self.align = stored, table, 8
+        self.tile = Tile(max(self.m), self.kind, vector=8)  # minima are off: never shifted
         self.scale = step * self.inv_reg
 
     def solve(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -278,11 +283,10 @@ class _Batch:
                 *(self.tol, self.status, self.sweeps, self.marginal_error, self.rows),
                 CONVERGED=CONVERGED,
                 COLUMN_BLOCK=COLUMN_BLOCK,
-                ALIGN=t.align,
+                ALIGN=self.align,
                 SHIFTED=self.shifted,
                 RESIDENT=self.tile.resident,
-                STAGES=layout.STAGES,
-                num_warps=self.tile.warps,
+                num_warps=self.tile.num_warps(self.lanes),
                 **self.tile.constants(),
                 **common,
             )

@@ -13,7 +13,7 @@ import triton.language as tl
 from dotresize import acceleration
 
 # Partial sums of so many sweep programs are read at once.
-PROGRAM_BLOCK = 64
+PROGRAM_BLOCK = 128
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = 1e-25
 FAST_ENOUGH = tl.constexpr(acceleration.FAST_ENOUGH)

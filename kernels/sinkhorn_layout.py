@@ -12,33 +12,42 @@ from torch import Tensor
 # Stands for "not stopped yet" in the status vector; the other codes are reference.py's.
 RUNNING = -1
 TABLE = 8
-# Entries a thread holds of a row, at most: three vectors of this length live through the loop, four
-# with column minima.
-THREAD_ENTRIES = {torch.float32: 24, torch.float64: 8}
-MAX_WARPS = {torch.float32: 16, torch.float64: 8}
+# Entries a thread holds of a row, if there are warps enough, and of all rows of a block at most. Of
+# the former two vectors live through the loop (three with column minima), of the latter one.
+ROW_ENTRIES = {torch.float32: 12, torch.float64: 4}
+THREAD_ENTRIES = {torch.float32: 24, torch.float64: 4}
+MAX_WARPS = {torch.float32: 16, torch.float64: 16}
 STREAMED_COLUMNS = 1024
 # Columns of one program of the column kernels.
 COLUMN_BLOCK = 32
-# The next rows are on their way while these are worked on. A third stage costs registers.
-STAGES = 2
 
 
 class Tile:
     """How a sweep program holds rows of up to ``columns`` columns."""
 
-    def __init__(self, columns: int, dtype: torch.dtype, shifted: bool = False) -> None:
+    def __init__(
+        self, columns: int, dtype: torch.dtype, *, shifted: bool = False, vector: int | None = None
+    ) -> None:
+        """vector: entries of 16 stored bytes, which a thread reads at a time."""
         power = max(32, triton.next_power_of_2(columns))
         self.parts = 3 if columns <= 3 * power // 4 and power >= 128 else 1
         self.block = power // 4 if self.parts == 3 else power
-        entries = THREAD_ENTRIES[dtype] * 3 // (4 if shifted else 3)
+        entries, most = (n[dtype] * 3 // (4 if shifted else 3) for n in (ROW_ENTRIES, THREAD_ENTRIES))
         width = self.parts * self.block
-        self.warps = max(4, triton.next_power_of_2(triton.cdiv(width, 32 * entries)))
-        self.resident = self.warps <= MAX_WARPS[dtype]
+        warps = triton.next_power_of_2(triton.cdiv(width, 32 * entries))
+        # All along the columns, so that sums over the rows of a block stay within a thread.
+        along = self.block // (32 * (vector or 16 // dtype.itemsize))
+        self.warps = max(1, min(max(4, warps), MAX_WARPS[dtype], along))
+        fitting = 32 * self.warps * most // width
+        self.resident = fitting > 0
         if self.resident:
-            fitting = 32 * self.warps * entries // width
-            self.rows = 1 << max(0, fitting.bit_length() - 1)
+            self.rows = 1 << (fitting.bit_length() - 1)
         else:
             self.parts, self.block, self.rows, self.warps = 1, STREAMED_COLUMNS, 4, 4
+
+    def num_warps(self, lanes: int = 32) -> int:
+        """As many threads whatever the lanes of a warp."""
+        return self.warps * 32 // lanes
 
     @property
     def key(self) -> tuple[bool, int, int]:
@@ -93,10 +102,27 @@ class Tables:
         # The column blocks of the widest problem, for a block of all of them.
         most = max(cost.shape[1] for cost in costs)
         self.blocks = triton.next_power_of_2(triton.cdiv(most, COLUMN_BLOCK))
-        # Rows that begin at multiples of 16 bytes, and end there, are read 16 bytes at a time.
-        whole = 16 // size
-        aligned = all(
-            c.data_ptr() % 16 == 0 and c.stride(0) % whole == 0 and c.shape[1] % whole == 0
-            for c in costs
-        )
-        self.align = whole if aligned else 1
+
+
+def aligned(costs: Sequence[Tensor]) -> list[Tensor]:
+    """The costs, copied where their rows do not begin and end at multiples of 16 bytes.
+
+    Entry by entry such a row takes twice as many instructions as its iteration has otherwise; a
+    copy takes as long as one or two iterations.
+    """
+    whole = 16 // costs[0].element_size()
+    found = list(costs)
+    odd = [
+        i
+        for i, c in enumerate(costs)
+        if c.data_ptr() % 16 or c.stride(0) % whole or c.shape[1] % whole
+    ]
+    if odd:
+        shapes = [(costs[i].shape[0], -(-costs[i].shape[1] // whole) * whole) for i in odd]
+        sizes = [n * m for n, m in shapes]
+        # Forbidden pairs past the end of a row; zeros, less a huge minimum, would be -inf.
+        parts = costs[0].new_full((sum(sizes),), math.inf).split(sizes)
+        for i, part, shape in zip(odd, parts, shapes, strict=True):
+            found[i] = part.view(shape)[:, : costs[i].shape[1]]
+        torch._foreach_copy_([found[i] for i in odd], [costs[i] for i in odd])
+    return found

@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Of a program's block; what fills a warp's loads, and leaves registers for loads on their way.
 ROWS, COLUMNS = 8, 128
+STAGES = 3
+
+
+def row_block(columns: int) -> tuple[int, int]:
+    """Rows and columns of a block that walks along rows: long, as each step waits for memory."""
+    long = min(1024, triton.next_power_of_2(columns))
+    return 1024 // long, long
 
 
 @triton.jit
@@ -41,6 +49,7 @@ def row_minima_kernel(
     TABLE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """r, and each program's largest C - r; raises the status of problems with bad entries."""
     i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program, TABLE)
@@ -56,15 +65,16 @@ def row_minima_kernel(
         p_r = p_cost + o_r.to(tl.int64)[:, None] * stride
         b_lows = tl.full((BR, BC), float("inf"), dtype=b_largest.dtype)
         b_highs = tl.full((BR, BC), -float("inf"), dtype=b_largest.dtype)
-        b_bad = tl.zeros((BR, BC), dtype=tl.int1)
-        for start in range(0, m, BC):
+        b_any = tl.full((BR, BC), float("inf"), dtype=b_largest.dtype)
+        for start in tl.range(0, m, BC, num_stages=STAGES):
             o_c = start + tl.arange(0, BC)
             m_tile = m_r[:, None] & (o_c < m)[None, :]
             b_c = tl.load(p_r + o_c[None, :], mask=m_tile, other=float("inf"))
             b_b = tl.load(p_b + i_column + o_c, mask=o_c < m, other=0.0)
-            b_bad |= (b_c != b_c) | (b_c == -float("inf"))
-            b_lows = tl.where((b_b > 0)[None, :], tl.minimum(b_lows, b_c), b_lows)
-            b_highs = tl.where(m_tile, tl.maximum(b_highs, b_c), b_highs)
+            b_any = tl.minimum(b_any, b_c, propagate_nan=tl.PropagateNan.ALL)
+            b_lows = tl.minimum(b_lows, tl.where((b_b > 0)[None, :], b_c, float("inf")))
+            b_highs = tl.maximum(b_highs, tl.where(m_tile, b_c, -float("inf")))
+        b_bad = (b_any != b_any) | (b_any == -float("inf"))
         b_low = tl.min(b_lows, 1)
         b_high = tl.max(b_highs, 1)
         b_a = tl.load(p_a + i_row + o_r, mask=m_r, other=0.0)

@@ -10,7 +10,7 @@ import torch
 from dotresize.acceleration import far_potential
 from dotresize.kernels import l1_cost, sinkhorn_columns, sinkhorn_prepare, sinkhorn_sweep
 from dotresize.kernels.l1_tile import l1_cost_kernel
-from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, STAGES, TABLE, Tile
+from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, TABLE, Tile
 from dotresize.reference import TOKEN_BLOCK
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -95,8 +95,7 @@ def sinkhorn_cases() -> Iterator[AotCase]:
     """Every kind of row, every storage, aligned or not."""
     for kind, dtype in DTYPES.items():
         for columns in WIDTHS[kind]:
-            whole = 16 // dtype.itemsize
-            align = whole if columns % whole == 0 else 1
+            align = 16 // dtype.itemsize
             yield sweep_case(kind, columns, align, shifted=False)
             if kind == "fp32" and columns in (3072, 11469):
                 yield sweep_case(kind, columns, align, shifted=True)
@@ -110,7 +109,7 @@ def sinkhorn_cases() -> Iterator[AotCase]:
 def sweep_case(
     kind: str, columns: int, align: int, *, shifted: bool, stored: str | None = None
 ) -> AotCase:
-    tile = Tile(columns, DTYPES[kind], shifted)
+    tile = Tile(columns, DTYPES[kind], shifted=shifted, vector=8 if stored else None)
     stored = stored or kind
     p = f"*{kind}"
     width = tile.parts * tile.block
@@ -122,14 +121,13 @@ def sweep_case(
         "ALIGN": align,
         "SHIFTED": shifted,
         "RESIDENT": tile.resident,
-        "STAGES": STAGES,
     }
     return AotCase(
         name + ("" if tile.resident else "/streamed"),
         sinkhorn_sweep.sinkhorn_sweep_kernel,
         f"*{stored} *i64 *i64" + f" {p}" * 10 + " *i32 *i32" + f" {p} i32",
         lambda lanes: constants | tile.constants(),
-        lambda lanes: tile.warps,
+        tile.num_warps,
         elements=tile.rows * width // (32 * tile.warps),
         targets=FEW if kind == "fp64" else AotCase._field_defaults["targets"],
     )
@@ -159,10 +157,12 @@ def small_cases(kind: str) -> Iterator[AotCase]:
     table = {"TABLE": TABLE}
     codes = {"INFEASIBLE": 2, "INVALID": 3}
     rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
+    long = {"STAGES": sinkhorn_prepare.STAGES}
+    long["BR"], long["BC"] = sinkhorn_prepare.row_block(4096)
     columns = {"BP": sinkhorn_columns.PROGRAM_BLOCK, "BC": COLUMN_BLOCK}
     verdict = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
     kernels = [
-        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", table | codes | rows),
+        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", table | codes | long),
         ("partial_minima", f"{p} *i64 *i64 {p} {p} {p} i32", table | rows),
         (
             "column_minima",
