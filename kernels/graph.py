@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 CHECK_EVERY = 16  # iterations between two looks at the status
-# Iterations in a graph; even, as the two kinds take turns. Each takes the host some 0.1 ms once, and
-# a graph the device some 2 us each time.
+# Iterations in a graph; even, as the two kinds take turns. Each takes the host some 0.1 ms once.
 IN_GRAPH = 8
 FIRST = 2  # iterations before that: they compile the kernels
 

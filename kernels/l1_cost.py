@@ -1,12 +1,8 @@
-"""Launches of the L1 cost kernel: configurations, the choice between them, statistics."""
+"""Launches of the L1 cost kernel: tiles, operands that it can read, statistics."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -16,23 +12,30 @@ from dotresize.kernels.l1_tile import l1_cost_kernel
 from dotresize.ops.halves import GROUP
 from dotresize.reference import TOKEN_BLOCK
 
-# Pairs from which an unknown device is worth a second or two of tuning.
-TUNING_PAIRS = 10**11
-_TUNING_TOKENS = 2 * TOKEN_BLOCK
+# Copies that go past the registers are NVIDIA's; elsewhere they are loads and stores.
+ASYNC = not triton.knobs.runtime.interpret and torch.version.hip is None
+# Neurons: what Triton asks of a number to read 16 bytes at a time along it.
+ALIGNED = 16
+# Bytes of copies, of what cannot be read as it is, at a time.
+CHUNK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class L1Config:
-    """A tile of ``block_m x block_n`` pairs; ``unroll`` tokens are loaded together.
+    """A tile of ``block_m x block_n`` pairs; ``chunk`` tokens are fetched at a time.
 
-    ``warps`` of 32 lanes along each axis, ``thread x thread`` pairs of each lane, and again.
+    ``warps`` of 32 lanes along each axis, ``thread x thread`` pairs of each lane, and again;
+    ``stages - 1`` chunks are on their way; ``registers`` of a thread at most, where the compiler
+    takes a limit.
     """
 
     block_m: int
     block_n: int
     thread: int
     warps: tuple[int, int]
-    unroll: int
+    chunk: int
+    stages: int
+    registers: int
 
     def constants(self, lanes: int = 32) -> dict[str, int]:
         """The kernel's constants, on a device with so many lanes in a warp."""
@@ -40,39 +43,32 @@ class L1Config:
             "BM": self.block_m,
             "BN": self.block_n,
             "T": self.thread,
-            "UNROLL": self.unroll,
+            "CHUNK": self.chunk,
+            "STAGES": self.stages,
             "LANES_M": lanes // 8,
             "WARPS_M": self.num_warps(lanes) // self.warps[1],
             "WARPS_N": self.warps[1],
         }
+
+    def options(self, lanes: int = 32) -> dict[str, int]:
+        """What the compiler is told."""
+        limit = {"maxnreg": self.registers} if lanes == 32 else {}
+        return {"num_warps": self.num_warps(lanes)} | limit
 
     def num_warps(self, lanes: int = 32) -> int:
         """Half as many of 64 lanes: a tile held twice would be computed twice."""
         return self.warps[0] * self.warps[1] * 32 // lanes
 
 
-# What is left of the tiles tried ahead of time: nothing in these spills on any target
-# (tests/test_kernels_compile.py). The first of each list is taken where nothing was tuned.
 CONFIGS = {
-    "float32": [
-        L1Config(64, 128, 8, (2, 2), 2),
-        L1Config(64, 128, 8, (2, 2), 1),
-        L1Config(128, 128, 8, (4, 2), 2),
-        L1Config(64, 64, 8, (2, 1), 2),
-    ],
-    "packed": [
-        L1Config(64, 128, 8, (2, 2), 4),
-        L1Config(64, 64, 8, (2, 1), 4),
-        L1Config(64, 128, 8, (2, 2), 2),
-    ],
+    "float32": L1Config(64, 128, 4, (2, 2), 8, 3, 128),
+    "packed": L1Config(64, 128, 8, (2, 2), GROUP, 3, 128),
 }
 # For problems with too few tiles to fill a device.
-SMALL = {"float32": L1Config(32, 64, 4, (2, 2), 1), "packed": L1Config(32, 64, 4, (2, 2), 8)}
-
-
-def configs(kind: str, operands: str) -> list[L1Config]:
-    """The tiles for y, targets or self; for self, packed, only the last has no spills on sm_100."""
-    return CONFIGS[kind][-1:] if (kind, operands) == ("packed", "self") else CONFIGS[kind]
+SMALL = {
+    "float32": L1Config(32, 64, 4, (2, 2), 8, 3, 128),
+    "packed": L1Config(32, 64, 4, (2, 2), GROUP, 3, 128),
+}
 
 
 def l1_cost(
@@ -92,122 +88,99 @@ def l1_cost(
     Returns, with a divisor, the minimum, maximum and mean of each problem: float64 (B, 3), NaN if
     an entry is. Shapes are the caller's responsibility (dotresize.ops.l1_cost).
     """
-    x = x if x.stride(2) == 1 else x.contiguous()
-    if y is not None:
-        y = y if y.stride(2) == 1 else y.contiguous()
-    config = choose_config(x, y, index, out, packed=scale is not None)
-    return _launch(l1_cost_kernel, config, x, y, index, scale, out, accumulate, divisor)
+    config = choose_config(out, packed=scale is not None, device=x.device)
+    columns = x if y is None else y
+    shared = y is None and index is None
+    m, tokens = out.shape[2], x.shape[1]
+    kind = torch.float32 if scale is None else torch.float16
+    found, step = None, tokens
+    copied = [not _readable(x, config.block_m, kind)]
+    copied.append(not shared and not (index is None and _readable(columns, config.block_n, kind)))
+    if any(copied) and scale is None:
+        per_token = (
+            4
+            * len(x)
+            * sum(size for size, copy in zip((x.shape[2], m), copied, strict=True) if copy)
+        )
+        step = max(TOKEN_BLOCK, CHUNK_BYTES // max(1, per_token) // TOKEN_BLOCK * TOKEN_BLOCK)
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        block = max(config.block_m, config.block_n) if shared else config.block_m
+        xs = _operand(x[:, part], None, block, kind)
+        ys = xs if shared else _operand(columns[:, part], index, config.block_n, kind)
+        last = divisor if part.stop >= tokens else None
+        found = _launch(config, xs, ys, scale, out, accumulate or start > 0, last, shared)
+    return found
+
+
+def _readable(x: Tensor, block: int, kind: torch.dtype) -> bool:
+    """Whether a kernel can read tiles of x as it is: 16 bytes at a time, none past the end."""
+    n = x.shape[2]
+    steps = (*x.stride()[:2], n)
+    aligned = x.data_ptr() % 16 == 0 and all(step % ALIGNED == 0 for step in steps)
+    return x.dtype == kind and x.stride(2) == 1 and aligned and n >= block
+
+
+def _operand(x: Tensor, index: Tensor | None, block: int, kind: torch.dtype) -> Tensor:
+    """x, or its neurons ``index``, as a kernel reads it; what is copied may have more neurons."""
+    if index is None and _readable(x, block, kind):
+        return x
+    n = x.shape[2] if index is None else index.shape[1]
+    wide = x.new_empty(*x.shape[:2], max(block, -(-n // ALIGNED) * ALIGNED), dtype=kind)
+    if index is not None:
+        x = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+    wide[:, :, :n] = x
+    return wide
 
 
 def _launch(
-    kernel: Any,
-    config: L1Config | None,
+    config: L1Config,
     x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
+    y: Tensor,
     scale: Tensor | None,
     out: Tensor,
     accumulate: bool,
     divisor: float | None,
+    symmetric: bool,
 ) -> Tensor | None:
-    """``config`` None leaves the tile to the kernel, a tuner, and ``divisor`` must be None."""
-    batch, tokens, n = x.shape
-    m = out.shape[2]
-    columns = x if y is None else y
-    tile, statistics = {}, out
-    if config is not None:
-        masked = n < config.block_m or m < config.block_n
-        tile = config.constants(_lanes(x)) | {
-            "num_warps": config.num_warps(_lanes(x)),
-            "MASKED": masked,
-        }
-        if divisor is not None:
-            statistics = x.new_empty(_tiles(batch, n, m, tile), 3, dtype=torch.float32)
+    batch, n, m = out.shape
+    lanes = _lanes(x)
+    tiles = _tiles(batch, n, m, config)
+    statistics = out if divisor is None else x.new_empty(tiles, 3, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernel[lambda constants: (_tiles(batch, n, m, constants),)](
-            *(x, columns, out if index is None else index, out if scale is None else scale),
-            *(out, statistics, tokens, n, m),
-            *(x.stride(0), x.stride(1), columns.stride(0), columns.stride(1)),
+        l1_cost_kernel[(tiles,)](
+            *(x, y, out if scale is None else scale, out, statistics, x.shape[1], n, m),
+            *(x.shape[2], y.shape[2], x.stride(0), x.stride(1), y.stride(0), y.stride(1)),
             *(0 if scale is None else scale.shape[1], 1.0 if divisor is None else divisor),
-            HAS_INDEX=index is not None,
-            SYMMETRIC=y is None and index is None,
+            SYMMETRIC=symmetric,
             ACCUMULATE=accumulate,
             PACKED=scale is not None,
             FINISH=divisor is not None,
             TOKEN_BLOCK=TOKEN_BLOCK,
-            GROUP=GROUP,
-            **tile,
+            ASYNC=ASYNC,
+            **config.options(lanes),
+            **config.constants(lanes),
         )
     if divisor is None:
         return None
     parts = statistics.view(batch, -1, 3).double()
-    mean = parts[:, :, 2].sum(1) * (tile["BM"] * tile["BN"] / (n * m))
+    mean = parts[:, :, 2].sum(1) * (config.block_m * config.block_n / (n * m))
     return torch.stack([parts[:, :, 0].amin(1), parts[:, :, 1].amax(1), mean], 1)
 
 
-def _tiles(batch: int, n: int, m: int, constants: dict[str, Any]) -> int:
-    return batch * triton.cdiv(n, constants["BM"]) * triton.cdiv(m, constants["BN"])
+def _tiles(batch: int, n: int, m: int, config: L1Config) -> int:
+    return batch * triton.cdiv(n, config.block_m) * triton.cdiv(m, config.block_n)
 
 
 def _lanes(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).warp_size if x.is_cuda else 32
 
 
-def choose_config(
-    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, *, packed: bool
-) -> L1Config:
-    """The tile for one call: small for few pairs, tuned on this device for very many."""
+def choose_config(out: Tensor, *, packed: bool, device: torch.device) -> L1Config:
+    """The tile for one call: the small one where there would be too few to fill a device."""
     kind = "packed" if packed else "float32"
-    batch, n, m = out.shape
-    operands = "targets" if index is not None else "self" if y is None else "y"
-    first = configs(kind, operands)[0]
-    fits = n >= first.block_m and m >= first.block_n
-    processors = (
-        torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    )
-    if not fits or _tiles(batch, n, m, first.constants()) < 2 * processors:
-        return SMALL[kind]
-    if not x.is_cuda or x.numel() * m < TUNING_PAIRS:
-        return first
-    strides = [x.stride(1), (x if y is None else y).stride(1)]
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in strides)
-    return tune(kind, x.dtype, operands, aligned, x.device)
-
-
-@functools.cache
-def tune(
-    kind: str, dtype: torch.dtype, operands: str, aligned: bool, device: torch.device
-) -> L1Config:
-    """The fastest configuration for this kind of operands; Triton keeps the answer on disk."""
-    width = 4096 if device.type == "cuda" else 128
-    x = torch.arange(_TUNING_TOKENS * (width + (not aligned)), device=device) * 0.37 % 1
-    x = x.view(1, _TUNING_TOKENS, -1).to(dtype)
-    y = x.flip(2) if operands == "y" else None
-    index = torch.arange(width, device=device)[None] if operands == "targets" else None
-    scale = (
-        x.new_ones(1, _TUNING_TOKENS // GROUP, dtype=torch.float32) if kind == "packed" else None
-    )
-    out = torch.empty(1, x.shape[2], width if index is not None else x.shape[2], device=device)
-    tuner = _tuner(configs(kind, operands), _lanes(x))
-    _launch(tuner, None, x, y, index, scale, out, False, None)
-    best = tuner.best_config.kwargs
-    same = (c for c in configs(kind, operands) if c.constants(_lanes(x)).items() <= best.items())
-    return next(same)
-
-
-def _tuner(candidates: list[L1Config], lanes: int) -> Any:
-    choices = [
-        triton.Config(c.constants(lanes) | {"MASKED": False}, num_warps=c.num_warps(lanes))
-        for c in candidates
-    ]
-    # The interpreter knows no device to take the time with.
-    clock = _stopwatch if triton.knobs.runtime.interpret else None
-    return triton.autotune(
-        choices, key=["n", "m", "SYMMETRIC"], cache_results=True, do_bench=clock
-    )(l1_cost_kernel)
-
-
-def _stopwatch(call: Callable[[], Any], quantiles: tuple[float, ...] = (0.5,)) -> list[float]:
-    start = time.perf_counter()
-    call()
-    return [time.perf_counter() - start] * len(quantiles)
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    few = _tiles(*out.shape, CONFIGS[kind]) < 2 * processors
+    return SMALL[kind] if few else CONFIGS[kind]

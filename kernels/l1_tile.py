@@ -8,16 +8,19 @@ and an addition with the absolute-value modifier, two instructions per pair. Bou
 GROUP tokens are summed in float16, then scaled and added to float32: 1.13 instructions per pair at
 least.
 
-Activations are token-major, so for one token a thread loads 8 neurons of x and 8 of y, 16 bytes at
-a time, and forms their 64 differences in registers: no transpose, no reduction across threads, no
-shared memory. The layout is explicit (Gluon); left to itself Triton passes every token through
-shared memory. As compiled (tests/test_kernels_compile.py): 2.25 instructions per pair, packed 1.25.
+Activations are token-major, so for one token a thread takes 8 neurons of x and 8 of y, 16 bytes at
+a time, and forms their 64 differences in registers: no transpose, no reduction across threads. The
+layout is explicit (Gluon). Chunks of tokens come through shared memory, the next ones on their way
+while one is added: loads into registers are put off by the compiler until they are needed, and 64
+sums leave registers for too few warps to hide that a cache answers late (5 to 7 T pairs/s on an
+H200, of 16).
 
 Sums have two levels, as in every backend: TOKEN_BLOCK tokens in registers, then the total in
 ``out`` itself, which stays in the cache; a second register per entry would halve the occupancy.
 
 A tile that would pass the edge is moved back inside, so that no load needs a mask (a masked load
-clears its registers first, 1/8 of the instructions); it writes only what is its own.
+clears its registers first, 1/8 of the instructions); it writes only what is its own. The launcher
+pads what is smaller than a tile or not aligned.
 
 Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
 """
@@ -26,16 +29,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from dotresize.kernels.layouts import gl, jit
-
-
-@jit
-def _load(p_values, m_values, MASKED: tl.constexpr):
-    if MASKED:
-        b_values = gl.load(p_values, mask=m_values, other=0.0)
-    else:
-        b_values = gl.load(p_values)
-    return b_values
+from dotresize.kernels.layouts import async_copy, async_load, gl, jit
 
 
 @jit
@@ -52,46 +46,74 @@ def _store_statistics(p_statistics, low, high, mean):
 
 
 @jit
+def _fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
+    """A chunk of tokens on its way into shared memory; zeros past the last token."""
+    if ASYNC:
+        async_load(buffer, p_values, mask=m_values)
+    else:
+        buffer.store(gl.load(p_values, mask=m_values, other=0.0))
+
+
+@jit
+def _next_chunk(ASYNC: tl.constexpr, STAGES: tl.constexpr):
+    """Waits for the oldest chunk on its way."""
+    if ASYNC:
+        async_copy.wait_group(STAGES - 2)
+
+
+@jit
+def _sent(ASYNC: tl.constexpr):
+    if ASYNC:
+        async_copy.commit_group()
+
+
+@jit
 def l1_cost_kernel(
     p_x,
     p_y,
-    p_index,
     p_scale,
     p_out,
     p_statistics,
     tokens,
     n,
     m,
+    read_n,
+    read_m,
     stride_xb,
     stride_xt,
     stride_yb,
     stride_yt,
     groups,
     divisor,
-    HAS_INDEX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PACKED: tl.constexpr,
     FINISH: tl.constexpr,
-    MASKED: tl.constexpr,
+    ASYNC: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     T: tl.constexpr,
-    UNROLL: tl.constexpr,
     LANES_M: tl.constexpr,
     WARPS_M: tl.constexpr,
     WARPS_N: tl.constexpr,
 ):
     """One tile of BM x BN pairs, T x T and repetitions of it in a thread.
 
-    p_scale, with PACKED: (batch, groups) factors of the sums of GROUP tokens. FINISH divides by
-    ``divisor`` and writes the tile's minimum, maximum and mean (times its share of BM x BN).
+    read_n, read_m: neurons of a token that may be read, at least a tile, multiples of 16 and, up to
+    padding, n and m. p_scale, with PACKED: (batch, groups) factors of the sums of CHUNK tokens.
+    FINISH divides by ``divisor`` and writes the tile's minimum, maximum and mean (times its share
+    of BM x BN).
     """
     BOTH: tl.constexpr = gl.BlockedLayout([T, T], [LANES_M, 8], [WARPS_M, WARPS_N], [1, 0])
     ROWS: tl.constexpr = gl.SliceLayout(1, BOTH)
     COLUMNS: tl.constexpr = gl.SliceLayout(0, BOTH)
+    VECTOR: tl.constexpr = 8 if PACKED else 4
+    COPY: tl.constexpr = gl.BlockedLayout([VECTOR], [8 * LANES_M], [WARPS_M * WARPS_N], [0])
+    PLAIN: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    KIND: tl.constexpr = gl.float16 if PACKED else gl.float32
     # One grid axis: the others end at 65535, and there may be more problems.
     tiles_n = gl.cdiv(m, BN)
     tiles = gl.cdiv(n, BM) * tiles_n
@@ -99,62 +121,57 @@ def l1_cost_kernel(
     i_tile = gl.program_id(0) % tiles
     i_m = i_tile // tiles_n * BM
     i_n = i_tile % tiles_n * BN
-    first_m = i_m
-    first_n = i_n
-    if not MASKED:
-        first_m = gl.minimum(i_m, n - BM)
-        first_n = gl.minimum(i_n, m - BN)
-    o_m = first_m + gl.arange(0, BM, layout=ROWS)
-    o_n = first_n + gl.arange(0, BN, layout=COLUMNS)
-    o_rows = gl.expand_dims(o_m, 1)
-    o_columns = gl.expand_dims(o_n, 0)
-    if MASKED:
-        m_tile = (o_rows < n) & (o_columns < m)
-    else:
-        m_tile = (o_rows >= i_m) & (o_columns >= i_n)
+    first_m = gl.minimum(i_m, read_n - BM)
+    first_n = gl.minimum(i_n, read_m - BN)
+    o_rows = gl.expand_dims(first_m + gl.arange(0, BM, layout=ROWS), 1)
+    o_columns = gl.expand_dims(first_n + gl.arange(0, BN, layout=COLUMNS), 0)
+    m_tile = (o_rows >= i_m) & (o_columns >= i_n) & (o_rows < n) & (o_columns < m)
     # BM divides BN: a tile wholly below the diagonal is the mirror of one wholly above it, and
     # those that cross the diagonal hold the rest.
     skip = SYMMETRIC and (i_n + BN <= i_m)
     if not skip:
-        m_m = o_m < n
-        m_n = o_n < m
-        o_y = o_n
-        if HAS_INDEX:
-            o_y = _load(p_index + i_b * m + o_n, m_n, MASKED).to(gl.int32)
-        p_xt = p_x + i_b * stride_xb
-        p_yt = p_y + i_b * stride_yb
+        x_chunks = gl.allocate_shared_memory(KIND, [STAGES, CHUNK * BM], PLAIN)
+        y_chunks = gl.allocate_shared_memory(KIND, [STAGES, CHUNK * BN], PLAIN)
+        o_x = gl.arange(0, CHUNK * BM, layout=COPY)
+        o_y = gl.arange(0, CHUNK * BN, layout=COPY)
+        p_xc = p_x + i_b * stride_xb + first_m + (o_x // BM * stride_xt + o_x % BM)
+        p_yc = p_y + i_b * stride_yb + first_n + (o_y // BN * stride_yt + o_y % BN)
+        for i in gl.static_range(STAGES - 1):
+            _fetch(x_chunks.index(i), p_xc, i * CHUNK + o_x // BM < tokens, ASYNC)
+            _fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BN < tokens, ASYNC)
+            _sent(ASYNC)
+            p_xc += CHUNK * stride_xt
+            p_yc += CHUNK * stride_yt
         # 64-bit up to the tile's corner, 32-bit inside: half the address registers.
         p_corner = p_out + (i_b * n + first_m) * m + first_n
         p_tile = p_corner + ((o_rows - first_m) * m + (o_columns - first_n))
         for start in range(0, tokens, TOKEN_BLOCK):
             b_sum = gl.zeros([BM, BN], gl.float32, layout=BOTH)
-            count = gl.minimum(TOKEN_BLOCK, tokens - start)
-            if PACKED:
-                for i in range(0, count // GROUP):
+            last = gl.minimum(start + TOKEN_BLOCK, tokens)
+            for token in range(start, last, CHUNK):
+                _next_chunk(ASYNC, STAGES)
+                ahead = token + (STAGES - 1) * CHUNK
+                free = ahead // CHUNK % STAGES
+                _fetch(x_chunks.index(free), p_xc, ahead + o_x // BM < tokens, ASYNC)
+                _fetch(y_chunks.index(free), p_yc, ahead + o_y // BN < tokens, ASYNC)
+                _sent(ASYNC)
+                p_xc += CHUNK * stride_xt
+                p_yc += CHUNK * stride_yt
+                x_chunk = x_chunks.index(token // CHUNK % STAGES)
+                y_chunk = y_chunks.index(token // CHUNK % STAGES)
+                if PACKED:
+                    scale = gl.load(p_scale + i_b * groups + token // CHUNK)
                     b_half = gl.zeros([BM, BN], gl.float16, layout=BOTH)
-                    for _ in range(0, GROUP // UNROLL):
-                        for _ in gl.static_range(UNROLL):
-                            b_x = _load(p_xt + o_m, m_m, MASKED)
-                            b_y = _load(p_yt + o_y, m_n, MASKED)
-                            b_half += _distances(b_x, b_y)
-                            p_xt += stride_xt
-                            p_yt += stride_yt
-                    scale = gl.load(p_scale + i_b * groups + start // GROUP + i)
+                    for i in gl.static_range(CHUNK):
+                        b_x = x_chunk.slice(i * BM, BM).load(ROWS)
+                        b_y = y_chunk.slice(i * BN, BN).load(COLUMNS)
+                        b_half += _distances(b_x, b_y)
                     b_sum += b_half.to(gl.float32) * scale
-            else:
-                for _ in range(0, count // UNROLL):
-                    for _ in gl.static_range(UNROLL):
-                        b_x = _load(p_xt + o_m, m_m, MASKED).to(gl.float32)
-                        b_y = _load(p_yt + o_y, m_n, MASKED).to(gl.float32)
+                else:
+                    for i in gl.static_range(CHUNK):
+                        b_x = x_chunk.slice(i * BM, BM).load(ROWS)
+                        b_y = y_chunk.slice(i * BN, BN).load(COLUMNS)
                         b_sum += _distances(b_x, b_y)
-                        p_xt += stride_xt
-                        p_yt += stride_yt
-                for _ in range(0, count % UNROLL):
-                    b_x = _load(p_xt + o_m, m_m, MASKED).to(gl.float32)
-                    b_y = _load(p_yt + o_y, m_n, MASKED).to(gl.float32)
-                    b_sum += _distances(b_x, b_y)
-                    p_xt += stride_xt
-                    p_yt += stride_yt
             m_old = m_tile & (start + ACCUMULATE > 0)
             b_sum += gl.load(p_tile, mask=m_old, other=0.0)
             gl.store(p_tile, b_sum, mask=m_tile)

@@ -7,10 +7,37 @@ Triton itself with every layout dropped, so that one kernel text runs in both.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import triton
 import triton.language as tl
+
+
+class _Chunk:
+    """Some entries of a row of shared memory, as a one-dimensional block."""
+
+    def __init__(self, rows: list[Any], row: int, start: int, length: int) -> None:
+        self._rows, self._row, self._start, self._length = rows, row, start, length
+
+    def slice(self, start: int, length: int) -> _Chunk:
+        return _Chunk(self._rows, self._row, self._start + start, length)
+
+    def store(self, value: Any) -> None:
+        self._rows[self._row] = value
+
+    def load(self, layout: None) -> Any:
+        return tl.gather(self._rows[self._row], self._start + tl.arange(0, self._length), 0)
+
+
+class _Shared:
+    """Rows of shared memory."""
+
+    def __init__(self, shape: list[int]) -> None:
+        self._rows, self._length = [None] * shape[0], shape[1]
+
+    def index(self, row: Any) -> _Chunk:
+        return _Chunk(self._rows, operator.index(row), 0, self._length)
 
 
 class _WithoutLayouts:
@@ -19,8 +46,10 @@ class _WithoutLayouts:
     def BlockedLayout(self, *_: Any) -> None:
         return None
 
-    def SliceLayout(self, *_: Any) -> None:
-        return None
+    SliceLayout = SwizzledSharedLayout = BlockedLayout
+
+    def allocate_shared_memory(self, kind: Any, shape: list[int], layout: None) -> _Shared:
+        return _Shared(shape)
 
     def __getattr__(self, name: str) -> Any:
         if isinstance(getattr(tl, name), tl.dtype):
@@ -31,9 +60,13 @@ class _WithoutLayouts:
 
 if triton.knobs.runtime.interpret:
     gl: Any = _WithoutLayouts()
-    jit = triton.jit
+    jit, async_copy, async_load = triton.jit, None, None
 else:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-__all__ = ["gl", "jit"]
+    # Renamed after triton 3.6.
+    async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+__all__ = ["async_copy", "async_load", "gl", "jit"]

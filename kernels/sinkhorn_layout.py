@@ -32,7 +32,9 @@ class Tile:
         power = max(32, triton.next_power_of_2(columns))
         self.parts = 3 if columns <= 3 * power // 4 and power >= 128 else 1
         self.block = power // 4 if self.parts == 3 else power
-        entries, most = (n[dtype] * 3 // (4 if shifted else 3) for n in (ROW_ENTRIES, THREAD_ENTRIES))
+        entries, most = (
+            n[dtype] * 3 // (4 if shifted else 3) for n in (ROW_ENTRIES, THREAD_ENTRIES)
+        )
         width = self.parts * self.block
         warps = triton.next_power_of_2(triton.cdiv(width, 32 * entries))
         # All along the columns, so that sums over the rows of a block stay within a thread.

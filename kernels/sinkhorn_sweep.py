@@ -3,7 +3,7 @@
 Each program owns a few whole rows of one problem. A row that fits (sinkhorn_layout.Tile) is kept in
 registers, as one block or as three equal ones (a power of two of columns, or three times that):
 one read and one exponential per entry. What keeps exponentials in range is not the row's maximum,
-which would ask for a reduction more before any of them, but the row's potential of the sweep before:
+which would ask for one more reduction before any of them, but its potential of the sweep before:
 
     shift_i = f_i - log a_i,   s_i = sum_j exp(z_ij + shift_i),   f_i = log a_i + shift_i - log s_i,
 
@@ -121,7 +121,7 @@ def _rows(p_log_a, p_row_min, p_f, o_r, last):
 
 @triton.jit
 def _read_rows(p_r, m_last, PARTS: tl.constexpr, BC: tl.constexpr):
-    """Whole rows in three parts, the first two of which are full, or in one, three times the same."""
+    """Whole rows in three parts, the first two of them full, or in one, three times the same."""
     if PARTS == 3:
         b_c = _read(p_r, m_last, False)
         b_c1 = _read(p_r + BC, m_last, False)

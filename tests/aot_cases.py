@@ -24,7 +24,7 @@ class AotCase(NamedTuple):
     function: Any
     types: str  # of the arguments that are not constants
     constants: Callable[[int], dict[str, Any]]  # by the lanes of a warp
-    warps: Callable[[int], int]  # by the lanes of a warp
+    options: Callable[[int], dict[str, int]]  # what the compiler is told, likewise
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16
     elements: int = 0  # pairs or entries that one trip through the busiest loop does in a thread
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -34,8 +34,8 @@ class AotCase(NamedTuple):
 FEW = ("sm_90", "gfx942")
 
 
-def four(lanes: int) -> int:
-    return 4
+def four(lanes: int) -> dict[str, int]:
+    return {"num_warps": 4}
 
 
 def cases() -> Iterator[AotCase]:
@@ -44,50 +44,32 @@ def cases() -> Iterator[AotCase]:
 
 
 def l1_cases() -> Iterator[AotCase]:
-    """Every tile for float32 and packed float16; the first with the other kinds of operands too."""
-    strides = ("n", "m", "stride_xb", "stride_xt", "stride_yb", "stride_yt")
-    for precision, configs in l1_cost.CONFIGS.items():
-        for config in (*configs, l1_cost.SMALL[precision]):
-            yield l1_case(precision, config, "y", strides)
-    for precision in l1_cost.CONFIGS:
-        for operands in ("self", "targets") if precision == "float32" else ("self",):
-            yield l1_case(precision, l1_cost.configs(precision, operands)[0], operands, strides)
-            yield l1_case(precision, l1_cost.SMALL[precision], operands, strides, masked=True)
-    yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", ("n", "stride_xb", "stride_xt"))
-    yield l1_case("float32", l1_cost.CONFIGS["float32"][0], "y", strides, kind="bf16")
+    """Every tile for float32 and packed float16, and each for a cost of x with itself."""
+    for precision, config in l1_cost.CONFIGS.items():
+        for one in (config, l1_cost.SMALL[precision]):
+            for operands in ("y", "self"):
+                yield l1_case(precision, one, operands)
 
 
-def l1_case(
-    precision: str,
-    config: l1_cost.L1Config,
-    operands: str,
-    aligned: tuple[str, ...],
-    kind: str | None = None,
-    masked: bool = False,
-) -> AotCase:
+def l1_case(precision: str, config: l1_cost.L1Config, operands: str) -> AotCase:
     packed = precision == "packed"
-    kind = kind or ("fp16" if packed else "fp32")
-    name = f"l1_cost/{precision}/{kind}/{config.block_m}x{config.block_n}/{config.unroll}"
-    name += f"/{operands}" + ("/masked" if masked else "") + ("" if len(aligned) > 3 else "/odd")
-    # Targets and self by y's strides; what is symmetric finishes, too.
+    kind = "fp16" if packed else "fp32"
+    name = f"l1_cost/{precision}/{config.block_m}x{config.block_n}/{operands}"
     constants = {
-        "HAS_INDEX": operands == "targets",
         "SYMMETRIC": operands == "self",
         "ACCUMULATE": False,
         "PACKED": packed,
         "FINISH": True,
-        "MASKED": masked,
         "TOKEN_BLOCK": TOKEN_BLOCK,
-        "GROUP": l1_cost.GROUP,
     }
     return AotCase(
         name,
         l1_cost_kernel,
-        f"*{kind} *{kind} *i64 *fp32 *fp32 *fp32 i32 i32 i32 i64 i64 i64 i64 i32 fp32",
-        lambda lanes: constants | config.constants(lanes),
-        config.num_warps,
-        aligned,
-        config.block_m * config.block_n // (32 * config.num_warps()) * config.unroll,
+        f"*{kind} *{kind} *fp32 *fp32 *fp32" + " i32" * 5 + " i64" * 4 + " i32 fp32",
+        lambda lanes: constants | config.constants(lanes) | {"ASYNC": lanes == 32},
+        config.options,
+        ("read_n", "read_m", "stride_xb", "stride_xt", "stride_yb", "stride_yt"),
+        config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,
     )
 
 
@@ -127,7 +109,7 @@ def sweep_case(
         sinkhorn_sweep.sinkhorn_sweep_kernel,
         f"*{stored} *i64 *i64" + f" {p}" * 10 + " *i32 *i32" + f" {p} i32",
         lambda lanes: constants | tile.constants(),
-        tile.num_warps,
+        lambda lanes: {"num_warps": tile.num_warps(lanes)},
         elements=tile.rows * width // (32 * tile.warps),
         targets=FEW if kind == "fp64" else AotCase._field_defaults["targets"],
     )

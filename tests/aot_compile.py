@@ -52,9 +52,7 @@ def build(case, target):
             if types.get(name, "").startswith("*") or name in case.aligned
         },
     )
-    return triton.compile(
-        source, target=target, options={"num_warps": case.warps(target.warp_size)}
-    )
+    return triton.compile(source, target=target, options=case.options(target.warp_size))
 
 
 def tool(name: str, kernel, *options: str) -> str:
