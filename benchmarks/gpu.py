@@ -39,8 +39,9 @@ _SANITIZERS = ("memcheck", "racecheck")
 _SANITIZER_S = 75
 # Processes that check; each holds a few gigabytes of the GPU at most.
 _CHECKERS = 8
+SECTIONS = ("ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model", "sanitizer")
 # No case begins later than this after the start; those that remain are rows that say so.
-_BUDGET_S = 400
+_BUDGET_S = 400.0
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
@@ -71,15 +72,18 @@ SIZES: dict[str, dict[str, Any]] = {
 class Report:
     """Rows, written as they come; a case that raises is a row as well."""
 
-    def __init__(self, path: Path, about: Row) -> None:
+    def __init__(self, path: Path, about: Row, sections: tuple[str, ...], seconds: float) -> None:
         self.path, self.about, self.rows = path, about, list[Row]()
+        self.sections, self.seconds = sections, seconds
         self.start = time.perf_counter()
 
     def add(self, section: str, case: str, run: Callable[[], Any]) -> None:
+        if section not in self.sections:
+            return
         start = time.perf_counter()
         try:
-            if start - self.start > _BUDGET_S:
-                raise TimeoutError(f"not begun: {_BUDGET_S} s were over")
+            if start - self.start > self.seconds:
+                raise TimeoutError(f"not begun: {self.seconds:g} s were over")
             found = run()
             found = found if isinstance(found, list) else [found]
         except Exception as error:  # the others go on
@@ -175,18 +179,24 @@ def sanitize(tool: str) -> Row:
     return row
 
 
-def run(out: Path, peers: bool) -> int:
+def run(
+    out: Path,
+    peers: bool,
+    sections: tuple[str, ...] = SECTIONS,
+    seconds: float = _BUDGET_S,
+) -> int:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     size = "full" if on_gpu else "tiny"
     sizes, clock = SIZES[size], gpu_times.Clock(device)
-    report = Report(out / "gpu.jsonl", environment(device))
+    report = Report(out / "gpu.jsonl", environment(device), sections, seconds)
     for name, rate in ceilings(device, clock.median).items():
         report.add("ceiling", name, lambda r=rate: {"per_s": r()})
-    with contextlib.ExitStack() as stack:
-        for name, result in checked(size, device, stack):
-            report.add("check", name, result)
-    clock.tidy()
+    if "check" in sections:
+        with contextlib.ExitStack() as stack:
+            for name, result in checked(size, device, stack):
+                report.add("check", name, result)
+        clock.tidy()
     for shape in sizes["l1"]:
         report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))
     for shape, counts in sizes["sinkhorn"]:
@@ -228,6 +238,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for gpu.jsonl and gpu.md")
     parser.add_argument("--no-peers", action="store_true", help="time this project only")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        help="what to measure; rows are appended (all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=_BUDGET_S,
+        help=f"no case begins later ({_BUDGET_S:g})",
+    )
     parser.add_argument("--tiny-checks", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -240,7 +263,7 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {arguments.out}: cannot be made a folder ({error.strerror})")
-    return run(arguments.out, peers=not arguments.no_peers)
+    return run(arguments.out, not arguments.no_peers, tuple(arguments.sections), arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from dotresize.resident import parts, skeleton
 from dotresize.stored import INDEX
 
 from .large_counts import SHAPES, Shape, counts, gpu_bytes, measured_rates
-from .rows import append, where
+from .rows import append, device_name, where
 
 SHARDS = 4
 # The calibration of the published runs: 128 windows.
@@ -106,14 +106,19 @@ def project(names: list[str], out: Path | None) -> None:
     rates = measured_rates(device)
     for name in names:
         shape = SHAPES[name]
-        found = counts(shape, TOKENS)
+        found = counts(shape, TOKENS, 3 if device.type == "cuda" else 1)
         size = gpu_bytes(llama(shape), TOKENS, WINDOW)
         seconds = {kind: found[kind] / rates[kind] for kind in rates}
         row = {"shape": name, "tokens": TOKENS, "operations": found, "rates": rates}
         row |= {"seconds": seconds, "bytes_on_a_gpu": size, "measured_on": str(device)}
         if out is not None:
-            append(out, [where(torch.get_num_threads()) | row])
+            append(out, [_about() | row])
         sys.stdout.write(json.dumps(row, indent=2) + "\n")
+
+
+def _about() -> dict[str, Any]:
+    about = where(torch.get_num_threads())
+    return about | ({"device": device_name()} if torch.cuda.is_available() else {})
 
 
 def main() -> int:
@@ -142,7 +147,7 @@ def main() -> int:
         *("width", "feed_forward", "method", "refit", "parameters", "calibration", "seconds"),
         *("predicted_memory_bytes", "peak_memory_bytes"),
     )
-    row = where(torch.get_num_threads()) | {"model": args.folder.name, "options": options}
+    row = _about() | {"model": args.folder.name, "options": options}
     row |= {name: report[name] for name in kept}
     if args.out is not None:
         append(args.out, [row])

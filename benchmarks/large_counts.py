@@ -4,10 +4,12 @@ With D and k the residual widths, F the inner one, P the parameters of all layer
 narrowed ones, E those of embedding and head, L layers, T tokens, R the readers' rows of a layer:
 
 forward  2 T (2 P + P')                                calibration, and both models in the refit
-gram     2 T (2 L + 1) D^2 + 2 T L (2 k^2 + 3 k D + F^2 + F k)         products of activations
+gram     2 T s (2 L + 1) D^2 + 2 T L (2 k^2 + 2 k D + F^2 + s k D + s F k)         of activations
 float64  9 D^3 + 2 k (P + E) + L (4/3 k^3 + 4 k^2 D + 2/3 F^3 + 2 F^2 k + 2 k D R)
 
-The forward passes run in the model's dtype (float32 on a CPU), the others as named.
+The forward passes run in the model's dtype (float32 on a CPU), the products of activations on a
+GPU's matrix units, where one with a float32 factor is s = 3 products (dotresize.products), or in
+float32, s = 1.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from dotresize.memory import activation_bytes, stage_bytes
+from dotresize.products import over_tokens
 
 KEPT = 0.8
 BATCH_WINDOWS = 4
@@ -45,16 +48,16 @@ SHAPES = {
 }
 
 
-def counts(shape: Shape, tokens: int) -> dict[str, float]:
-    """The header's sums, in floating-point operations."""
+def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
+    """The header's sums, in floating-point operations; split: s."""
     width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     k = round(KEPT * width)
     grouped = width * shape.num_key_value_heads // shape.num_attention_heads
     readers = width + 2 * grouped + 2 * inner
     layer = width * (readers + width + inner)
     outer = 2 * shape.vocab_size * width
-    gram = (2 * layers + 1) * width**2
-    gram += layers * (2 * k**2 + 3 * k * width + inner**2 + inner * k)
+    gram = split * (2 * layers + 1) * width**2
+    gram += layers * (2 * k**2 + 2 * k * width + inner**2 + split * k * (width + inner))
     solves = 4 / 3 * k**3 + 4 * k**2 * width + 2 / 3 * inner**3 + 2 * inner**2 * k
     return {
         "forward": 2.0 * tokens * layers * layer * (2 + KEPT),
@@ -69,6 +72,7 @@ def gpu_bytes(model: Any, tokens: int, window: int) -> dict[str, int]:
     """What a GPU must hold in bfloat16: its greediest stage, and the activations if kept there."""
     k, inner = round(KEPT * model.config.hidden_size), model.config.intermediate_size
     stages = stage_bytes(model, BATCH_WINDOWS * window, window, k, inner, 2)
+    del stages["evaluation"]
     return {"stages": max(stages.values()), "activations": activation_bytes(model, tokens, k, 2)}
 
 
@@ -94,6 +98,6 @@ def measured_rates(device: torch.device) -> dict[str, float]:
 
     return {
         "forward": rate(lambda: low @ low, 2.0 * n**3),
-        "gram": rate(lambda: x.mT @ x, 2.0 * n**3),
+        "gram": rate(lambda: over_tokens(low, low), 2.0 * n**3),
         "float64": rate(lambda: torch.linalg.solve(high, high), (2 / 3 + 2) * n**3),
     }

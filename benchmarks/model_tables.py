@@ -60,7 +60,7 @@ def projected() -> str:
         "|---" * 6 + "|",
     ]
     for name in ("1.1B", "8B", "70B"):
-        found = counts(SHAPES[name], TOKENS)
+        found = counts(SHAPES[name], TOKENS, 3)
         size = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
         cells = [f"{found[kind] / 1e15:.2f} P" for kind in ("forward", "gram", "float64")]
         cells += [f"{size[what] / 1e9:.1f} GB" for what in ("stages", "activations")]

@@ -15,7 +15,7 @@ import dotresize
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "lapx", "scikit-learn", "faiss-cpu", "POT", "geomloss"),
-    *("jax", "jaxlib", "ott-jax", "pykeops", "flash-sinkhorn", "cupy"),
+    *("jax", "jaxlib", "ott-jax", "pykeops", "flash-sinkhorn", "cupy-cuda13x", "cuvs-cu13"),
 )
 
 

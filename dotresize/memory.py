@@ -94,6 +94,8 @@ def plan(
     c = _computed_bytes(model)
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
     stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c)
+    if not evaluated:
+        del stages["evaluation"]
     kept = activation_bytes(model, tokens.numel(), width, c)
     kept = max(kept, evaluated * model.config.hidden_size * c // distributed.size())
     device, base = device_of(model), _now() + _LATER

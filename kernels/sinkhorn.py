@@ -127,30 +127,23 @@ class _Batch:
         self.a, self.b = a.to(self.kind), b.to(self.kind)
         self.log_a = a.log2().to(self.kind)
         self.tables = Tables(costs, self.rows)
-        self.reg = reg.to(self.device)
-        self.inv_reg = (_LOG2E / self.reg).to(self.kind)
-        self.tol = tol.to(self.device, self.kind)
-        self.row_problem = self._spread(self.n)
-        self.column_problem = self._spread(self.m)
+        self.momentum = bool((pace == MOMENTUM).any())
+        numbers = torch.stack([reg, _LOG2E / reg, tol, (pace == MOMENTUM).to(reg)]).to(self.device)
+        self.reg = numbers[0]
+        _, self.inv_reg, self.tol, self.limit = numbers.to(self.kind)
         self._buffers()
-        self.limit, self.momentum = (pace == MOMENTUM).to(self.f), bool((pace == MOMENTUM).any())
         self._minima()
         self.stored, self.scale, self.align = first, self.inv_reg, 16 // first.element_size()
         if storage == "u16":
             self._store_linear(labels)
-        start = torch.where(self.b > 0, g - self.shift_g, -torch.inf) * _LOG2E
-        self.g[0] = start.to(self.kind)
-        self.before.copy_(torch.where(self.b > 0, self.g[0], 0.0))
-        self.used = self._sums((self.b > 0).to(self.kind), self.m)
-        self.g_sum[0][self.tables.problem[:, 7]] = self._sums(self.before, self.m)
+        has_mass, start = self.b > 0, ((g - self.shift_g) * _LOG2E).to(self.kind)
+        self.g[0] = torch.where(has_mass, start, -torch.inf)
+        self.before = torch.where(has_mass, start, 0.0)
+        self.used = self._sums(has_mass.to(self.kind))
+        self.g_sum[0][self.tables.problem[:, 7]] = self._sums(self.before)
 
-    def _spread(self, counts: list[int]) -> Tensor:
-        """The problem of each entry of a joined vector."""
-        repeats = torch.tensor(counts, device=self.device)
-        return torch.arange(len(counts), device=self.device).repeat_interleave(repeats)
-
-    def _sums(self, joined: Tensor, counts: list[int]) -> Tensor:
-        return torch.segment_reduce(joined, "sum", lengths=torch.tensor(counts).to(self.device))
+    def _sums(self, columns: Tensor) -> Tensor:
+        return torch.segment_reduce(columns, "sum", lengths=self.tables.m)
 
     def _buffers(self) -> None:
         t = self.tables
@@ -167,7 +160,6 @@ class _Batch:
         self.largest = empty(len(t.program))
         self.error = torch.full_like(empty(len(t.block)), torch.inf)
         self.g_sum = torch.zeros_like(empty(2, len(t.block)))
-        self.before = empty(t.columns_total)
         self.pace = torch.zeros_like(empty(2, len(t.block), column.PACE.value))
         self.pace[..., 0:3:2] = torch.inf  # no error yet; see sinkhorn_columns
         self.marginal_error = torch.full_like(empty(count), torch.nan)
@@ -175,7 +167,7 @@ class _Batch:
         self.sweeps = torch.zeros_like(self.status)
 
     def _minima(self) -> None:
-        t, row_block = self.tables, prepare.row_block(max(self.m))
+        t, row_block = self.tables, prepare.row_block(max(self.m), self.tile.warps)
         with torch.cuda.device_of(self.f):
             prepare.row_minima_kernel[(len(t.program),)](
                 *(self.costs[0], t.problem, t.program, self.a, self.b),
@@ -186,6 +178,7 @@ class _Batch:
                 BR=row_block[0],
                 BC=row_block[1],
                 STAGES=prepare.STAGES,
+                num_warps=self.tile.num_warps(self.lanes),
             )
             grid = (len(t.program), triton.cdiv(max(self.m), prepare.COLUMNS))
             prepare.partial_minima_kernel[grid](
@@ -203,14 +196,14 @@ class _Batch:
                 BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
             )
-        far = self.column_min.double() / self.reg[self.column_problem]
-        self.shifted = bool(far.max() > _NEAR)
+        self.shift_g = self.column_min.double() / t.columns_of(self.reg)
+        self.shifted = bool(self.shift_g.max() > _NEAR)
         if self.shifted:
             self.tile = Tile(max(self.m), self.kind, shifted=True)
         else:
             self.column_min.zero_()
-        self.shift_f = self.row_min.double() / self.reg[self.row_problem]
-        self.shift_g = self.column_min.double() / self.reg[self.column_problem]
+            self.shift_g.zero_()
+        self.shift_f = self.row_min.double() / t.rows_of(self.reg)
 
     def _store_linear(self, labels: Sequence[int]) -> None:
         """16-bit copies of the costs, minima taken off; refused where that is too coarse."""
@@ -258,17 +251,19 @@ class _Batch:
                 COLUMN_BLOCK=COLUMN_BLOCK,
                 BLOCKS=t.blocks,
             )
+        status = self.status.cpu().long()
         n_iter = (self.sweeps - 1).clamp(min=0).long()
-        error, status = self.marginal_error.double(), self.status.long()
-        buffer = (n_iter % 2)[self.column_problem]
+        error = self.marginal_error.double()
+        odd = t.columns_of(n_iter % 2) == 1
         f = self.f.double() / _LOG2E + self.shift_f
-        g = torch.where(buffer == 0, self.g[0], self.g[1]).double() / _LOG2E + self.shift_g
-        mass = self._sums(self.a.double(), self.n)
+        g = torch.where(odd, self.g[1], self.g[0]).double() / _LOG2E + self.shift_g
         for code, value, share in ((INVALID, torch.nan, torch.nan), (INFEASIBLE, -torch.inf, 1.0)):
-            hit = status == code
-            f = torch.where(hit[self.row_problem], value, f)
-            g = torch.where(hit[self.column_problem], value, g)
-            error = torch.where(hit, mass * share, error)
+            if (status == code).any():
+                hit = self.status == code
+                mass = torch.segment_reduce(self.a.double(), "sum", lengths=t.n)
+                f = torch.where(t.rows_of(hit), value, f)
+                g = torch.where(t.columns_of(hit), value, g)
+                error = torch.where(hit, mass * share, error)
         return f, g, n_iter, error, status
 
     def _iteration(self, parity: int) -> None:

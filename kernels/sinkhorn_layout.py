@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -83,27 +84,53 @@ class Tables:
     row to row, rows, columns, and where its row vectors, its column vectors, its partial column
     sums and its column blocks begin. program (P, 2) and block (Q, 2): problem and first row, or
     first column, of each program of the sweep and of the column kernels.
+    n, m (B,): the rows and columns again.
     """
 
     def __init__(self, costs: Sequence[Tensor], rows: int) -> None:
-        size = costs[0].element_size()
-        lines, programs, blocks = [], [], []
-        row = column = partial = 0
-        for i, cost in enumerate(costs):
-            n, m = cost.shape
-            offset = (cost.data_ptr() - costs[0].data_ptr()) // size
-            lines.append([offset, cost.stride(0), n, m, row, column, partial, len(blocks)])
-            starts = range(0, n, rows)
-            programs += [(i, start) for start in starts]
-            blocks += [(i, start) for start in range(0, m, COLUMN_BLOCK)]
-            row, column, partial = row + n, column + m, partial + len(starts) * m
-        self.problem = torch.tensor(lines, device=costs[0].device)
-        self.program = torch.tensor(programs, device=costs[0].device)
-        self.block = torch.tensor(blocks, device=costs[0].device)
-        self.rows_total, self.columns_total, self.partial_total = row, column, partial
+        size, base = costs[0].element_size(), costs[0].data_ptr()
+        offset = np.array([(cost.data_ptr() - base) // size for cost in costs])
+        stride = np.array([cost.stride(0) for cost in costs])
+        n, m = (np.array([cost.shape[axis] for cost in costs]) for axis in (0, 1))
+        programs, blocks = -(-n // rows), -(-m // COLUMN_BLOCK)
+        begins = [_before(counts) for counts in (n, m, programs * m, blocks)]
+        parts = [
+            np.stack([offset, stride, n, m, *begins], 1),
+            _firsts(programs, rows),
+            _firsts(blocks, COLUMN_BLOCK),
+            n,
+            m,
+        ]
+        # One copy to the device: each waits for the host.
+        joined = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+        views = joined.to(costs[0].device).split([part.size for part in parts])
+        self.problem, self.program, self.block = (
+            view.view(part.shape) for view, part in zip(views[:3], parts[:3], strict=True)
+        )
+        self.n, self.m = views[3:]
+        self.rows_total, self.columns_total = int(n.sum()), int(m.sum())
+        self.partial_total = int((programs * m).sum())
         # The column blocks of the widest problem, for a block of all of them.
-        most = max(cost.shape[1] for cost in costs)
-        self.blocks = triton.next_power_of_2(triton.cdiv(most, COLUMN_BLOCK))
+        self.blocks = triton.next_power_of_2(int(blocks.max()))
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """Numbers of the problems, (B,), for each of their rows."""
+        return values.repeat_interleave(self.n, output_size=self.rows_total)
+
+    def columns_of(self, values: Tensor) -> Tensor:
+        """Numbers of the problems, (B,), for each of their columns."""
+        return values.repeat_interleave(self.m, output_size=self.columns_total)
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts) - counts
+
+
+def _firsts(counts: np.ndarray, step: int) -> np.ndarray:
+    """Problem and first row, or column, of each of so many programs of every problem."""
+    problem = np.arange(len(counts)).repeat(counts)
+    first = (np.arange(len(problem)) - _before(counts)[problem]) * step
+    return np.stack([problem, first], 1)
 
 
 def aligned(costs: Sequence[Tensor]) -> list[Tensor]:

@@ -11,13 +11,13 @@ import triton.language as tl
 
 # Of a program's block; what fills a warp's loads, and leaves registers for loads on their way.
 ROWS, COLUMNS = 8, 128
-STAGES = 3
+STAGES = 4
 
 
-def row_block(columns: int) -> tuple[int, int]:
+def row_block(columns: int, warps: int) -> tuple[int, int]:
     """Rows and columns of a block that walks along rows: long, as each step waits for memory."""
-    long = min(1024, triton.next_power_of_2(columns))
-    return 1024 // long, long
+    long = min(128 * warps, triton.next_power_of_2(columns))
+    return 128 * warps // long, long
 
 
 @triton.jit

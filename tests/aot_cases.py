@@ -140,7 +140,7 @@ def small_cases(kind: str) -> Iterator[AotCase]:
     codes = {"INFEASIBLE": 2, "INVALID": 3}
     rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
     long = {"STAGES": sinkhorn_prepare.STAGES}
-    long["BR"], long["BC"] = sinkhorn_prepare.row_block(4096)
+    long["BR"], long["BC"] = sinkhorn_prepare.row_block(4096, 4)
     columns = {"BP": sinkhorn_columns.PROGRAM_BLOCK, "BC": COLUMN_BLOCK}
     verdict = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
     kernels = [

@@ -70,10 +70,16 @@ class SinkhornResult:
                 (only,),
                 layout,
             )
-        f = [problem.potentials[0] for problem in problems]
-        g = [problem.potentials[1] for problem in problems]
+        potentials: tuple
+        if layout == "ragged":
+            potentials = tuple(zip(*(problem.potentials for problem in problems), strict=True))
+        else:
+            joined = (
+                torch.stack([getattr(problem, name) for problem in problems]) for name in "fg"
+            )
+            potentials = tuple(values.to(problems[0].dtype) for values in joined)
         return cls(
-            (tuple(f), tuple(g)) if layout == "ragged" else (torch.stack(f), torch.stack(g)),
+            potentials,
             torch.tensor([problem.n_iter for problem in problems], dtype=torch.int64),
             torch.tensor([problem.marginal_error for problem in problems], dtype=torch.float64),
             torch.tensor([problem.status == "converged" for problem in problems]),

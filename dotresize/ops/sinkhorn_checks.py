@@ -102,7 +102,9 @@ def _batch(
         raise ValueError(f"cost has shape {shape}: there must be problems with entries")
     like, (n, m) = costs[0], costs[0].shape
     rows = _check_marginals("a", a, len(costs), n, like)
-    columns = _check_masses(rows, _check_marginals("b", b, len(costs), m, like), labels)
+    columns = _check_marginals("b", b, len(costs), m, like)
+    if a is not None or b is not None:
+        columns = _check_masses(rows, columns, labels)
     start = _check_init(init, len(costs), m, like)
     return Group(labels, list(costs), rows.flatten(), columns.flatten(), start.flatten())
 
