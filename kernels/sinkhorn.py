@@ -251,15 +251,15 @@ class _Batch:
                 COLUMN_BLOCK=COLUMN_BLOCK,
                 BLOCKS=t.blocks,
             )
-        status = self.status.cpu().long()
+        seen, status = set(self.status.tolist()), self.status.long()
         n_iter = (self.sweeps - 1).clamp(min=0).long()
         error = self.marginal_error.double()
         odd = t.columns_of(n_iter % 2) == 1
         f = self.f.double() / _LOG2E + self.shift_f
         g = torch.where(odd, self.g[1], self.g[0]).double() / _LOG2E + self.shift_g
         for code, value, share in ((INVALID, torch.nan, torch.nan), (INFEASIBLE, -torch.inf, 1.0)):
-            if (status == code).any():
-                hit = self.status == code
+            if code in seen:
+                hit = status == code
                 mass = torch.segment_reduce(self.a.double(), "sum", lengths=t.n)
                 f = torch.where(t.rows_of(hit), value, f)
                 g = torch.where(t.columns_of(hit), value, g)
