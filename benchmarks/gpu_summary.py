@@ -21,10 +21,14 @@ def summary(about: Row, found: list[Row]) -> str:
         f"- {r['case']}: {r.get('failed') or r.get('missing') or 'clean'}" for r in of["sanitizer"]
     ]
     parts += ["", *l1_table(of["l1"], rates), "", *sinkhorn_table(of["sinkhorn"], rates), ""]
+    parts += [
+        f"- {r['case']} {r.get('name', '')}: {r['failed'][:80]}"
+        for r in (*of["l1"], *of["sinkhorn"])
+        if "failed" in r
+    ]
     for row in (*of["batch"], *of["stopping"], *of["model"]):
-        numbers = (
-            f"{k} {_short(v)}" for k, v in row.items() if k not in ("section", "case", "name")
-        )
+        named = about.keys() | {"section", "case", "name"}
+        numbers = (f"{k} {_short(v)}" for k, v in row.items() if k not in named)
         parts.append(f"- {row.get('name', row['case'])}: {', '.join(numbers)}")
     return "\n".join(parts) + "\n"
 
@@ -50,7 +54,6 @@ def l1_table(found: list[Row], rates: dict[str, float]) -> list[str]:
     for row in found:
         label = f"{row['case']} {row.get('name', '')}"
         if "median_s" not in row:
-            lines.append(f"| {label} | {row['failed']} | | | |")
             continue
         share = ""
         kind = {"dotresize fp32": "float32", "dotresize fp16": "float16"}.get(row["name"])
@@ -70,7 +73,6 @@ def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
     for row in found:
         label = f"{row['case']} {row.get('name', '')}"
         if "per_iteration_s" not in row:
-            lines.append(f"| {label} | {row.get('failed', 'not timed')} | | |")
             continue
         share = ""
         width = {"dotresize exact": 4, "dotresize u16": 2}.get(row["name"])
@@ -93,3 +95,31 @@ def _ratio(found: list[Row], row: Row, ours: str, key: str) -> str:
         r[key] for r in found if r["case"] == row["case"] and r.get("name") == ours and key in r
     ]
     return f"{row[key] / mine[0]:.2f}" if mine and mine[0] > 0 else ""
+
+
+def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]) -> list[str]:
+    """A line for each case: time, share of the bound, and how many times longer each peer took."""
+    lines = ["| work | dotresize | of its bound | peers took, times as long |", "|---|---|---|---|"]
+    for section, ours, key in (
+        ("l1", "dotresize fp32", "median_s"),
+        ("sinkhorn", "dotresize exact", "per_iteration_s"),
+    ):
+        cases = {r["case"]: r for r in found if r.get("name") == ours and key in r}
+        for case, mine in cases.items():
+            if section == "l1":
+                tokens, n, m = ast.literal_eval(case)
+                work = f"L1 cost, {tokens} tokens, {n} x {m}"
+                time, bound = f"{mine[key] * 1e3:.1f} ms", "pairs, float32"
+                share = mine["pairs_per_s"] / rates[bound]
+            else:
+                problems, n, m = ast.literal_eval(case)
+                many = f"{problems} of " if problems > 1 else ""
+                work, time = f"Sinkhorn, an iteration, {many}{n} x {m}", f"{mine[key] * 1e6:.0f} us"
+                share = read_bound(case, 4, rates) / mine[key]
+            ratios = (
+                f"{names[r['name']]} {r[key] / mine[key]:.1f}"
+                for r in found
+                if r["case"] == case and r.get("name") in names and key in r
+            )
+            lines.append(f"| {work} | {time} | {share:.0%} | {', '.join(ratios)} |")
+    return lines

@@ -51,11 +51,7 @@ SHAPES = {
 def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
     """The header's sums, in floating-point operations; split: s."""
     width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    k = round(KEPT * width)
-    grouped = width * shape.num_key_value_heads // shape.num_attention_heads
-    readers = width + 2 * grouped + 2 * inner
-    layer = width * (readers + width + inner)
-    outer = 2 * shape.vocab_size * width
+    k, readers, layer = round(KEPT * width), _readers(shape), _layer(shape)
     gram = split * (2 * layers + 1) * width**2
     gram += layers * (2 * k**2 + 2 * k * width + inner**2 + split * k * (width + inner))
     solves = 4 / 3 * k**3 + 4 * k**2 * width + 2 / 3 * inner**3 + 2 * inner**2 * k
@@ -63,9 +59,24 @@ def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
         "forward": 2.0 * tokens * layers * layer * (2 + KEPT),
         "gram": 2.0 * tokens * gram,
         "float64": 9.0 * width**3
-        + 2.0 * k * (layers * layer + outer)
+        + 2.0 * k * parameters(shape)
         + layers * (solves + 2.0 * k * width * readers),
     }
+
+
+def parameters(shape: Shape) -> int:
+    """Of the layers, the embeddings and the head; P + E."""
+    outer = 2 * shape.vocab_size * shape.hidden_size
+    return shape.num_hidden_layers * _layer(shape) + outer
+
+
+def _readers(shape: Shape) -> int:
+    grouped = shape.hidden_size * shape.num_key_value_heads // shape.num_attention_heads
+    return shape.hidden_size + 2 * grouped + 2 * shape.intermediate_size
+
+
+def _layer(shape: Shape) -> int:
+    return shape.hidden_size * (_readers(shape) + shape.hidden_size + shape.intermediate_size)
 
 
 def gpu_bytes(model: Any, tokens: int, window: int) -> dict[str, int]:

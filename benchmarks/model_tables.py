@@ -8,7 +8,7 @@ from dotresize.models import FAMILIES
 from dotresize.models.stacks import STACKS
 
 from .large import SHARDS, TOKENS, WINDOW, llama
-from .large_counts import SHAPES, counts, gpu_bytes
+from .large_counts import SHAPES, counts, gpu_bytes, parameters
 
 
 def families() -> str:
@@ -33,39 +33,59 @@ def families() -> str:
 
 
 def large(table: list[dict[str, Any]]) -> str:
-    """Memory and time by stage of models that stayed in their files."""
-    stages = ("calibration", "factorisation", "absorption", "refit")
+    """Memory and time by stage of models that stayed in their files, the last run of each."""
+    stages = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "refit")
     lines = [
-        "| parameters | width | tokens | peak predicted | peak met | " + " | ".join(stages) + " |",
-        "|---" * (5 + len(stages)) + "|",
+        "| parameters | width | method | tokens | on | " + " | ".join(stages) + " | in all |",
+        "|---" * (6 + len(stages)) + "|",
     ]
-    for row in table:
-        sizes = (row[name]["host"] for name in ("predicted_memory_bytes", "peak_memory_bytes"))
-        cells = [f"{row['parameters']['dense']['total'] / 1e6:.0f} M"]
-        cells += [f"{row['width']['old']} -> {row['width']['new']}"]
-        cells += [str(row["calibration"]["tokens"]), *(f"{size / 1e9:.2f} GB" for size in sizes)]
+    memory = ["", "| parameters | memory of the | peak predicted | peak met |", "|---|---|---|---|"]
+    for row in {row["model"]: row for row in table}.values():
+        size = f"{row['parameters']['dense']['total'] / 1e6:.0f} M"
+        cells = [size, f"{row['width']['old']} -> {row['width']['new']}", row["method"]]
+        cells += [str(row["calibration"]["tokens"]), row["device"]]
         cells += [f"{row['seconds'][stage]:.0f} s" for stage in stages]
-        lines.append(f"| {' | '.join(cells)} |")
-    about = f"Random bfloat16 weights in {SHARDS} shards, {table[-1]['device']}, "
-    about += f"{table[-1]['date']}. The peak is of resident memory,"
+        lines.append(f"| {' | '.join(cells)} | {sum(row['seconds'].values()):.0f} s |")
+        for place, met in row["peak_memory_bytes"].items():
+            expected = row["predicted_memory_bytes"][place]
+            memory.append(f"| {size} | {place} | {expected / 1e9:.2f} GB | {met / 1e9:.2f} GB |")
+    about = (
+        f"Random bfloat16 weights in {SHARDS} shards; the last of {table[-1]['date']}. The host's "
+    )
+    about += "peak is of resident memory,"
     return "\n".join(
-        [*lines, "", about, "libraries included. Rows: `benchmarks/results/large.jsonl`."]
+        [*lines, *memory, "", about, "libraries included. Rows: `benchmarks/results/large.jsonl`."]
     )
 
 
-def projected() -> str:
-    """Operations and bytes of the shapes that nobody here has run."""
+def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
+    """Operations and bytes of large shapes; seconds where a device's rates were measured.
+
+    What the products leave of a run that was measured on that device is taken to grow with the
+    bytes of the model.
+    """
+    kinds = ("forward", "gram", "float64")
+    names = ("1.1B", "8B", "70B")
+    found = {name: counts(SHAPES[name], TOKENS, 3) for name in names}
+    rates = table[-1]["rates"]
+    products = {n: sum(found[n][kind] / rates[kind] for kind in kinds) for n in names}
+    run = next(r for r in reversed(met) if r["device"] == table[-1]["device"])
+    stages = ("calibration", "factorisation", "absorption", "refit")
+    rest = sum(run["seconds"][stage] for stage in stages) - products[run["model"]]
+    size = {n: parameters(SHAPES[n]) for n in names}
+    head = ["shape", *(f"{kind}, 10^15" for kind in kinds), "products", "the rest"]
     lines = [
-        "| shape | forward | gram | float64 | on a GPU: greediest stage | and all activations |",
-        "|---" * 6 + "|",
+        f"| {' | '.join([*head, 'greediest stage', 'activations'])} |",
+        "|---" * (len(head) + 2) + "|",
     ]
-    for name in ("1.1B", "8B", "70B"):
-        found = counts(SHAPES[name], TOKENS, 3)
-        size = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
-        cells = [f"{found[kind] / 1e15:.2f} P" for kind in ("forward", "gram", "float64")]
-        cells += [f"{size[what] / 1e9:.1f} GB" for what in ("stages", "activations")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    about = "Operations in 10^15; bytes by the formula of `dotresize/memory.py`, in bfloat16."
+    for name in names:
+        memory = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
+        cells = [name, *(f"{found[name][kind] / 1e15:.2f}" for kind in kinds)]
+        cells += [f"{products[name]:.0f} s", f"{rest * size[name] / size[run['model']]:.0f} s"]
+        cells += [f"{memory[what] / 1e9:.1f} GB" for what in ("stages", "activations")]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"Seconds by the rates of an {table[-1]['device']}, {table[-1]['date']} "
+    about += f"({', '.join(f'{kind} {rates[kind] / 1e12:.0f}' for kind in kinds)} T a second)."
     return "\n".join([*lines, "", about])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dotresize.report import label
 
 from . import l1
-from .gpu_summary import ceilings, l1_table, sinkhorn_table
+from .gpu_summary import ceilings, peers_table, summary
 from .model_tables import families, large, merging, projected
 from .quality_tables import headline, recovered, speed, study
 from .rows import read
@@ -134,21 +134,28 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def _gpu_rows() -> list[dict[str, Any]]:
+    """The last run of every section of ``benchmarks.gpu``."""
+    table = rows("gpu.jsonl")
+    last = {row["section"]: row["run"] for row in table}
+    return [row for row in table if row["run"] == last[row["section"]]]
+
+
 def gpu() -> str:
-    """Rates and ratios of the last run of ``benchmarks.gpu``, or that there was none."""
-    path = ROOT / RESULTS / "gpu.jsonl"
-    if not path.exists():
-        return (
-            "On a GPU: not measured yet. `python -m benchmarks.gpu --out DIR` measures it:\n"
-            "ceilings of the device, correctness against float64, times beside the peers."
-        )
-    table = read(path)
-    last = [row for row in table if row["run"] == table[-1]["run"]]
-    rates = ceilings(last)
-    lines = l1_table([r for r in last if r["section"] == "l1"], rates)
-    lines += ["", *sinkhorn_table([r for r in last if r["section"] == "sinkhorn"], rates)]
-    about = f"{last[0]['device']}, {last[0]['date']}"
-    return "\n".join([*lines, "", f"{about}. All rows: `{RESULTS / 'gpu.jsonl'}`."])
+    """Times, shares of the measured bounds, and ratios to the peers."""
+    last = _gpu_rows()
+    about = f"{last[-1]['device']}, {last[-1]['date']}; torch {last[-1]['versions']['torch']}, "
+    about += f"triton {last[-1]['versions']['triton']}. [More of it](docs/gpu.md)."
+    return "\n".join([*peers_table(last, ceilings(last), PEERS), "", about])
+
+
+def gpu_page() -> str:
+    """All of it."""
+    last = _gpu_rows()
+    # The heading is the page's own.
+    row = next(row for row in last if row["section"] == "ceiling")
+    about = {name: value for name, value in row.items() if name not in ("case", "per_s")}
+    return "\n".join(summary(about, last).splitlines()[2:])
 
 
 def acceleration() -> str:
@@ -203,7 +210,11 @@ TABLES = {
         "recovered": lambda: recovered(rows("recovered.jsonl")),
     },
     "docs/families.md": {"families": families},
-    "docs/large.md": {"large": lambda: large(rows("large.jsonl")), "projected": projected},
+    "docs/gpu.md": {"gpu": gpu_page},
+    "docs/large.md": {
+        "large": lambda: large(rows("large.jsonl")),
+        "projected": lambda: projected(rows("projected.jsonl"), rows("large.jsonl")),
+    },
     "docs/merge-ff.md": {"merging": lambda: merging(rows("merging.jsonl"))},
     "docs/sinkhorn.md": {"acceleration": acceleration},
     "docs/ot.md": {"pot": pot},
