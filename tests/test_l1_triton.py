@@ -32,6 +32,32 @@ def test_every_tile(monkeypatch, config):
     assert relative_error(cost, oracle(x, x[..., index])) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 300, 513])
+def test_operands_that_are_copied_in_parts(monkeypatch, tokens):
+    """Odd widths, odd strides, half precision and targets are read from aligned copies."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)  # one block of 256 tokens at a time
+    wide = torch.randn(2, tokens, 90, device=DEVICE)
+    x, y = wide[:, :, 1:72], torch.randn(2, tokens, 33, device=DEVICE).bfloat16().float()
+    index = torch.randint(71, (2, 20), device=DEVICE)
+    assert relative_error(l1_cost(x, y, backend="triton"), oracle(x, y)) < 1e-6
+    for values in (x, x.bfloat16()):
+        cost = l1_cost(values, targets=index, backend="triton")
+        columns = values.gather(2, index[:, None].expand(-1, tokens, -1))
+        assert relative_error(cost, oracle(values, columns)) < 1e-6
+        assert relative_error(l1_cost(values, backend="triton"), oracle(values, values)) < 1e-6
+
+
+def test_what_is_aligned_is_not_copied():
+    x = torch.randn(2, 5, 128, device=DEVICE)
+    assert kernel._operand(x, None, 128, torch.float32) is x
+    assert kernel._operand(x[:, 1:], None, 64, torch.float32).data_ptr() == x[:, 1:].data_ptr()
+    for other in (x[:, :, 1:], x.mT, x.half(), x[:, :, :100]):
+        copy = kernel._operand(other, None, 64, torch.float32)
+        assert copy.stride(2) == 1
+        assert copy.shape[2] % kernel.ALIGNED == 0
+        assert torch.equal(copy[:, :, : other.shape[2]], other.float())
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_packed_halves(backend, dtype):

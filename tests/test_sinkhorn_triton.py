@@ -89,6 +89,33 @@ def test_tol_of_each_problem(backend):
         sinkhorn(cost, 0.02, tol=torch.tensor([1.0, -1.0, 1.0]), backend=backend)
 
 
+def test_rows_are_copied_only_where_they_do_not_lie_at_16_bytes():
+    wide = torch.rand(6, 40, device=DEVICE)
+    costs = [wide[:, :32], wide[:, :30], wide[:, 1:33], torch.rand(3, 7, device=DEVICE)]
+    found = layout.aligned(costs)
+    assert found[0] is costs[0]
+    for cost, copy in zip(costs, found, strict=True):
+        assert torch.equal(cost, copy)
+        assert copy.data_ptr() % 16 == 0
+        assert copy.stride(0) % 4 == 0
+    # What is read past the end of a row is forbidden, not some number.
+    assert (found[3].as_strided((3, 1), (8, 1), found[3].storage_offset() + 7) == INF).all()
+
+
+@pytest.mark.parametrize("far", [-3000.0, 90.0, 3000.0])
+def test_rows_far_from_their_last_potential_are_done_again(far):
+    """A start that lets every exponential overflow, or underflow, unless the maximum is out."""
+    cost, a, b = (v.to(DEVICE) for v in problem(9, 33))
+    a[4] = 0.0
+    a /= a.sum()
+    start = torch.full((33,), far, device=DEVICE, dtype=torch.float64)
+    start[::2] -= far / 2
+    settings = {"tol": 0, "max_iter": 4}
+    result = sinkhorn(cost, 0.1, a, b, init=(None, start), backend="triton", **settings)
+    truth = truth_of(cost, 0.1, a, b, init=(None, start.cpu()), **settings)
+    assert l1(result.plan, truth.plan) < 1e-3
+
+
 def test_far_columns_keep_their_digits():
     """Column minima of hundreds of reg: taken out entry by entry, in a tile of its own."""
     cost = torch.rand(30, 97, device=DEVICE)
