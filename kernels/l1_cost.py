@@ -92,25 +92,23 @@ def l1_cost(
     an entry is. Shapes are the caller's responsibility (dotresize.ops.l1_cost).
     """
     config = choose_config(out, packed=scale is not None, device=x.device)
-    columns = x if y is None else y
-    shared = y is None and index is None
-    m, tokens = out.shape[2], x.shape[1]
     kind = torch.float32 if scale is None else torch.float16
+    shared = y is None and index is None
+    columns, tokens = x if y is None else y, x.shape[1]
+    blocks = config.block_m, config.block_n
+    if shared:
+        blocks = (max(blocks),)
+    copied = 0 if _readable(x, blocks[0], kind) else x.shape[2]
+    if not shared and (index is not None or not _readable(columns, blocks[1], kind)):
+        copied += out.shape[2]
     found, step = None, tokens
-    copied = [not _readable(x, config.block_m, kind)]
-    copied.append(not shared and not (index is None and _readable(columns, config.block_n, kind)))
-    if any(copied) and scale is None:
-        per_token = (
-            4
-            * len(x)
-            * sum(size for size, copy in zip((x.shape[2], m), copied, strict=True) if copy)
-        )
-        step = max(TOKEN_BLOCK, CHUNK_BYTES // max(1, per_token) // TOKEN_BLOCK * TOKEN_BLOCK)
+    if copied and scale is None:  # float16 copies were made of few enough tokens
+        fitting = CHUNK_BYTES // (4 * len(x) * copied)
+        step = max(TOKEN_BLOCK, fitting // TOKEN_BLOCK * TOKEN_BLOCK)
     for start in range(0, tokens, step):
         part = slice(start, start + step)
-        block = max(config.block_m, config.block_n) if shared else config.block_m
-        xs = _operand(x[:, part], None, block, kind)
-        ys = xs if shared else _operand(columns[:, part], index, config.block_n, kind)
+        xs = _operand(x[:, part], None, blocks[0], kind)
+        ys = xs if shared else _operand(columns[:, part], index, blocks[1], kind)
         last = divisor if part.stop >= tokens else None
         found = _launch(config, xs, ys, scale, out, accumulate or start > 0, last, shared)
     return found

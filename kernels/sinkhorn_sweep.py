@@ -19,6 +19,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dotresize.kernels.sinkhorn_rows import (
+    columns_of,
+    entries,
+    exponents,
+    exponents_of_rows,
+    finite,
+    read_block,
+    read_rows,
+    row_vectors,
+)
+
 # A row whose sum has drifted further than 2^SAFE from 1 is done again with its maximum taken out.
 SAFE = tl.constexpr(60.0)
 
@@ -59,108 +70,6 @@ def _goes_on(
                 tl.store(p_status + i_b, CONVERGED)
                 tl.store(p_marginal_error + i_b, error)
     return running
-
-
-@triton.jit
-def _columns(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
-    """g, -inf past the last column, and the column minima. [BC] each"""
-    b_g = tl.load(p_g + o_c, mask=o_c < m, other=-float("inf"))
-    b_cmin = b_g
-    if SHIFTED:
-        b_cmin = tl.load(p_column_min + o_c, mask=o_c < m, other=0.0)
-    return b_g, b_cmin
-
-
-@triton.jit
-def _counted(b_c):
-    """uint16 as float32 by its bits: 2^23 + c, less 2^23. GPUs convert at a quarter of the rate."""
-    return (b_c.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr):
-    """z = g - (C - r - c) / reg of a block, in powers of two; -inf past the edges. [BR, BC]
-
-    With uint16 storage, C - r - c is stored as a multiple of the scale.
-    """
-    b_g, b_cmin = columns
-    if b_c.dtype == tl.uint16:
-        b_z = b_g[None, :] - _counted(b_c) * scale
-    else:
-        b_c = b_c - b_rmin[:, None]
-        if SHIFTED:
-            b_c -= b_cmin[None, :]
-        b_z = b_g[None, :] - b_c * inv_reg
-    return b_z
-
-
-@triton.jit
-def _read(p_rows, m_c, MASKED: tl.constexpr):
-    """A block of costs; past the edge +inf, not 0: less a huge minimum, that would become -inf."""
-    if MASKED:
-        if p_rows.dtype.element_ty == tl.uint16:
-            b_c = tl.load(p_rows, mask=m_c, other=0)
-        else:
-            b_c = tl.load(p_rows, mask=m_c, other=float("inf"))
-    else:
-        b_c = tl.load(p_rows)
-    return b_c
-
-
-@triton.jit
-def _rows(p_log_a, p_row_min, p_f, o_r, last):
-    """log a, r, and what keeps the rows' exponentials in range. [BR] each"""
-    m_r = o_r < last
-    b_log_a = tl.load(p_log_a + o_r, mask=m_r, other=-float("inf"))
-    b_rmin = tl.load(p_row_min + o_r, mask=m_r, other=0.0)
-    b_f = tl.load(p_f + o_r, mask=m_r, other=0.0)
-    # Without mass: entries, sum and weight are 0, whatever z is.
-    b_shift = tl.where(b_log_a == -float("inf"), b_log_a, b_f - b_log_a)
-    return b_log_a, b_rmin, b_shift
-
-
-@triton.jit
-def _read_rows(p_r, m_last, PARTS: tl.constexpr, BC: tl.constexpr):
-    """Whole rows in three parts, the first two of them full, or in one, three times the same."""
-    if PARTS == 3:
-        b_c = _read(p_r, m_last, False)
-        b_c1 = _read(p_r + BC, m_last, False)
-        b_c2 = _read(p_r + 2 * BC, m_last, True)
-    else:
-        b_c = _read(p_r, m_last, True)
-        b_c1 = b_c
-        b_c2 = b_c
-    return b_c, b_c1, b_c2
-
-
-@triton.jit
-def _exponents_of_rows(
-    blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr
-):
-    b_c, b_c1, b_c2 = blocks
-    b_z = _exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
-    b_z1 = _exponents(b_c1, columns1, b_rmin, inv_reg, scale, SHIFTED)
-    b_z2 = _exponents(b_c2, columns2, b_rmin, inv_reg, scale, SHIFTED)
-    return b_z, b_z1, b_z2
-
-
-@triton.jit
-def _entries(b_z, b_z1, b_z2, b_shift, PARTS: tl.constexpr):
-    """exp2(z + shift) of each part, and the rows' sums."""
-    b_e = tl.exp2(b_z + b_shift[:, None])
-    b_e1 = b_e
-    b_e2 = b_e
-    b_all = b_e
-    if PARTS == 3:
-        b_e1 = tl.exp2(b_z1 + b_shift[:, None])
-        b_e2 = tl.exp2(b_z2 + b_shift[:, None])
-        b_all = b_e + b_e1 + b_e2
-    return b_e, b_e1, b_e2, tl.sum(b_all, 1)
-
-
-@triton.jit
-def _finite(b_max):
-    return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
@@ -236,46 +145,46 @@ def sinkhorn_sweep_kernel(
         o_c = tl.arange(0, BC)
         if RESIDENT:
             b_sum = tl.zeros((BC,), dtype=p_g.dtype.element_ty)
-            columns = _columns(p_g, p_cmin, o_c, m, SHIFTED)
+            columns = columns_of(p_g, p_cmin, o_c, m, SHIFTED)
             columns1 = columns
             columns2 = columns
             if PARTS == 3:
-                columns1 = _columns(p_g, p_cmin, BC + o_c, m, SHIFTED)
-                columns2 = _columns(p_g, p_cmin, 2 * BC + o_c, m, SHIFTED)
+                columns1 = columns_of(p_g, p_cmin, BC + o_c, m, SHIFTED)
+                columns2 = columns_of(p_g, p_cmin, 2 * BC + o_c, m, SHIFTED)
                 b_sum1 = tl.zeros((BC,), dtype=p_g.dtype.element_ty)
                 b_sum2 = tl.zeros((BC,), dtype=p_g.dtype.element_ty)
             # Of three parts the first two are within the row.
             m_last = (((PARTS - 1) * BC + o_c) < m_read)[None, :]
             o_b = tl.arange(0, BR)
             p_r = p_cost + tl.minimum(first + o_b, last - 1).to(tl.int64)[:, None] * stride
-            blocks = _read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
-            vectors = _rows(p_log_a, p_row_min, p_f, first + o_b, last)
+            blocks = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
+            vectors = row_vectors(p_log_a, p_row_min, p_f, first + o_b, last)
             for row in tl.range(first, last, BR, num_stages=1):
                 b_log_a, b_rmin, b_shift = vectors
-                b_z, b_z1, b_z2 = _exponents_of_rows(
+                b_z, b_z1, b_z2 = exponents_of_rows(
                     blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED
                 )
                 # The next rows are on their way, in the registers of these, while these are summed.
                 o_next = row + BR + o_b
                 p_r = p_cost + tl.minimum(o_next, last - 1).to(tl.int64)[:, None] * stride
-                blocks = _read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
-                vectors = _rows(p_log_a, p_row_min, p_f, o_next, last)
-                b_e, b_e1, b_e2, b_s = _entries(b_z, b_z1, b_z2, b_shift, PARTS)
+                blocks = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
+                vectors = row_vectors(p_log_a, p_row_min, p_f, o_next, last)
+                b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
                 b_log_s = tl.log2(b_s)
                 b_far = (b_log_a > -float("inf")) & ~(tl.abs(b_log_s) < SAFE)
                 o_r = row + o_b
                 if tl.max(b_far.to(tl.int32), 0) > 0:
                     # Read again: kept until here, the costs would take registers from all rows.
                     p_r = p_cost + tl.minimum(o_r, last - 1).to(tl.int64)[:, None] * stride
-                    again = _read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
-                    b_z, b_z1, b_z2 = _exponents_of_rows(
+                    again = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
+                    b_z, b_z1, b_z2 = exponents_of_rows(
                         again, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED
                     )
                     b_top = b_z
                     if PARTS == 3:
                         b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
-                    b_shift = tl.where(b_far, -_finite(tl.max(b_top, 1)), b_shift)
-                    b_e, b_e1, b_e2, b_s = _entries(b_z, b_z1, b_z2, b_shift, PARTS)
+                    b_shift = tl.where(b_far, -finite(tl.max(b_top, 1)), b_shift)
+                    b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
                     b_log_s = tl.log2(b_s)
                 b_log_w = b_log_a - tl.where(b_log_a == -float("inf"), 0.0, b_log_s)
                 tl.store(p_f + o_r, b_log_w + b_shift, mask=o_r < last)
@@ -294,31 +203,31 @@ def sinkhorn_sweep_kernel(
             for row in range(first, last, BR):
                 o_r = row + tl.arange(0, BR)
                 m_r = o_r < last
-                b_log_a, b_rmin, _ = _rows(p_log_a, p_row_min, p_f, o_r, last)
+                b_log_a, b_rmin, _ = row_vectors(p_log_a, p_row_min, p_f, o_r, last)
                 p_r = p_cost + o_r.to(tl.int64)[:, None] * stride
                 b_max = tl.full((BR,), -float("inf"), dtype=b_log_a.dtype)
                 b_s = tl.zeros((BR,), dtype=b_log_a.dtype)
                 for start in range(0, m, BC):
                     o_s = start + o_c
-                    columns = _columns(p_g, p_cmin, o_s, m, SHIFTED)
+                    columns = columns_of(p_g, p_cmin, o_s, m, SHIFTED)
                     m_z = m_r[:, None] & (o_s < m_read)[None, :]
-                    b_c = _read(p_r + o_s[None, :], m_z, True)
-                    b_z = _exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
+                    b_c = read_block(p_r + o_s[None, :], m_z, True)
+                    b_z = exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
                     b_new = tl.maximum(b_max, tl.max(b_z, 1))
-                    b_e = tl.exp2(b_z - _finite(b_new)[:, None])
-                    b_s = b_s * tl.exp2(b_max - _finite(b_new)) + tl.sum(b_e, 1)
+                    b_e = tl.exp2(b_z - finite(b_new)[:, None])
+                    b_s = b_s * tl.exp2(b_max - finite(b_new)) + tl.sum(b_e, 1)
                     b_max = b_new
-                b_f = b_log_a - tl.log2(b_s) - _finite(b_max)
+                b_f = b_log_a - tl.log2(b_s) - finite(b_max)
                 b_f = tl.where(b_log_a == -float("inf"), b_log_a, b_f)
                 tl.store(p_f + o_r, b_f, mask=m_r)
                 tl.debug_barrier()  # what other threads wrote of p_part is read back below
                 for start in range(0, m, BC):
                     o_s = start + o_c
                     m_c = o_s < m
-                    columns = _columns(p_g, p_cmin, o_s, m, SHIFTED)
+                    columns = columns_of(p_g, p_cmin, o_s, m, SHIFTED)
                     m_z = m_r[:, None] & (o_s < m_read)[None, :]
-                    b_c = _read(p_r + o_s[None, :], m_z, True)
-                    b_z = _exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
+                    b_c = read_block(p_r + o_s[None, :], m_z, True)
+                    b_z = exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
                     b_p = tl.sum(tl.exp2(b_f[:, None] + b_z), 0)
                     if row > first:
                         b_p += tl.load(p_part + o_s, mask=m_c, other=0.0)

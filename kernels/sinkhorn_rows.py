@@ -1,0 +1,114 @@
+"""Rows of a Sinkhorn cost in registers: how they are read, and what becomes of them in a sweep.
+
+A row is one block of columns or three equal ones; functions that take three blocks take one three
+times where there is only one.
+
+Naming: p_ pointer, b_ block value, m_ mask, o_ offset; BR rows and BC columns of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def columns_of(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
+    """g, -inf past the last column, and the column minima. [BC] each"""
+    b_g = tl.load(p_g + o_c, mask=o_c < m, other=-float("inf"))
+    b_cmin = b_g
+    if SHIFTED:
+        b_cmin = tl.load(p_column_min + o_c, mask=o_c < m, other=0.0)
+    return b_g, b_cmin
+
+
+@triton.jit
+def _counted(b_c):
+    """uint16 as float32 by its bits: 2^23 + c, less 2^23. GPUs convert at a quarter of the rate."""
+    return (b_c.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr):
+    """z = g - (C - r - c) / reg of a block, in powers of two; -inf past the edges. [BR, BC]
+
+    With uint16 storage, C - r - c is stored as a multiple of the scale.
+    """
+    b_g, b_cmin = columns
+    if b_c.dtype == tl.uint16:
+        b_z = b_g[None, :] - _counted(b_c) * scale
+    else:
+        b_c = b_c - b_rmin[:, None]
+        if SHIFTED:
+            b_c -= b_cmin[None, :]
+        b_z = b_g[None, :] - b_c * inv_reg
+    return b_z
+
+
+@triton.jit
+def read_block(p_rows, m_c, MASKED: tl.constexpr):
+    """A block of costs; past the edge +inf, not 0: less a huge minimum, that would become -inf."""
+    if MASKED:
+        if p_rows.dtype.element_ty == tl.uint16:
+            b_c = tl.load(p_rows, mask=m_c, other=0)
+        else:
+            b_c = tl.load(p_rows, mask=m_c, other=float("inf"))
+    else:
+        b_c = tl.load(p_rows)
+    return b_c
+
+
+@triton.jit
+def row_vectors(p_log_a, p_row_min, p_f, o_r, last):
+    """log a, r, and what keeps the rows' exponentials in range. [BR] each"""
+    m_r = o_r < last
+    b_log_a = tl.load(p_log_a + o_r, mask=m_r, other=-float("inf"))
+    b_rmin = tl.load(p_row_min + o_r, mask=m_r, other=0.0)
+    b_f = tl.load(p_f + o_r, mask=m_r, other=0.0)
+    # Without mass: entries, sum and weight are 0, whatever z is.
+    b_shift = tl.where(b_log_a == -float("inf"), b_log_a, b_f - b_log_a)
+    return b_log_a, b_rmin, b_shift
+
+
+@triton.jit
+def read_rows(p_r, m_last, PARTS: tl.constexpr, BC: tl.constexpr):
+    """Whole rows in three parts, the first two of them full, or in one, three times the same."""
+    if PARTS == 3:
+        b_c = read_block(p_r, m_last, False)
+        b_c1 = read_block(p_r + BC, m_last, False)
+        b_c2 = read_block(p_r + 2 * BC, m_last, True)
+    else:
+        b_c = read_block(p_r, m_last, True)
+        b_c1 = b_c
+        b_c2 = b_c
+    return b_c, b_c1, b_c2
+
+
+@triton.jit
+def exponents_of_rows(
+    blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr
+):
+    b_c, b_c1, b_c2 = blocks
+    b_z = exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
+    b_z1 = exponents(b_c1, columns1, b_rmin, inv_reg, scale, SHIFTED)
+    b_z2 = exponents(b_c2, columns2, b_rmin, inv_reg, scale, SHIFTED)
+    return b_z, b_z1, b_z2
+
+
+@triton.jit
+def entries(b_z, b_z1, b_z2, b_shift, PARTS: tl.constexpr):
+    """exp2(z + shift) of each part, and the rows' sums."""
+    b_e = tl.exp2(b_z + b_shift[:, None])
+    b_e1 = b_e
+    b_e2 = b_e
+    b_all = b_e
+    if PARTS == 3:
+        b_e1 = tl.exp2(b_z1 + b_shift[:, None])
+        b_e2 = tl.exp2(b_z2 + b_shift[:, None])
+        b_all = b_e + b_e1 + b_e2
+    return b_e, b_e1, b_e2, tl.sum(b_all, 1)
+
+
+@triton.jit
+def finite(b_max):
+    return tl.where(b_max == -float("inf"), 0.0, b_max)
