@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dotresize import L1CostAccumulator, l1_cost, sinkhorn
+from dotresize.products import over_tokens
 
 # Rows of the cost that are computed in float64; they meet every tile of columns.
 ROWS = 48
@@ -53,6 +54,9 @@ def checks(size: str) -> Iterator[tuple[str, Check]]:
     yield "sinkhorn ragged, each stops by itself", _ragged
     yield "sinkhorn far columns, forbidden pairs, no mass", _hard
     yield "sinkhorn twice gives the same bits", _same_bits
+    for a, b in ((torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)):
+        names = " x ".join(str(kind).removeprefix("torch.") for kind in (a, b))
+        yield f"products of activations, {names}", lambda d, a=a, b=b: (_product(a, b, d), 2e-5)
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
@@ -129,6 +133,13 @@ def _hard(device: torch.device) -> tuple[float, float]:
     result = sinkhorn(cost, 0.1, a, backend="triton", **options)
     truth = sinkhorn(cost.double(), 0.1, a.double(), backend="torch", **options)
     return max(relative(result[i].plan, truth[i].plan) for i in range(3)), 1e-3
+
+
+def _product(a: torch.dtype, b: torch.dtype, device: torch.device) -> float:
+    """Of tokens whose mean is not 0: sums of one sign show how they are rounded."""
+    tokens = 8192 if device.type == "cuda" else 64
+    u, v = (torch.randn(tokens, 48, device=device).add(1).to(kind) for kind in (a, b))
+    return relative(over_tokens(u, v), u.double().mT @ v.double())
 
 
 def _same_bits(device: torch.device) -> tuple[float, float]:

@@ -112,6 +112,8 @@ CASES = (
     Case("budget, 80 % in total", BUDGET, own_text=True),
     # As many outside the embeddings by both widths, whatever the budget chose.
     Case("both widths + refit", {"width": 567, "ff_width": 1152}, own_text=True),
+    # What the first channels cost, by which the budget leaves them all.
+    *(Case(f"{k} channels", {"width": k}, own_text=True) for k in (567, 558)),
     # What 80 % in total is compared with: 19.7 % fewer parameters, all of them inner neurons.
     *(
         Case(f"feed-forward 1024, {name}", {"ff_width": 1024, "ff_method": name, "refit": False})

@@ -4,13 +4,13 @@ One decoder layer is in memory at a time, so the peak is that of the greediest s
 the residual widths, F the inner one, V the vocabulary, c the bytes of a computed number, T the
 calibration tokens and B those of a batch, and P_D, P_k the parameters of a layer before and after:
 
-calibration   c P_D + 28 D^2 + batch
+calibration   c P_D + 28 D^2 + batch                          (two sums, a product and its parts)
 map           56 D^2
 tables        c V (D + k) + 8 rows (D + k) + 16 D^2
 refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 experts       c (P_D + P_k) + max(batch, c P_k / 2)           (no equations; what is stored)
-evaluation    c V D + 12 B V
+evaluation    c V D + 12 B V                                  (where there is a text for it)
 batch         4 B (6 D + 3 F), with t experts for each token 4 B (6 D + t (2 D + 4 F)); where
               attention writes its scores out, 4 B L (3 H + 2) more for H heads and windows of L
 activations   c T (3 D + 2 k + F), where they are kept        (streams.Spill), or c D for each

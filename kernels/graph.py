@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 CHECK_EVERY = 16  # iterations between two looks at the status
-# Iterations in a graph; even, as two kinds take turns. To capture one takes the host 0.1 ms once;
-# an iteration of 4096 x 3072 took 37 us in graphs of two and 30 us in graphs of eight (H200).
+# Iterations in a graph; even, as two kinds take turns. To capture one takes the host longer than it
+# takes the device; one of 4096 x 3072 took 37 us in graphs of two, 30 us in graphs of eight (H200).
 IN_GRAPH = 8
 FIRST = 2  # iterations before that: they compile the kernels
 

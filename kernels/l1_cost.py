@@ -51,8 +51,8 @@ class L1Config:
         }
 
     def options(self, lanes: int = 32) -> dict[str, int]:
-        """What the compiler is told."""
-        limit = {"maxnreg": self.registers} if lanes == 32 else {}
+        """What the compiler is told; AMD's takes no limit."""
+        limit = {} if lanes == 64 or torch.version.hip else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps(lanes)} | limit
 
     def num_warps(self, lanes: int = 32) -> int:
@@ -62,7 +62,7 @@ class L1Config:
 
 # Measured on an H200, T pairs/s: float32 12.0 / 12.9 / 13.6 with 112 / 128 / 160 registers, packed
 # 19.2 / 18.3 with 128 / 160; 128 x 128 pairs with twice the warps 13.5 and 18.6; more or fewer
-# tokens in a chunk, or more chunks on their way, no better.
+# tokens in a chunk, or more chunks on their way, no better (with 128 registers).
 CONFIGS = {
     "float32": L1Config(64, 128, 4, (2, 2), 8, 3, 160),
     "packed": L1Config(64, 128, 8, (2, 2), GROUP, 3, 128),
@@ -178,10 +178,12 @@ def _lanes(x: Tensor) -> int:
 
 
 def choose_config(out: Tensor, *, packed: bool, device: torch.device) -> L1Config:
-    """The tile for one call: the small one where there would be too few to fill a device."""
+    """The tile for one call: the small one where others would be too few, or mostly padding."""
     kind = "packed" if packed else "float32"
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    few = _tiles(*out.shape, CONFIGS[kind]) < 2 * processors
-    return SMALL[kind] if few else CONFIGS[kind]
+    usual = CONFIGS[kind]
+    narrow = out.shape[1] < usual.block_m or out.shape[2] < usual.block_n
+    few = _tiles(*out.shape, usual) < 2 * processors
+    return SMALL[kind] if few or narrow else usual

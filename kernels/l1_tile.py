@@ -134,6 +134,8 @@ def l1_cost_kernel(
         y_chunks = gl.allocate_shared_memory(KIND, [STAGES, CHUNK * BN], PLAIN)
         o_x = gl.arange(0, CHUNK * BM, layout=COPY)
         o_y = gl.arange(0, CHUNK * BN, layout=COPY)
+        stride_xt = stride_xt.to(gl.int64)
+        stride_yt = stride_yt.to(gl.int64)
         p_xc = p_x + i_b * stride_xb + first_m + (o_x // BM * stride_xt + o_x % BM)
         p_yc = p_y + i_b * stride_yb + first_n + (o_y // BN * stride_yt + o_y % BN)
         for i in gl.static_range(STAGES - 1):
@@ -175,6 +177,8 @@ def l1_cost_kernel(
             m_old = m_tile & (start + ACCUMULATE > 0)
             b_sum += gl.load(p_tile, mask=m_old, other=0.0)
             gl.store(p_tile, b_sum, mask=m_tile)
+        if ASYNC:
+            async_copy.wait_group(0)  # what follows may reuse the chunks' memory
         if SYMMETRIC or FINISH:
             b_total = gl.load(p_tile, mask=m_tile, other=0.0)
             if FINISH:

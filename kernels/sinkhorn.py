@@ -10,8 +10,8 @@ Bound: one read of C per iteration (4096 x 3072 float32: 15 us on an H100 at 3.3
 
 Two launches an iteration: the row sweep (programs own whole rows, and one partial column sum each)
 and the column kernel. Each problem stops on the device by itself, and its programs then return at
-once. CHECK_EVERY iterations are one CUDA graph; the host looks at the status of the last but one,
-so the device never waits for it. Potentials are in powers of two in here.
+once. IN_GRAPH iterations are one CUDA graph; every CHECK_EVERY the host looks at the status of the
+look before, so the device never waits for it. Potentials are in powers of two in here.
 
 Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
 """
@@ -130,7 +130,8 @@ class _Batch:
         self.momentum = bool((pace == MOMENTUM).any())
         numbers = torch.stack([reg, _LOG2E / reg, tol, (pace == MOMENTUM).to(reg)]).to(self.device)
         self.reg = numbers[0]
-        _, self.inv_reg, self.tol, self.limit = numbers.to(self.kind)
+        # Each by itself: as rows of one tensor their alignment, and so the kernel, varied with B.
+        _, self.inv_reg, self.tol, self.limit = (row.clone() for row in numbers.to(self.kind))
         self._buffers()
         self._minima()
         self.stored, self.scale, self.align = first, self.inv_reg, 16 // first.element_size()
@@ -235,7 +236,8 @@ class _Batch:
                 BC=prepare.COLUMNS,
             )
         self.stored, t.problem, self.align = stored, table, 8
-        self.tile = Tile(max(self.m), self.kind, vector=8)  # minima are off: never shifted
+        self.tile = Tile(max(self.m), self.kind, vector=8)
+        self.shifted = False  # the minima are off
         self.scale = step * self.inv_reg
 
     def solve(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

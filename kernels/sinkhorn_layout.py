@@ -49,8 +49,8 @@ class Tile:
             self.parts, self.block, self.rows, self.warps = 1, STREAMED_COLUMNS, 4, 4
 
     def num_warps(self, lanes: int = 32) -> int:
-        """As many threads whatever the lanes of a warp."""
-        return self.warps * 32 // lanes
+        """As many threads whatever the lanes of a warp, but at least one warp."""
+        return max(1, self.warps * 32 // lanes)
 
     @property
     def key(self) -> tuple[bool, int, int]:

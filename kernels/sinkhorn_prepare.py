@@ -22,7 +22,7 @@ def row_block(columns: int, warps: int) -> tuple[int, int]:
 
 @triton.jit
 def _line(p_problem, p_program, TABLE: tl.constexpr):
-    """Problem, first row, and the fields of its table; see sinkhorn_sweep."""
+    """Problem, first row, and the fields of its table; see sinkhorn_layout.Tables."""
     i_b = tl.load(p_program + 2 * tl.program_id(0))
     first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
     p_line = p_problem + i_b * TABLE

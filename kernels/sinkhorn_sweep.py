@@ -30,8 +30,10 @@ from dotresize.kernels.sinkhorn_rows import (
     row_vectors,
 )
 
-# A row whose sum has drifted further than 2^SAFE from 1 is done again with its maximum taken out.
-SAFE = tl.constexpr(60.0)
+# A row whose sum has left 2^LOW ... 2^HIGH is done again with its maximum taken out. What
+# underflows is then less than 2^-106 of its mass, far below sinkhorn_columns.TINY_COLUMN.
+LOW = tl.constexpr(-20.0)
+HIGH = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -171,7 +173,7 @@ def sinkhorn_sweep_kernel(
                 vectors = row_vectors(p_log_a, p_row_min, p_f, o_next, last)
                 b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
                 b_log_s = tl.log2(b_s)
-                b_far = (b_log_a > -float("inf")) & ~(tl.abs(b_log_s) < SAFE)
+                b_far = (b_log_a > -float("inf")) & ~((b_log_s > LOW) & (b_log_s < HIGH))
                 o_r = row + o_b
                 if tl.max(b_far.to(tl.int32), 0) > 0:
                     # Read again: kept until here, the costs would take registers from all rows.

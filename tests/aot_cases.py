@@ -15,7 +15,7 @@ from dotresize.reference import TOKEN_BLOCK
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 # Each way to hold a row, and a row that is not aligned; the last ones do not fit in registers.
-WIDTHS = {"fp32": (464, 768, 3072, 4096, 11469, 40000), "fp64": (768, 2048, 3073)}
+WIDTHS = {"fp32": (160, 464, 768, 3072, 4096, 11469, 40000), "fp64": (90, 768, 2048, 3073)}
 RUN = {"RUNNING": RUNNING, "TABLE": TABLE}
 
 
@@ -81,7 +81,7 @@ def sinkhorn_cases() -> Iterator[AotCase]:
             yield sweep_case(kind, columns, align, shifted=False)
             if kind == "fp32" and columns in (3072, 11469):
                 yield sweep_case(kind, columns, align, shifted=True)
-            if kind == "fp32" and columns in (3072, 11469, 40000):
+            if kind == "fp32" and columns in (160, 3072, 11469, 40000):
                 yield sweep_case(kind, columns, 8, shifted=False, stored="u16")
         for stored in (kind,) if kind == "fp64" else (kind, "u16"):
             yield column_case(kind, stored)

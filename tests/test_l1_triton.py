@@ -47,6 +47,17 @@ def test_operands_that_are_copied_in_parts(monkeypatch, tokens):
         assert relative_error(l1_cost(values, backend="triton"), oracle(values, values)) < 1e-6
 
 
+def test_narrow_problems_take_the_small_tile():
+    """Not the large one padded, however many of them there are."""
+    for shape in ((960, 64, 64), (960, 40, 500), (960, 500, 70)):
+        out = torch.empty(shape, device="meta")
+        chosen = kernel.choose_config(out, packed=False, device=torch.device("cpu"))
+        assert chosen is kernel.SMALL["float32"], shape
+    out = torch.empty((960, 64, 128), device="meta")
+    chosen = kernel.choose_config(out, packed=False, device=torch.device("cpu"))
+    assert chosen is kernel.CONFIGS["float32"]
+
+
 def test_what_is_aligned_is_not_copied():
     x = torch.randn(2, 5, 128, device=DEVICE)
     assert kernel._operand(x, None, 128, torch.float32) is x

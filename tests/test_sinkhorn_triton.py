@@ -48,7 +48,7 @@ def test_every_width_has_a_tile():
                 assert tile.block & (tile.block - 1) == 0
                 entries = tile.rows * tile.block * tile.parts / (32 * tile.warps)
                 assert entries <= layout.THREAD_ENTRIES[dtype]
-            assert tile.warps <= 16
+            assert 1 <= tile.num_warps(64) <= tile.num_warps(32) <= 16
     assert layout.Tile(11469, torch.float32).resident
 
 

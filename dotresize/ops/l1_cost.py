@@ -68,7 +68,8 @@ def l1_cost(
     Args:
         x: source activations, ``(T, n)`` or ``(B, T, n)``; float32, float16 or bfloat16.
         y: target activations, ``(T, m)`` or ``(B, T, m)``, of the same dtype and device.
-        targets: int64 ``(m,)`` or ``(B, m)`` instead of y: ``y = x[..., targets]``, not copied.
+        targets: int64 ``(m,)`` or ``(B, m)`` instead of y: ``y = x[..., targets]``; copied on a
+            GPU only.
             With neither, y = x and only half of the pairs are computed.
         reduction: "mean" or "sum" over tokens.
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
