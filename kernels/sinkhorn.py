@@ -153,12 +153,10 @@ class _Batch:
             return torch.empty(*shape, dtype=dtype, device=self.device)
 
         count = len(self.costs)
-        self.row_min = empty(t.rows_total)
+        self.row_min, self.column_min = empty(t.rows_total), empty(t.columns_total)
         self.f = self.log_a.clone()  # of no sweep yet; costs, minima taken off, are not below 0
-        self.column_min = empty(t.columns_total)
         self.g = empty(2, t.columns_total)
-        self.partial = empty(t.partial_total)
-        self.largest = empty(len(t.program))
+        self.partial, self.largest = empty(t.partial_total), empty(len(t.program))
         self.error = torch.full_like(empty(len(t.block)), torch.inf)
         self.g_sum = torch.zeros_like(empty(2, len(t.block)))
         self.pace = torch.zeros_like(empty(2, len(t.block), column.PACE.value))
