@@ -93,7 +93,8 @@ def l1_cost(
     """
     config = choose_config(out, packed=scale is not None, device=x.device)
     kind = torch.float32 if scale is None else torch.float16
-    shared = y is None and index is None
+    # One neuron alone has no mirror, and triton 3.6 fails to compile that with n known to be 1.
+    shared = y is None and index is None and out.shape[2] > 1
     columns, tokens = x if y is None else y, x.shape[1]
     blocks = config.block_m, config.block_n
     if shared:

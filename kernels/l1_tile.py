@@ -129,21 +129,21 @@ def l1_cost_kernel(
     # BM divides BN: a tile wholly below the diagonal is the mirror of one wholly above it, and
     # those that cross the diagonal hold the rest.
     skip = SYMMETRIC and (i_n + BN <= i_m)
+    step_x = stride_xt.to(gl.int64)  # the launcher passes what fits 32 bits as 32 bits
+    step_y = stride_yt.to(gl.int64)
     if not skip:
         x_chunks = gl.allocate_shared_memory(KIND, [STAGES, CHUNK * BM], PLAIN)
         y_chunks = gl.allocate_shared_memory(KIND, [STAGES, CHUNK * BN], PLAIN)
         o_x = gl.arange(0, CHUNK * BM, layout=COPY)
         o_y = gl.arange(0, CHUNK * BN, layout=COPY)
-        stride_xt = stride_xt.to(gl.int64)
-        stride_yt = stride_yt.to(gl.int64)
-        p_xc = p_x + i_b * stride_xb + first_m + (o_x // BM * stride_xt + o_x % BM)
-        p_yc = p_y + i_b * stride_yb + first_n + (o_y // BN * stride_yt + o_y % BN)
+        p_xc = p_x + i_b * stride_xb + first_m + (o_x // BM * step_x + o_x % BM)
+        p_yc = p_y + i_b * stride_yb + first_n + (o_y // BN * step_y + o_y % BN)
         for i in gl.static_range(STAGES - 1):
             _fetch(x_chunks.index(i), p_xc, i * CHUNK + o_x // BM < tokens, ASYNC)
             _fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BN < tokens, ASYNC)
             _sent(ASYNC)
-            p_xc += CHUNK * stride_xt
-            p_yc += CHUNK * stride_yt
+            p_xc += CHUNK * step_x
+            p_yc += CHUNK * step_y
         # 64-bit up to the tile's corner, 32-bit inside: half the address registers.
         p_corner = p_out + (i_b * n + first_m) * m + first_n
         p_tile = p_corner + ((o_rows - first_m) * m + (o_columns - first_n))
@@ -157,8 +157,8 @@ def l1_cost_kernel(
                 _fetch(x_chunks.index(free), p_xc, ahead + o_x // BM < tokens, ASYNC)
                 _fetch(y_chunks.index(free), p_yc, ahead + o_y // BN < tokens, ASYNC)
                 _sent(ASYNC)
-                p_xc += CHUNK * stride_xt
-                p_yc += CHUNK * stride_yt
+                p_xc += CHUNK * step_x
+                p_yc += CHUNK * step_y
                 x_chunk = x_chunks.index(token // CHUNK % STAGES)
                 y_chunk = y_chunks.index(token // CHUNK % STAGES)
                 if PACKED:

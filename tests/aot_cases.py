@@ -49,12 +49,20 @@ def l1_cases() -> Iterator[AotCase]:
         for one in (config, l1_cost.SMALL[precision]):
             for operands in ("y", "self"):
                 yield l1_case(precision, one, operands)
+        yield l1_case(precision, config, "y", strides="i64")
+        # What is 1 is a constant to Triton.
+        yield with_ones(l1_case(precision, l1_cost.SMALL[precision], "y"), "tokens", "n", "m")
+        yield with_ones(l1_case(precision, l1_cost.SMALL[precision], "self"), "tokens")
 
 
-def l1_case(precision: str, config: l1_cost.L1Config, operands: str) -> AotCase:
+def l1_case(
+    precision: str, config: l1_cost.L1Config, operands: str, strides: str = "i32"
+) -> AotCase:
+    """strides: as Triton passes them, by their size."""
     packed = precision == "packed"
     kind = "fp16" if packed else "fp32"
     name = f"l1_cost/{precision}/{config.block_m}x{config.block_n}/{operands}"
+    name += "/far" if strides == "i64" else ""
     constants = {
         "SYMMETRIC": operands == "self",
         "ACCUMULATE": False,
@@ -65,11 +73,23 @@ def l1_case(precision: str, config: l1_cost.L1Config, operands: str) -> AotCase:
     return AotCase(
         name,
         l1_cost_kernel,
-        f"*{kind} *{kind} *fp32 *fp32 *fp32" + " i32" * 5 + " i64" * 4 + " i32 fp32",
+        f"*{kind} *{kind} *fp32 *fp32 *fp32" + " i32" * 5 + f" {strides}" * 4 + " i32 fp32",
         lambda lanes: constants | config.constants(lanes) | {"ASYNC": lanes == 32},
         config.options,
         ("read_n", "read_m", "stride_xb", "stride_xt", "stride_yb", "stride_yt"),
         config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,
+    )
+
+
+def with_ones(case: AotCase, *names: str) -> AotCase:
+    """The case with these arguments equal to 1."""
+    arguments, constants = case.function.arg_names, case.constants(32)
+    given = [name for name in arguments if name not in constants]
+    types = dict(zip(given, case.types.split(), strict=True))
+    return case._replace(
+        name=f"{case.name}/1",
+        types=" ".join(types[name] for name in given if name not in names),
+        constants=lambda lanes: case.constants(lanes) | dict.fromkeys(names, 1),
     )
 
 
@@ -85,6 +105,8 @@ def sinkhorn_cases() -> Iterator[AotCase]:
                 yield sweep_case(kind, columns, 8, shifted=False, stored="u16")
         for stored in (kind,) if kind == "fp64" else (kind, "u16"):
             yield column_case(kind, stored)
+        if kind == "fp32":
+            yield with_ones(sweep_case(kind, 20, 4, shifted=False), "rows_per_program")
         yield from small_cases(kind)
 
 

@@ -47,6 +47,14 @@ def test_operands_that_are_copied_in_parts(monkeypatch, tokens):
         assert relative_error(l1_cost(values, backend="triton"), oracle(values, values)) < 1e-6
 
 
+def test_one_neuron_costs_nothing():
+    cost, found = l1_cost(
+        torch.randn(3, 9, 1, device=DEVICE), statistics=True, backend="triton", reduction="sum"
+    )
+    assert torch.equal(cost, torch.zeros(3, 1, 1, device=DEVICE))
+    assert found.maximum.tolist() == found.mean.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_narrow_problems_take_the_small_tile():
     """Not the large one padded, however many of them there are."""
     for shape in ((960, 64, 64), (960, 40, 500), (960, 500, 70)):
