@@ -25,7 +25,8 @@ USUAL = "sm_90,gfx942"
 
 
 @pytest.fixture(scope="module", params=["installed", "oldest"])
-def rows(request, tmp_path_factory):
+def script(request, tmp_path_factory):
+    """Runs a script of this folder with one triton or the other; what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if request.param == "oldest":
         if not OLDEST.is_dir():
@@ -34,18 +35,34 @@ def rows(request, tmp_path_factory):
     environment.setdefault("AOT_TARGETS", USUAL)  # all four take minutes; set it for a new kernel
     # A cache of its own: the result must come from this compiler, not from an earlier one.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "aot_compile.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    if request.param == "oldest":
+
+    def run(name: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parent / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.version = request.param
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows(script):
+    found = [json.loads(line) for line in script("aot_compile.py").splitlines()]
+    if script.version == "oldest":
         assert {row["triton"] for row in found} == {"3.6.0"}
     return found
+
+
+def test_what_the_launchers_ask_for_compiles(script):
+    names = ("column_minima", "l1_cost", "partial_minima", "row_minima", "sinkhorn_column")
+    names += ("sinkhorn_sweep", "sinkhorn_verdict", "store_linear")
+    assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
 
 def test_every_configuration_compiles_without_spills(rows):

@@ -1,0 +1,98 @@
+"""Compiles what the launchers really ask for, without a GPU, and runs nothing of it.
+
+Ahead-of-time cases (aot_compile.py) name types and constants by hand; here the launchers take CPU
+tensors, and Triton finds them by its rules: which integers fit 32 bits, are multiples of 16, or 1.
+Run as a script (the interpreter must not be on); prints the kernels that were launched, then fails
+with the first that does not compile.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # its default is to change
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dotresize.kernels import l1_cost, sinkhorn
+from dotresize.reference import MOMENTUM, PLAIN
+
+launched: Counter[str] = Counter()
+
+
+class Driver:
+    """Of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only() -> None:
+    run = JITFunction.run
+
+    def compiled(function, *arguments, grid, warmup, **options):
+        launched[function.fn.__name__] += 1
+        return run(function, *arguments, grid=grid, warmup=True, **options)
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compiled
+    # Nothing writes what is read back: statuses and minima are to be harmless.
+    torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros
+
+
+def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
+    x, y = torch.randn(batch, tokens, n), torch.randn(batch, tokens, m)
+    index = torch.randint(n, (batch, m))
+    for columns, chosen in ((y, None), (None, index), (None, None)):
+        width = n if columns is None and chosen is None else m
+        options = {"accumulate": False, "divisor": divisor}
+        l1_cost.l1_cost(x, columns, chosen, torch.empty(batch, n, width), **options)
+    groups = -(-tokens // l1_cost.GROUP)
+    x, y = (torch.randn(batch, groups * l1_cost.GROUP, k).half() for k in (n, m))
+    for columns, width in ((y, m), (None, n)):
+        options = {"accumulate": True, "divisor": divisor, "scale": torch.ones(batch, groups)}
+        l1_cost.l1_cost(x, columns, None, torch.empty(batch, n, width), **options)
+
+
+def solve(shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, pace: int) -> None:
+    count = len(shapes)
+    a, b = (
+        torch.cat([torch.full((shape[axis],), 1 / shape[axis]).double() for shape in shapes])
+        for axis in (0, 1)
+    )
+    numbers = [torch.full((count,), value, dtype=torch.float64) for value in (0.1, 1e-5)]
+    sinkhorn.sinkhorn(
+        [torch.rand(shape, dtype=dtype) for shape in shapes],
+        *(numbers[0], a, b, 2, numbers[1], torch.zeros_like(b)),
+        *(torch.full((count,), pace), storage, range(count)),
+    )
+
+
+def main() -> int:
+    compile_only()
+    for shape in ((1, 1, 1, 1), (2, 7, 5, 3), (1, 300, 577, 469), (1, 1, 64, 128), (3, 5, 1, 40)):
+        for divisor in (None, 3.0):
+            l1(*shape, divisor)
+    ragged = [(12, 20), (4, 130), (7, 20), (1, 1)]
+    for shapes in ([(1, 1)], ragged, [(3, 577)], [(2, 3072)], [(2, 12000)], [(2, 13000)]):
+        solve(shapes, "exact", torch.float32, PLAIN)
+        solve(shapes, "u16", torch.float32, MOMENTUM)
+    for shapes in (ragged, [(2, 2000)], [(2, 3000)]):
+        solve(shapes, "exact", torch.float64, MOMENTUM)
+    sys.stdout.write(" ".join(sorted(launched)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
