@@ -9,7 +9,6 @@ correctness case fails. Without a GPU, TRITON_INTERPRET=1 rehearses all of it on
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ import torch
 
 from . import gpu_checks, gpu_times, rows
 from .gpu_ceilings import ceilings
-from .gpu_summary import summary
+from .gpu_summary import SECTIONS, summary
 from .workload import one_line
 
 Row = dict[str, Any]
@@ -39,7 +38,6 @@ _SANITIZERS = ("memcheck", "racecheck")
 _SANITIZER_S = 75
 # Processes that check; each holds a few gigabytes of the GPU at most.
 _CHECKERS = 8
-SECTIONS = ("ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model", "sanitizer")
 # No case begins later than this after the start; those that remain are rows that say so.
 _BUDGET_S = 400.0
 
@@ -121,9 +119,7 @@ def check(test: gpu_checks.Check, device: torch.device) -> Row:
     return row
 
 
-def checked(
-    size: str, device: torch.device, stack: contextlib.ExitStack
-) -> Iterator[tuple[str, Callable[[], Row]]]:
+def checked(size: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Names of the checks and what waits for their rows.
 
     On a GPU in several processes, as most of a check's time is spent on compilation, which all
@@ -133,17 +129,18 @@ def checked(
         for name, test in gpu_checks.checks(size):
             yield name, functools.partial(check, test, device)
         return
+    # By name: those that know no size are the same for both.
+    wanted = {
+        name: (one, i)
+        for one in ("tiny", size)
+        for i, (name, _) in enumerate(gpu_checks.checks(one))
+    }
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(_CHECKERS, (os.cpu_count() or 1) // 2))
-    pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-    wanted = [
-        (one, i, name)
-        for one in (size, "tiny")
-        for i, (name, _) in enumerate(gpu_checks.checks(one))
-    ]
-    futures = [pool.submit(_check_alone, one, i) for one, i, _ in wanted]
-    for (_, _, name), future in zip(wanted, futures, strict=True):
-        yield name, future.result
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {name: pool.submit(_check_alone, *which) for name, which in wanted.items()}
+        for name, future in futures.items():
+            yield name, future.result
 
 
 def _check_alone(size: str, i: int) -> Row:
@@ -193,9 +190,8 @@ def run(
     for name, rate in ceilings(device, clock.median).items():
         report.add("ceiling", name, lambda r=rate: {"per_s": r()})
     if "check" in sections:
-        with contextlib.ExitStack() as stack:
-            for name, result in checked(size, device, stack):
-                report.add("check", name, result)
+        for name, result in checked(size, device):
+            report.add("check", name, result)
         clock.tidy()
     for shape in sizes["l1"]:
         report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))

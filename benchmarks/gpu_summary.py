@@ -5,13 +5,21 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from .workload import Case
+
 Row = dict[str, Any]
+SECTIONS = ("ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model", "sanitizer")
 
 
 def summary(about: Row, found: list[Row]) -> str:
-    of = {section: [r for r in found if r["section"] == section] for section in _SECTIONS}
+    return f"# {about['device']}, {about['date']}\n\n{details(about, found)}"
+
+
+def details(about: Row, found: list[Row]) -> str:
+    """The summary without its heading."""
+    of = {section: [r for r in found if r["section"] == section] for section in SECTIONS}
     rates = ceilings(found)
-    parts = [f"# {about['device']}, {about['date']}", "", _versions(about)]
+    parts = [_versions(about)]
     parts += ["", "| ceiling, measured | per second |", "|---|---|"]
     parts += [f"| {name} | {rate:.3g} |" for name, rate in rates.items()]
     wrong = [r for r in of["check"] if "failed" in r]
@@ -35,9 +43,6 @@ def summary(about: Row, found: list[Row]) -> str:
 
 def ceilings(found: list[Row]) -> dict[str, float]:
     return {r["case"]: r["per_s"] for r in found if r["section"] == "ceiling" and "per_s" in r}
-
-
-_SECTIONS = ("ceiling", "check", "sanitizer", "l1", "sinkhorn", "batch", "stopping", "model")
 
 
 def _versions(about: Row) -> str:
@@ -107,14 +112,14 @@ def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]
         cases = {r["case"]: r for r in found if r.get("name") == ours and key in r}
         for case, mine in cases.items():
             if section == "l1":
-                tokens, n, m = ast.literal_eval(case)
-                work = f"L1 cost, {tokens} tokens, {n} x {m}"
+                sizes = zip(("tokens", "n", "m"), ast.literal_eval(case), strict=True)
+                work = Case("l1", dict(sizes)).label
                 time, bound = f"{mine[key] * 1e3:.1f} ms", "pairs, float32"
                 share = mine["pairs_per_s"] / rates[bound]
             else:
-                problems, n, m = ast.literal_eval(case)
-                many = f"{problems} of " if problems > 1 else ""
-                work, time = f"Sinkhorn, an iteration, {many}{n} x {m}", f"{mine[key] * 1e6:.0f} us"
+                sizes = zip(("problems", "n", "m"), ast.literal_eval(case), strict=True)
+                work = f"Sinkhorn, an iteration, {Case('sinkhorn', dict(sizes)).shape}"
+                time = f"{mine[key] * 1e6:.0f} us"
                 share = read_bound(case, 4, rates) / mine[key]
             ratios = (
                 f"{names[r['name']]} {r[key] / mine[key]:.1f}"

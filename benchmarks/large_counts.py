@@ -82,8 +82,7 @@ def _layer(shape: Shape) -> int:
 def gpu_bytes(model: Any, tokens: int, window: int) -> dict[str, int]:
     """What a GPU must hold in bfloat16: its greediest stage, and the activations if kept there."""
     k, inner = round(KEPT * model.config.hidden_size), model.config.intermediate_size
-    stages = stage_bytes(model, BATCH_WINDOWS * window, window, k, inner, 2)
-    del stages["evaluation"]
+    stages = stage_bytes(model, BATCH_WINDOWS * window, window, k, inner, 2, evaluated=False)
     return {"stages": max(stages.values()), "activations": activation_bytes(model, tokens, k, 2)}
 
 

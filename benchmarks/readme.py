@@ -12,7 +12,7 @@ from typing import Any
 from dotresize.report import label
 
 from . import l1
-from .gpu_summary import ceilings, peers_table, summary
+from .gpu_summary import ceilings, details, peers_table
 from .model_tables import families, large, merging, projected
 from .quality_tables import headline, recovered, speed, study
 from .rows import read
@@ -152,10 +152,9 @@ def gpu() -> str:
 def gpu_page() -> str:
     """All of it."""
     last = _gpu_rows()
-    # The heading is the page's own.
     row = next(row for row in last if row["section"] == "ceiling")
     about = {name: value for name, value in row.items() if name not in ("case", "per_s")}
-    return "\n".join(summary(about, last).splitlines()[2:])
+    return details(about, last).rstrip()
 
 
 def acceleration() -> str:

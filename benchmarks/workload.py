@@ -46,11 +46,14 @@ class Case:
     kind: str = ""  # of an assignment's scores
 
     @property
-    def label(self) -> str:
+    def shape(self) -> str:
         s = self.sizes
-        shape = f"{s['n']} x {s['m']}"
-        if s.get("problems", 1) > 1:
-            shape = f"{s['problems']} of {shape}"
+        many = f"{s['problems']} of " if s.get("problems", 1) > 1 else ""
+        return f"{many}{s['n']} x {s['m']}"
+
+    @property
+    def label(self) -> str:
+        s, shape = self.sizes, self.shape
         if self.operator == "l1":
             return f"L1 cost, {s['tokens']} tokens, {shape}"
         if self.operator == "assignment":

@@ -93,9 +93,7 @@ def plan(
     """
     c = _computed_bytes(model)
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
-    stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c)
-    if not evaluated:
-        del stages["evaluation"]
+    stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c, evaluated=evaluated > 0)
     kept = activation_bytes(model, tokens.numel(), width, c)
     kept = max(kept, evaluated * model.config.hidden_size * c // distributed.size())
     device, base = device_of(model), _now() + _LATER
@@ -140,7 +138,7 @@ def place_of(model: Any, tokens: Tensor) -> str:
 
 
 def stage_bytes(
-    model: Any, batch_tokens: int, length: int, width: int, inner: int, c: int
+    model: Any, batch_tokens: int, length: int, width: int, inner: int, c: int, *, evaluated: bool
 ) -> dict[str, int]:
     """The module's header: by stage, without the activations of all tokens.
 
@@ -157,13 +155,15 @@ def stage_bytes(
         equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width + batch
     else:
         equations = max(batch, c * layer * width // (2 * old))
-    return {
+    stages = {
         "calibration": c * layer + 28 * old**2 + batch,
         "map": 56 * old**2,
         "tables": c * table * (old + width) + 8 * TABLE_ROWS * (old + width) + 16 * old**2,
         "refit": layers + equations,
-        "evaluation": c * table * old + 12 * batch_tokens * table,
     }
+    if evaluated:
+        stages["evaluation"] = c * table * old + 12 * batch_tokens * table
+    return stages
 
 
 def _batch_bytes(config: Any, tokens: int, length: int) -> int:

@@ -24,12 +24,11 @@ def over_tokens(u: Tensor, v: Tensor) -> Tensor:
     return product(u.mT, v)
 
 
-def scaled_gram(x: Tensor, scale: Tensor) -> Tensor:
-    """(s x)'(s x), float32: x (T, n), of any floating type; scale (T, 1), float32."""
+def scaled_gram(x: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
+    """(s x)'(s x), float32: x (T, n), of any floating type; scale (T, 1) and s x, float32."""
     if _exact(x):
-        return over_tokens(x, x.float() * scale.square())
-    unit = x.float() * scale
-    return unit.mT @ unit
+        return over_tokens(x, scaled * scale)
+    return scaled.mT @ scaled
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

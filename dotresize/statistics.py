@@ -138,12 +138,13 @@ class _Sums:
         for i, x in enumerate(read, first):
             found = x.flatten(0, -2)
             _check_finite(found, self.names[i])
-            scale = inverse_rms(found.float())
-            stream = found.float() * scale
+            stream = found.float()
+            scale = inverse_rms(stream)
+            stream = stream * scale
             self.importance[i] += stream.abs().sum(0).double()
             place = i if self._apart else 0
             if self.moment is not None and self.final is not None:
-                product = scaled_gram(found, scale)
+                product = scaled_gram(found, scale, stream)
                 self.moment[place] += product
                 if i == len(self.names) - 1:
                     self.final += product

@@ -9,15 +9,13 @@ import triton
 from torch import Tensor
 
 from dotresize.kernels.l1_tile import l1_cost_kernel
-from dotresize.ops.halves import GROUP
+from dotresize.ops.halves import GROUP, chunk_tokens
 from dotresize.reference import TOKEN_BLOCK
 
 # Copies that go past the registers are NVIDIA's; elsewhere they are loads and stores.
 ASYNC = not triton.knobs.runtime.interpret and torch.version.hip is None
 # Neurons: what Triton asks of a number to read 16 bytes at a time along it.
 ALIGNED = 16
-# Bytes of copies, of what cannot be read as it is, at a time.
-CHUNK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ def l1_cost(
         copied += out.shape[2]
     found, step = None, tokens
     if copied and scale is None:  # float16 copies were made of few enough tokens
-        fitting = CHUNK_BYTES // (4 * len(x) * copied)
-        step = max(TOKEN_BLOCK, fitting // TOKEN_BLOCK * TOKEN_BLOCK)
+        step = chunk_tokens(len(x), copied, 4)
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         xs = _operand(x[:, part], None, blocks[0], kind)

@@ -86,12 +86,24 @@ def read_rows(p_r, m_last, PARTS: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def exponents_of_rows(
-    blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr
+    blocks,
+    columns,
+    columns1,
+    columns2,
+    b_rmin,
+    inv_reg,
+    scale,
+    SHIFTED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
+    """z of each part."""
     b_c, b_c1, b_c2 = blocks
     b_z = exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
-    b_z1 = exponents(b_c1, columns1, b_rmin, inv_reg, scale, SHIFTED)
-    b_z2 = exponents(b_c2, columns2, b_rmin, inv_reg, scale, SHIFTED)
+    b_z1 = b_z
+    b_z2 = b_z
+    if PARTS == 3:
+        b_z1 = exponents(b_c1, columns1, b_rmin, inv_reg, scale, SHIFTED)
+        b_z2 = exponents(b_c2, columns2, b_rmin, inv_reg, scale, SHIFTED)
     return b_z, b_z1, b_z2
 
 

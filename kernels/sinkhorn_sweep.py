@@ -164,7 +164,7 @@ def sinkhorn_sweep_kernel(
             for row in tl.range(first, last, BR, num_stages=1):
                 b_log_a, b_rmin, b_shift = vectors
                 b_z, b_z1, b_z2 = exponents_of_rows(
-                    blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED
+                    blocks, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED, PARTS
                 )
                 # The next rows are on their way, in the registers of these, while these are summed.
                 o_next = row + BR + o_b
@@ -180,7 +180,7 @@ def sinkhorn_sweep_kernel(
                     p_r = p_cost + tl.minimum(o_r, last - 1).to(tl.int64)[:, None] * stride
                     again = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
                     b_z, b_z1, b_z2 = exponents_of_rows(
-                        again, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED
+                        again, columns, columns1, columns2, b_rmin, inv_reg, scale, SHIFTED, PARTS
                     )
                     b_top = b_z
                     if PARTS == 3:

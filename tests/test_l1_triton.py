@@ -35,7 +35,7 @@ def test_every_tile(monkeypatch, config):
 @pytest.mark.parametrize("tokens", [1, 7, 300, 513])
 def test_operands_that_are_copied_in_parts(monkeypatch, tokens):
     """Odd widths, odd strides, half precision and targets are read from aligned copies."""
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 1)  # one block of 256 tokens at a time
+    monkeypatch.setattr(halves, "CHUNK_BYTES", 1)  # one block of 256 tokens at a time
     wide = torch.randn(2, tokens, 90, device=DEVICE)
     x, y = wide[:, :, 1:72], torch.randn(2, tokens, 33, device=DEVICE).bfloat16().float()
     index = torch.randint(71, (2, 20), device=DEVICE)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotresize.reference import TOKEN_BLOCK
+
 GROUP = 16  # tokens; 2 * 1024 * 16 < 65504
 _LARGEST = 10  # log2 of the largest scaled activation
-# Bytes of float16 copies at a time.
+# Bytes of copies at a time.
 CHUNK_BYTES = 1 << 28
 
 
-def chunk_tokens(x: Tensor, columns: int) -> int:
-    """Tokens to convert at a time, a multiple of the token block of 256."""
-    per_token = 2 * x.shape[0] * (x.shape[2] + columns)
-    return max(256, CHUNK_BYTES // max(1, per_token) // 256 * 256)
+def chunk_tokens(problems: int, neurons: int, size: int) -> int:
+    """Tokens to copy at a time, ``size`` bytes a neuron, a multiple of TOKEN_BLOCK."""
+    per_token = size * problems * neurons
+    return max(TOKEN_BLOCK, CHUNK_BYTES // max(1, per_token) // TOKEN_BLOCK * TOKEN_BLOCK)
 
 
 def scales(x: Tensor, y: Tensor | None) -> Tensor:

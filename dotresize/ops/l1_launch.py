@@ -84,7 +84,8 @@ def _launch_halves(
 ) -> Tensor | None:
     """float16 copies of a few tokens at a time, added into out."""
     found = None
-    step = halves.chunk_tokens(x, 0 if y is None and index is None else out.shape[2])
+    columns = 0 if y is None and index is None else out.shape[2]
+    step = halves.chunk_tokens(len(x), x.shape[2] + columns, 2)
     for start in range(0, x.shape[1], step):
         part = slice(start, start + step)
         last = divisor if part.stop >= x.shape[1] else None

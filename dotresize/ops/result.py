@@ -74,10 +74,10 @@ class SinkhornResult:
         if layout == "ragged":
             potentials = tuple(zip(*(problem.potentials for problem in problems), strict=True))
         else:
-            joined = (
-                torch.stack([getattr(problem, name) for problem in problems]) for name in "fg"
-            )
-            potentials = tuple(values.to(problems[0].dtype) for values in joined)
+            dtype = problems[0].dtype
+            rows = torch.stack([problem.f for problem in problems])
+            columns = torch.stack([problem.g for problem in problems])
+            potentials = rows.to(dtype), columns.to(dtype)
         return cls(
             potentials,
             torch.tensor([problem.n_iter for problem in problems], dtype=torch.int64),

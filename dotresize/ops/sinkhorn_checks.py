@@ -103,7 +103,7 @@ def _batch(
     like, (n, m) = costs[0], costs[0].shape
     rows = _check_marginals("a", a, len(costs), n, like)
     columns = _check_marginals("b", b, len(costs), m, like)
-    if a is not None or b is not None:
+    if a is not None or b is not None:  # uniform ones have mass 1, and a look would wait for a GPU
         columns = _check_masses(rows, columns, labels)
     start = _check_init(init, len(costs), m, like)
     return Group(labels, list(costs), rows.flatten(), columns.flatten(), start.flatten())
