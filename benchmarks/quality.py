@@ -32,7 +32,7 @@ from dotresize.pipeline import compress
 from dotresize.self_text import sample
 from dotresize.statistics import Statistics, collect
 
-from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, Case
+from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, WINDOWS, Case
 from .rows import append, read, where
 from .texts import SOURCES, model_file, write_texts
 
@@ -122,7 +122,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("which", choices=("headline", "study"))
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
-    parser.add_argument("--windows", type=int, default=24, help="calibration windows (24)")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the windows (0)")
     parser.add_argument(
         "--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES), help="(all of them)"

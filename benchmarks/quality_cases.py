@@ -15,6 +15,9 @@ from dotresize.statistics import Statistics
 
 from .texts import SOURCES
 
+# Of calibration text, unless the command says otherwise.
+WINDOWS = 24
+
 # With all sources in the calibration, and with each one left out in turn.
 MIXTURES: dict[str, tuple[str, ...]] = {
     "all": SOURCES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .quality_cases import HEADLINE, KEPT_SETS
+from .quality_cases import HEADLINE, KEPT_SETS, WINDOWS
 from .texts import SOURCES
 
 Row = dict[str, Any]
@@ -84,6 +84,10 @@ def study(rows: list[Row]) -> str:
             "**Seeds of the calibration windows**, mean excess over the texts:",
             "",
             *_seeds(found),
+            "",
+            "**Windows of calibration**, mean excess over the texts:",
+            "",
+            *_amounts(rows),
         ]
     )
 
@@ -169,8 +173,23 @@ def _seeds(found: Found) -> list[str]:
     return lines
 
 
-def _by_case(rows: list[Row]) -> Found:
-    return {(row["case"], row["mixture"], row["seed"]): row for row in rows}
+def _amounts(rows: list[Row]) -> list[str]:
+    """A line for each case that has been run on several amounts of text."""
+    counts = sorted({row["windows"] for row in rows})
+    each = [_by_case(rows, count) for count in counts]
+    lines = _head(["", *map(str, counts)])
+    for case in dict.fromkeys(row["case"] for row in rows):
+        same = [found.get((case, "all", 0)) for found in each]
+        if None not in same:
+            lines.append(_line([case, *(f"{_average(row):.3f}" for row in same if row)]))
+    return lines
+
+
+def _by_case(rows: list[Row], windows: int = WINDOWS) -> Found:
+    """The rows of one amount of calibration text."""
+    return {
+        (row["case"], row["mixture"], row["seed"]): row for row in rows if row["windows"] == windows
+    }
 
 
 def _left_out(found: Found, case: str, seed: int) -> list[float]:

@@ -5,6 +5,7 @@ The text between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced.
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ def with_tables(page: str, text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for page in TABLES:
         path = ROOT / page
         path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")
