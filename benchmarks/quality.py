@@ -131,6 +131,10 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases alone")
     args = parser.parse_args()
+    names = {case.name: None for case, _, _ in wanted(args.which, args.seeds)}
+    for name in args.only or ():
+        if name not in names:
+            parser.error(f"--only {name!r}: no case of {args.which}; it has {'; '.join(names)}")
     logging.basicConfig(level=logging.WARNING)
     done = {
         (row["case"], row["mixture"], row["seed"], row["windows"])
