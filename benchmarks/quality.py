@@ -107,10 +107,14 @@ class Study:
         }
 
 
+def cases_of(which: str) -> list[Case]:
+    """Of the headline, or of the study, which has all."""
+    return [case for case in CASES if which == "study" or case.name in HEADLINE]
+
+
 def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
     """Cases to run, those of one calibration together."""
-    cases = [case for case in CASES if which == "study" or case.name in HEADLINE]
-    cases.sort(key=lambda case: case.own_text)
+    cases = sorted(cases_of(which), key=lambda case: case.own_text)
     for seed in seeds:
         for mixture in MIXTURES:
             for case in cases:
@@ -131,7 +135,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases alone")
     args = parser.parse_args()
-    names = {case.name: None for case, _, _ in wanted(args.which, args.seeds)}
+    names = [case.name for case in cases_of(args.which)]
     for name in args.only or ():
         if name not in names:
             parser.error(f"--only {name!r}: no case of {args.which}; it has {'; '.join(names)}")

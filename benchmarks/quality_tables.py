@@ -165,23 +165,26 @@ def _ties(found: Found) -> list[str]:
 def _seeds(found: Found) -> list[str]:
     """A line for each case and calibration that has been run with several seeds."""
     seeds = sorted({seed for _, _, seed in found})
-    lines = _head(["", "calibration", *(f"seed {seed}" for seed in seeds)])
-    for case, mixture in dict.fromkeys((case, mixture) for case, mixture, _ in found):
-        rows = [found.get((case, mixture, seed)) for seed in seeds]
-        if None not in rows:
-            lines.append(_line([case, mixture, *(f"{_average(row):.3f}" for row in rows if row)]))
-    return lines
+    head = ["", "calibration", *(f"seed {seed}" for seed in seeds)]
+    cases = dict.fromkeys((case, mixture) for case, mixture, _ in found)
+    return _complete(head, {key: [found.get((*key, seed)) for seed in seeds] for key in cases})
 
 
 def _amounts(rows: list[Row]) -> list[str]:
     """A line for each case that has been run on several amounts of text."""
     counts = sorted({row["windows"] for row in rows})
     each = [_by_case(rows, count) for count in counts]
-    lines = _head(["", *map(str, counts)])
-    for case in dict.fromkeys(row["case"] for row in rows):
-        same = [found.get((case, "all", 0)) for found in each]
-        if None not in same:
-            lines.append(_line([case, *(f"{_average(row):.3f}" for row in same if row)]))
+    cases = dict.fromkeys(row["case"] for row in rows)
+    runs = {(case,): [found.get((case, "all", 0)) for found in each] for case in cases}
+    return _complete(["", *map(str, counts)], runs)
+
+
+def _complete(head: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
+    """The mean excess of each run, a line for each key whose runs are all there."""
+    lines = _head(head)
+    for key, rows in runs.items():
+        if None not in rows:
+            lines.append(_line([*key, *(f"{_average(row):.3f}" for row in rows if row)]))
     return lines
 
 
