@@ -62,14 +62,22 @@ class BuildExt(build_ext):
 
 
 setup(
+    # Listed, not found: a top-level package named "kernels" would overwrite Hugging Face's, and the
+    # folders in benchmarks/ are for this repository alone.
     packages=[
         "dotresize",
         "dotresize.ops",
+        "dotresize.ot",
         "dotresize.models",
+        "dotresize.offload",
+        "dotresize.calibration",
+        "dotresize.narrow",
+        "dotresize.merging",
+        "dotresize.baselines",
+        "dotresize.cli",
         "dotresize.kernels",
         "dotresize.benchmarks",
     ],
-    # Listed, not found: a top-level package named "kernels" would overwrite Hugging Face's.
     package_dir={
         "dotresize": "dotresize",
         "dotresize.kernels": "kernels",

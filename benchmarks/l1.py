@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dotresize import BackendError, l1_cost, reference
+from dotresize import BackendError, l1_cost
+from dotresize.ops import reference
 from dotresize.ops.backends import choose, cpp
 
 from .workload import Case, Competitor, NotHere, Workload, need, need_installed

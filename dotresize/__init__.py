@@ -4,13 +4,13 @@ import importlib
 from typing import Any
 
 from dotresize import ot
-from dotresize.maps import Factors, factorize, transport_map
+from dotresize.narrow.maps import Factors, factorize, transport_map
 from dotresize.ops.assignment import AssignmentCertificate, assignment
 from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.ops.l1_cost import CostStatistics, l1_cost
-from dotresize.ops.result import SinkhornResult
 from dotresize.ops.sinkhorn import sinkhorn
+from dotresize.ops.sinkhorn_result import SinkhornResult
 
 __version__ = "0.1.0"
 
@@ -37,9 +37,9 @@ __all__ = [
 
 # Importing the package costs torch and numpy only; models are touched on first use.
 _LATER = {
-    "compress": "pipeline",
+    "compress": "compression",
     "load": "checkpoint",
-    "merge_feed_forward": "merge_ff",
+    "merge_feed_forward": "merging.merge",
     "recover": "recovery",
 }
 

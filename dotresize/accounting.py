@@ -1,18 +1,18 @@
-"""What a report says of a model and of the machine: parameters, memory, versions."""
+"""Figures for reports: parameters, memory, versions."""
 
 from __future__ import annotations
 
 import platform
 import re
 import resource
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-import dotresize
-from dotresize.models import architecture_of
+from dotresize.models.causal_lm import CausalLM
 
 STAGES = (
     *("own text", "calibration", "budget", "cost"),
@@ -24,31 +24,32 @@ STAGES = (
 )
 
 
-def count_parameters(model: Any) -> dict[str, int]:
-    """Parameters of a model: ``total``, tied tensors once, and ``non_embedding``.
+def count_parameters(model: CausalLM) -> dict[str, int]:
+    """Return a model's parameters: ``total``, tied tensors once, and ``non_embedding``.
 
     Non-embedding leaves out the input embedding and the head, tied or not.
     """
-    architecture = architecture_of(model.config)
+    architecture, module = model.architecture, model.module
     outer = {
-        id(model.get_submodule(name).weight) for name in (architecture.embedding, architecture.head)
+        id(module.get_submodule(name).weight)
+        for name in (architecture.embedding, architecture.head)
     }
-    unique = {id(p): p.numel() for p in model.parameters()}
-    total = unique_parameters(model)
+    unique = {id(p): p.numel() for p in module.parameters()}
+    total = unique_parameters(module)
     return {
         "total": total,
         "non_embedding": total - sum(unique.get(key, 0) for key in outer),
     }
 
 
-def unique_parameters(model: Any) -> int:
-    """Parameters of a model, tied tensors once."""
-    return sum({id(p): p.numel() for p in model.parameters()}.values())
+def unique_parameters(module: Any) -> int:
+    """Return the parameters of a model, tied tensors once."""
+    return sum({id(p): p.numel() for p in module.parameters()}.values())
 
 
-def check_weights(model: Any) -> None:
-    """ValueError naming the first weight in memory that holds NaN or Inf."""
-    for name, weight in model.named_parameters():
+def check_weights(module: Any) -> None:
+    """Raise ValueError naming the first weight in memory that holds NaN or Inf."""
+    for name, weight in module.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"weight {name} of the model holds NaN or Inf")
 
@@ -75,9 +76,16 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "dotresize": dotresize.__version__,
+        "dotresize": _own_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("dotresize")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"

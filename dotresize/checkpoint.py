@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 
-from dotresize import distributed, merged_model, shelves, sliced
+from dotresize import distributed
+from dotresize.baselines.adapters import is_sliced, load_sliced
+from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of
-from dotresize.resident import shelf_of
-from dotresize.stored import check_stored, shards
+from dotresize.models.causal_lm import CausalLM
+from dotresize.offload.headers import check_stored, shards
+from dotresize.offload.offloaded_model import open_model
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
@@ -31,21 +34,24 @@ _PARTIAL = ".dotresize-partial-"
 
 def load_with_tokenizer(
     source: str, device: torch.device, *, to_narrow: bool, work: Path | None = None
-) -> tuple[Any, Any]:
-    """Model and tokenizer from a directory, a .gguf file or a hub id.
+) -> tuple[CausalLM, Any]:
+    """Return model and tokenizer from a directory, a .gguf file or a hub id.
 
     Weights keep their dtype; quantised GGUF weights become float32. With a folder to ``work`` in,
-    the model of a directory stays in its files (dotresize.shelves). Raises ValueError in one line
+    the model of a directory stays in its files (dotresize.offload). Raises ValueError in one line
     for what is missing or damaged, and, if it is ``to_narrow``, for an unsupported architecture.
     """
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
     where, options = _locate(source)
-    if not to_narrow and _own_format(Path(where)) is not None:
+    own = None if to_narrow else _own_format(Path(where))
+    if own is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-            return _load_own(Path(where)).to(device), tokenizer
+            model = own(Path(where))
+            model.module.to(device)
+            return model, tokenizer
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
         transformers.utils.logging.disable_progress_bar()
     with _one_line(source):
@@ -59,9 +65,7 @@ def load_with_tokenizer(
     if work is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-            model = shelves.open_model(Path(where), config, device, work)
-        architecture_of(config).check(model)
-        return model, tokenizer
+            return open_model(Path(where), config, device, work), tokenizer
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
@@ -72,7 +76,7 @@ def load_with_tokenizer(
         weights = (
             {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )
-        model, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        module, problems = transformers.AutoModelForCausalLM.from_pretrained(
             where, output_loading_info=True, **weights, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -83,32 +87,29 @@ def load_with_tokenizer(
         kind, names = next(iter(damaged.items()))
         raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
     if to_narrow:
-        architecture_of(config).check(model)
-    _forget_quantisation(model)
-    return model.to(device).eval(), tokenizer
+        architecture_of(config).check(module)
+    _forget_quantisation(module)
+    return CausalLM.in_memory(module.to(device).eval()), tokenizer
 
 
 def load(folder: str | Path) -> Any:
-    """A model that plain transformers cannot load, from the directory that holds it.
+    """Return a model that plain transformers cannot load, from the directory that holds it.
 
-    These are models with a map per location (dotresize.sliced) and with merged feed-forwards
-    (dotresize.merged_model). ValueError where the directory holds neither.
+    These are models with a map per location (baselines/adapters.py) and with merged feed-forwards
+    (merging/checkpoint.py). ValueError where the directory holds neither.
     """
-    if _own_format(Path(folder)) is None:
+    own = _own_format(Path(folder))
+    if own is None:
         raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
     with _one_line(str(folder)):
-        return _load_own(Path(folder))
+        return own(Path(folder)).module
 
 
-def _own_format(folder: Path) -> Any:
-    """The module that reads a directory of ours; None for others."""
-    if sliced.is_sliced(folder):
-        return sliced
-    return merged_model if merged_model.is_merged(folder) else None
-
-
-def _load_own(folder: Path) -> Any:
-    return _own_format(folder).load(folder)
+def _own_format(folder: Path) -> Callable[[Path], CausalLM] | None:
+    """Return what loads a directory of ours; None for others."""
+    if is_sliced(folder):
+        return load_sliced
+    return load_merged if is_merged(folder) else None
 
 
 @contextlib.contextmanager
@@ -199,17 +200,10 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Config, safetensors shards, generation config, tokenizer; plain unless sliced."""
+def save(model: CausalLM, tokenizer: Any, folder: Path) -> None:
+    """Write a complete model directory: config, weights, generation config, tokenizer."""
     try:
-        if sliced.is_one(model):
-            sliced.save(model, folder)
-        elif shelf_of(model) is not None:
-            shelves.save(model, folder)
-        elif merged_model.shares_layers(model):
-            merged_model.save(model, folder)
-        else:
-            model.save_pretrained(folder)
+        model.save(folder)
         tokenizer.save_pretrained(folder)
     except OSError:
         raise

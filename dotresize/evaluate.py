@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dotresize import distributed
-from dotresize.memory import place_of
-from dotresize.models import architecture_of
-from dotresize.resident import device_of, layers, resident, shelf_of
-from dotresize.streams import Streams
+from dotresize.calibration.residual_stream import Streams
+from dotresize.models.causal_lm import CausalLM
 
 
 def evaluation_windows(stream: Tensor, length: int, count: int | None = None) -> Tensor:
@@ -32,15 +29,17 @@ def evaluation_windows(stream: Tensor, length: int, count: int | None = None) ->
 
 
 @torch.inference_mode()
-def perplexity(model: Any, windows: Tensor, *, batch_windows: int = 2, desc: str = "") -> float:
-    """``exp`` of the mean next-token loss in each window, its first token given.
+def perplexity(
+    model: CausalLM, windows: Tensor, *, batch_windows: int = 2, desc: str = ""
+) -> float:
+    """Return ``exp`` of the mean next-token loss in each window, its first token given.
 
     windows: int64 (count, length). The loss is summed in float64.
     """
     total, count = 0.0, 0
     progress = tqdm(total=len(windows), desc=f"evaluate {desc}", unit="window", disable=None)
-    found = _logits if shelf_of(model) is None else _walked_logits
-    for ids, logits in found(model, windows, batch_windows):
+    logits_of = _logits if model.store.whole else _offloaded_logits
+    for ids, logits in logits_of(model, windows, batch_windows):
         logits = logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
@@ -49,7 +48,7 @@ def perplexity(model: Any, windows: Tensor, *, batch_windows: int = 2, desc: str
         count += ids[:, 1:].numel()
         progress.update(len(ids))
     progress.close()
-    total, count = _of_all(total, count, device_of(model))
+    total, count = _of_all(total, count, model.device)
     if not math.isfinite(total):
         raise ValueError(f"the model's loss {f'on {desc} ' if desc else ''}is not finite")
     return math.exp(min(total / count, 700.0))
@@ -61,23 +60,24 @@ def _of_all(total: float, count: int, device: torch.device) -> tuple[float, int]
     return float(sums[0]), int(sums[1])
 
 
-def _logits(model: Any, windows: Tensor, batch_windows: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(
+    model: CausalLM, windows: Tensor, batch_windows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     mine = distributed.share(windows)
     for ids in mine.split(batch_windows) if len(mine) else ():
-        ids = ids.to(device_of(model))
-        yield ids, model(input_ids=ids, use_cache=False).logits
+        ids = ids.to(model.device)
+        yield ids, model.module(input_ids=ids, use_cache=False).logits
 
 
-def _walked_logits(
-    model: Any, windows: Tensor, batch_windows: int
+def _offloaded_logits(
+    model: CausalLM, windows: Tensor, batch_windows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of a model on a shelf: all windows pass a layer before the next one is taken."""
-    architecture = architecture_of(model.config)
-    streams = Streams(model, windows, batch_windows, place_of(model, windows))
-    for name in layers(model):
-        with resident(model, name) as layer:
+    """All windows pass a layer before the next one is read."""
+    streams = Streams(model, windows, batch_windows)
+    for name in model.layers:
+        with model.resident(name) as layer:
             for i in range(len(streams)):
                 streams.stream[i] = streams.run(layer, i)
-    with resident(model, architecture.final_norm, architecture.head):
+    with model.resident(model.architecture.final_norm, model.architecture.head):
         for i, ids in enumerate(streams.batches):
-            yield ids.to(device_of(model)), streams.logits(i)
+            yield ids.to(model.device), streams.logits(i)

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize.accounting import check_weights
-from dotresize.merged_model import declared
+from dotresize.merging.checkpoint import declared
 
 BATCH_WINDOWS = 2
 LEARNING_RATE = 2e-4

@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from dotresize.kernels.l1_tile import l1_cost_kernel
-from dotresize.ops.halves import GROUP, chunk_tokens
-from dotresize.reference import TOKEN_BLOCK
+from dotresize.ops.constants import GROUP, TOKEN_BLOCK, L1Operands, chunk_tokens
 
 # Copies that go past the registers are NVIDIA's; elsewhere they are loads and stores.
 ASYNC = not triton.knobs.runtime.interpret and torch.version.hip is None
@@ -72,43 +71,35 @@ SMALL = {
 }
 
 
-def l1_cost(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool,
-    divisor: float | None,
-    scale: Tensor | None = None,
-) -> Tensor | None:
-    """out (+)= sum over tokens; then, unless ``divisor`` is None, out /= divisor.
+def l1_cost(work: L1Operands, scale: Tensor | None = None) -> Tensor | None:
+    """Compute a cost, or add to it.
 
-    x (B, T, n); y (B, T, m), or index (B, m), or neither: y = x. With ``scale`` (B, T / GROUP),
-    x and y are float16, T is a multiple of GROUP, and each group's sum is multiplied by its scale.
-    Returns, with a divisor, the minimum, maximum and mean of each problem: float64 (B, 3), NaN if
-    an entry is. Shapes are the caller's responsibility (dotresize.ops.l1_cost).
+    With ``scale`` (B, T / GROUP), x and y are float16, T is a multiple of GROUP, and each group's
+    sum is multiplied by its scale. Returns, with a divisor, the minimum, maximum and mean of each
+    problem: float64 (B, 3), NaN if an entry is. Shapes are the caller's responsibility
+    (dotresize.ops.l1_cost).
     """
+    x, y, targets, out = work.x, work.y, work.targets, work.out
     config = choose_config(out, packed=scale is not None, device=x.device)
     kind = torch.float32 if scale is None else torch.float16
     # One neuron alone has no mirror, and triton 3.6 fails to compile that with n known to be 1.
-    shared = y is None and index is None and out.shape[2] > 1
-    columns, tokens = x if y is None else y, x.shape[1]
+    shared = y is None and targets is None and out.shape[2] > 1
     blocks = config.block_m, config.block_n
     if shared:
         blocks = (max(blocks),)
     copied = 0 if _readable(x, blocks[0], kind) else x.shape[2]
-    if not shared and (index is not None or not _readable(columns, blocks[1], kind)):
+    columns = x if y is None else y
+    if not shared and (targets is not None or not _readable(columns, blocks[1], kind)):
         copied += out.shape[2]
-    found, step = None, tokens
+    step = x.shape[1]
     if copied and scale is None:  # float16 copies were made of few enough tokens
         step = chunk_tokens(len(x), copied, 4)
-    for start in range(0, tokens, step):
-        part = slice(start, start + step)
-        xs = _operand(x[:, part], None, blocks[0], kind)
-        ys = xs if shared else _operand(columns[:, part], index, blocks[1], kind)
-        last = divisor if part.stop >= tokens else None
-        found = _launch(config, xs, ys, scale, out, accumulate or start > 0, last, shared)
+    found = None
+    for part in work.chunks(step):
+        xs = _operand(part.x, None, blocks[0], kind)
+        columns = part.x if part.y is None else part.y
+        ys = xs if shared else _operand(columns, targets, blocks[1], kind)
+        found = _launch(config, part._replace(x=xs, y=ys), scale, symmetric=shared)
     return found
 
 
@@ -133,26 +124,34 @@ def _operand(x: Tensor, index: Tensor | None, block: int, kind: torch.dtype) -> 
 
 
 def _launch(
-    config: L1Config,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor | None,
-    out: Tensor,
-    accumulate: bool,
-    divisor: float | None,
-    symmetric: bool,
+    config: L1Config, work: L1Operands, scale: Tensor | None, *, symmetric: bool
 ) -> Tensor | None:
+    """x and y are what the kernel reads; both are there."""
+    x, y, out, divisor = work.x, work.y, work.out, work.divisor
     batch, n, m = out.shape
     lanes = _lanes(x)
     tiles = _tiles(batch, n, m, config)
     statistics = out if divisor is None else x.new_empty(tiles, 3, dtype=torch.float32)
     with torch.cuda.device_of(x):
         l1_cost_kernel[(tiles,)](
-            *(x, y, out if scale is None else scale, out, statistics, x.shape[1], n, m),
-            *(x.shape[2], y.shape[2], x.stride(0), x.stride(1), y.stride(0), y.stride(1)),
-            *(0 if scale is None else scale.shape[1], 1.0 if divisor is None else divisor),
+            p_x=x,
+            p_y=y,
+            p_scale=out if scale is None else scale,
+            p_out=out,
+            p_statistics=statistics,
+            tokens=x.shape[1],
+            n=n,
+            m=m,
+            read_n=x.shape[2],
+            read_m=y.shape[2],
+            stride_xb=x.stride(0),
+            stride_xt=x.stride(1),
+            stride_yb=y.stride(0),
+            stride_yt=y.stride(1),
+            groups=0 if scale is None else scale.shape[1],
+            divisor=1.0 if divisor is None else divisor,
             SYMMETRIC=symmetric,
-            ACCUMULATE=accumulate,
+            ACCUMULATE=work.accumulate,
             PACKED=scale is not None,
             FINISH=divisor is not None,
             TOKEN_BLOCK=TOKEN_BLOCK,

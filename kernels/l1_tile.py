@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from dotresize.kernels.layouts import async_copy, async_load, gl, jit
+from dotresize.kernels.gluon_compat import async_copy, async_load, gl, jit
 
 
 @jit

@@ -5,7 +5,7 @@ With z_ij = g_j - (C_ij - r_i - c_j) / reg, where r and c are row and column min
     f_i = log a_i - lse_j z_ij      and      exp(f_i + z_ij) is the finished row of the plan,
 
 already at hand, so it is added into the column sums s; after the sweep g_j += log b_j - log s_j,
-and is taken further along its last change where that helps (dotresize.acceleration.Momentum).
+and is taken further along its last change where that helps (dotresize.ops.acceleration.Momentum).
 Bound: one read of C per iteration (4096 x 3072 float32: 15 us on an H100 at 3.35 TB/s).
 
 Two launches an iteration: the row sweep (programs own whole rows, and one partial column sum each)
@@ -25,14 +25,31 @@ import torch
 import triton
 from torch import Tensor
 
-from dotresize.acceleration import far_potential
 from dotresize.kernels import sinkhorn_columns as column
-from dotresize.kernels import sinkhorn_layout as layout
 from dotresize.kernels import sinkhorn_prepare as prepare
-from dotresize.kernels.graph import Watch, iterate
-from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, TABLE, Tables, Tile
+from dotresize.kernels.cuda_graph import Watch, iterate
 from dotresize.kernels.sinkhorn_sweep import sinkhorn_sweep_kernel
-from dotresize.reference import CONVERGED, INFEASIBLE, INVALID, MAX_ITER, MOMENTUM
+from dotresize.kernels.sinkhorn_tables import (
+    AT_BLOCK,
+    AT_OFFSET,
+    AT_STRIDE,
+    COLUMN_BLOCK,
+    RUNNING,
+    Tables,
+    Tile,
+    aligned,
+    rows_per_program,
+)
+from dotresize.ops.constants import (
+    CONVERGED,
+    INFEASIBLE,
+    INVALID,
+    MAX_ITER,
+    MOMENTUM,
+    SinkhornBatch,
+    SinkhornSolution,
+    far_potential,
+)
 
 # Column minima are taken out entry by entry only where leaving them to g would cost digits.
 _NEAR = 16.0
@@ -44,76 +61,36 @@ _STEPS = 65535
 _STORAGE_ERROR = 0.02
 
 
-def sinkhorn(
-    costs: Sequence[Tensor],
-    reg: Tensor,
-    a: Tensor,
-    b: Tensor,
-    max_iter: int,
-    tol: Tensor,
-    g: Tensor,
-    pace: Tensor,
-    storage: str,
-    labels: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(batch: SinkhornBatch, storage: str) -> SinkhornSolution:
     """Solve problems of any shapes together, in the costs' type.
 
-    costs: 2-D, unit stride along rows, of one type and device; reg, tol, pace: (B,); a, b, g
-    float64, those of all problems joined; labels: the problems' numbers in messages. Returns as
-    ``dotresize.reference.sinkhorn`` does. Problems are grouped by how the sweep holds a row.
+    Problems are grouped by how the sweep holds a row. storage: "exact" or "u16", see
+    ``dotresize.sinkhorn``.
     """
     groups: dict[tuple[bool, int, int], list[int]] = {}
-    for i, cost in enumerate(costs):
+    for i, cost in enumerate(batch.costs):
         groups.setdefault(Tile(cost.shape[1], cost.dtype).key, []).append(i)
     if len(groups) == 1:
-        return _Batch(costs, reg, a, b, tol, g, pace, storage, labels).solve(max_iter)
-    rows = a.split([cost.shape[0] for cost in costs])
-    columns = [v.split([cost.shape[1] for cost in costs]) for v in (b, g)]
-    f_parts, g_parts = list(rows), list(columns[1])
-    scalars = [torch.empty(len(costs), dtype=d, device=a.device) for d in _SCALARS]
+        return _Solver(batch, storage).solve(batch.max_iter)
+    solved: dict[int, SinkhornSolution] = {}
     for members in groups.values():
-        batch = _Batch(
-            [costs[i] for i in members],
-            reg[members],
-            torch.cat([rows[i] for i in members]),
-            torch.cat([columns[0][i] for i in members]),
-            tol[members],
-            torch.cat([columns[1][i] for i in members]),
-            pace[members],
-            storage,
-            [labels[i] for i in members],
-        )
-        f_all, g_all, *found = batch.solve(max_iter)
-        for i, part in zip(members, f_all.split(batch.n), strict=True):
-            f_parts[i] = part
-        for i, part in zip(members, g_all.split(batch.m), strict=True):
-            g_parts[i] = part
-        for whole, part in zip(scalars, found, strict=True):
-            whole[members] = part
-    n_iter, error, status = scalars
-    return torch.cat(f_parts), torch.cat(g_parts), n_iter, error, status
+        solver = _Solver(batch.part(members), storage)
+        found = solver.solve(batch.max_iter)
+        vectors = found.f.split(solver.n), found.g.split(solver.m)
+        each = zip(*vectors, found.n_iter, found.marginal_error, found.status, strict=True)
+        solved.update(zip(members, map(SinkhornSolution._make, each), strict=True))
+    f, g, *numbers = zip(*(solved[i] for i in range(len(batch.costs))), strict=True)
+    return SinkhornSolution(torch.cat(f), torch.cat(g), *map(torch.stack, numbers))
 
 
-_SCALARS = (torch.int64, torch.float64, torch.int64)  # n_iter, marginal_error, status
-
-
-class _Batch:
+class _Solver:
     """Problems whose rows the sweep holds alike, their tables and buffers on the device."""
 
-    def __init__(
-        self,
-        costs: Sequence[Tensor],
-        reg: Tensor,
-        a: Tensor,
-        b: Tensor,
-        tol: Tensor,
-        g: Tensor,
-        pace: Tensor,
-        storage: str,
-        labels: Sequence[int],
-    ) -> None:
+    def __init__(self, batch: SinkhornBatch, storage: str) -> None:
+        costs, a, b, g, reg = batch.costs, batch.a, batch.b, batch.g, batch.reg
+        use_momentum = batch.pace == MOMENTUM
         # A cost that is stored anew is not read often enough to be copied first.
-        self.costs = costs = costs if storage == "u16" else layout.aligned(costs)
+        self.costs = costs = costs if storage == "u16" else aligned(costs)
         first = costs[0]
         self.device, self.kind = first.device, first.dtype
         self.n, self.m = [c.shape[0] for c in costs], [c.shape[1] for c in costs]
@@ -123,25 +100,27 @@ class _Batch:
             device = torch.cuda.get_device_properties(first.device)
             processors, self.lanes = device.multi_processor_count, device.warp_size
         slots = processors * max(1, _WARPS_RESIDENT // self.tile.warps)
-        self.rows = layout.rows_per_program(self.n, slots, self.tile.rows)
+        self.rows = rows_per_program(self.n, slots, self.tile.rows)
         self.a, self.b = a.to(self.kind), b.to(self.kind)
         self.log_a = a.log2().to(self.kind)
         self.tables = Tables(costs, self.rows)
-        self.momentum = bool((pace == MOMENTUM).any())
-        numbers = torch.stack([reg, _LOG2E / reg, tol, (pace == MOMENTUM).to(reg)]).to(self.device)
+        self.any_momentum = bool(use_momentum.any())
+        numbers = torch.stack([reg, _LOG2E / reg, batch.tol, use_momentum.to(reg)]).to(self.device)
         self.reg = numbers[0]
         # Each by itself: as rows of one tensor their alignment, and so the kernel, varied with B.
-        _, self.inv_reg, self.tol, self.limit = (row.clone() for row in numbers.to(self.kind))
+        _, self.inv_reg, self.tol, self.use_momentum = (
+            row.clone() for row in numbers.to(self.kind)
+        )
         self._buffers()
         self._minima()
         self.stored, self.scale, self.align = first, self.inv_reg, 16 // first.element_size()
         if storage == "u16":
-            self._store_linear(labels)
+            self._store_linear(batch.labels)
         has_mass, start = self.b > 0, ((g - self.shift_g) * _LOG2E).to(self.kind)
         self.g[0] = torch.where(has_mass, start, -torch.inf)
         self.before = torch.where(has_mass, start, 0.0)
         self.used = self._sums(has_mass.to(self.kind))
-        self.g_sum[0][self.tables.problem[:, 7]] = self._sums(self.before)
+        self.g_sum[0][self.tables.problem[:, AT_BLOCK.value]] = self._sums(self.before)
 
     def _sums(self, columns: Tensor) -> Tensor:
         return torch.segment_reduce(columns, "sum", lengths=self.tables.m)
@@ -159,8 +138,9 @@ class _Batch:
         self.partial, self.largest = empty(t.partial_total), empty(len(t.program))
         self.error = torch.full_like(empty(len(t.block)), torch.inf)
         self.g_sum = torch.zeros_like(empty(2, len(t.block)))
-        self.pace = torch.zeros_like(empty(2, len(t.block), column.PACE.value))
-        self.pace[..., 0:3:2] = torch.inf  # no error yet; see sinkhorn_columns
+        self.momentum_state = torch.zeros_like(empty(2, len(t.block), column.MOMENTUM_LINE.value))
+        for at in (column.M_ERROR, column.M_LAST_ERROR):  # none yet
+            self.momentum_state[..., at.value] = torch.inf
         self.marginal_error = torch.full_like(empty(count), torch.nan)
         self.status = torch.full_like(empty(count, dtype=torch.int32), RUNNING)
         self.sweeps = torch.zeros_like(self.status)
@@ -169,11 +149,17 @@ class _Batch:
         t, row_block = self.tables, prepare.row_block(max(self.m), self.tile.warps)
         with torch.cuda.device_of(self.f):
             prepare.row_minima_kernel[(len(t.program),)](
-                *(self.costs[0], t.problem, t.program, self.a, self.b),
-                *(self.row_min, self.largest, self.status, self.rows),
+                p_cost=self.costs[0],
+                p_problem=t.problem,
+                p_program=t.program,
+                p_a=self.a,
+                p_b=self.b,
+                p_row_min=self.row_min,
+                p_largest=self.largest,
+                p_status=self.status,
+                rows_per_program=self.rows,
                 INFEASIBLE=INFEASIBLE,
                 INVALID=INVALID,
-                TABLE=TABLE,
                 BR=row_block[0],
                 BC=row_block[1],
                 STAGES=prepare.STAGES,
@@ -181,17 +167,25 @@ class _Batch:
             )
             grid = (len(t.program), triton.cdiv(max(self.m), prepare.COLUMNS))
             prepare.partial_minima_kernel[grid](
-                *(self.costs[0], t.problem, t.program, self.a),
-                *(self.row_min, self.partial, self.rows),
-                TABLE=TABLE,
+                p_cost=self.costs[0],
+                p_problem=t.problem,
+                p_program=t.program,
+                p_a=self.a,
+                p_row_min=self.row_min,
+                p_partial=self.partial,
+                rows_per_program=self.rows,
                 BR=prepare.ROWS,
                 BC=prepare.COLUMNS,
             )
             prepare.column_minima_kernel[(len(t.block),)](
-                *(t.problem, t.block, self.b, self.partial),
-                *(self.column_min, self.status, self.rows),
+                p_problem=t.problem,
+                p_block=t.block,
+                p_b=self.b,
+                p_partial=self.partial,
+                p_column_min=self.column_min,
+                p_status=self.status,
+                rows_per_program=self.rows,
                 INFEASIBLE=INFEASIBLE,
-                TABLE=TABLE,
                 BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
             )
@@ -222,14 +216,20 @@ class _Batch:
         size = [n * s for n, s in zip(self.n, stride, strict=True)]
         table = t.problem.clone()
         ends = torch.tensor(size, device=self.device).cumsum(0)
-        table[1:, 0], table[0, 0] = ends[:-1], 0
-        table[:, 1] = torch.tensor(stride, device=self.device)
+        table[1:, AT_OFFSET.value], table[0, AT_OFFSET.value] = ends[:-1], 0
+        table[:, AT_STRIDE.value] = torch.tensor(stride, device=self.device)
         stored = torch.empty(sum(size), dtype=torch.uint16, device=self.device)
         with torch.cuda.device_of(self.f):
             prepare.store_linear_kernel[(len(t.program),)](
-                *(self.costs[0], t.problem, stored, table, t.program),
-                *(self.row_min, self.column_min, step, self.rows),
-                TABLE=TABLE,
+                p_cost=self.costs[0],
+                p_problem=t.problem,
+                p_stored=stored,
+                p_stored_problem=table,
+                p_program=t.program,
+                p_row_min=self.row_min,
+                p_column_min=self.column_min,
+                p_step=step,
+                rows_per_program=self.rows,
                 BR=prepare.ROWS,
                 BC=prepare.COLUMNS,
             )
@@ -238,16 +238,19 @@ class _Batch:
         self.shifted = False  # the minima are off
         self.scale = step * self.inv_reg
 
-    def solve(self, max_iter: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def solve(self, max_iter: int) -> SinkhornSolution:
         t = self.tables
         with torch.cuda.device_of(self.f):
             iterate(self._iteration, max_iter + 1, Watch(self.status, RUNNING))
-            column.sinkhorn_verdict_kernel[(len(self.costs),)](
-                *(t.problem, self.error, self.tol, self.status, self.marginal_error),
+            column.sinkhorn_status_kernel[(len(self.costs),)](
+                p_problem=t.problem,
+                p_error=self.error,
+                p_tol=self.tol,
+                p_status=self.status,
+                p_marginal_error=self.marginal_error,
                 RUNNING=RUNNING,
                 CONVERGED=CONVERGED,
                 MAX_ITER=MAX_ITER,
-                TABLE=TABLE,
                 COLUMN_BLOCK=COLUMN_BLOCK,
                 BLOCKS=t.blocks,
             )
@@ -264,18 +267,33 @@ class _Batch:
                 f = torch.where(t.rows_of(hit), value, f)
                 g = torch.where(t.columns_of(hit), value, g)
                 error = torch.where(hit, mass * share, error)
-        return f, g, n_iter, error, status
+        return SinkhornSolution(f, g, n_iter, error, status)
 
     def _iteration(self, parity: int) -> None:
-        t, kernel = self.tables, column.sinkhorn_column_kernel
-        now, new = (self.g[0], self.g[1]) if parity == 0 else (self.g[1], self.g[0])
-        sums = (self.g_sum[parity], self.g_sum[1 - parity])
-        common = {"RUNNING": RUNNING, "TABLE": TABLE, "BLOCKS": t.blocks}
+        t, other = self.tables, 1 - parity
+        common = {
+            "p_cost": self.stored,
+            "p_problem": t.problem,
+            "p_inv_reg": self.inv_reg,
+            "p_scale": self.scale,
+            "p_row_min": self.row_min,
+            "p_column_min": self.column_min,
+            "p_g": self.g[parity],
+            "p_f": self.f,
+            "p_partial": self.partial,
+            "p_error": self.error,
+            "p_status": self.status,
+            "rows_per_program": self.rows,
+            "RUNNING": RUNNING,
+            "BLOCKS": t.blocks,
+        }
         with torch.cuda.device_of(self.f):
             sinkhorn_sweep_kernel[(len(t.program),)](
-                *(self.stored, t.problem, t.program, self.inv_reg, self.scale, self.log_a),
-                *(self.row_min, self.column_min, now, self.f, self.partial, self.error),
-                *(self.tol, self.status, self.sweeps, self.marginal_error, self.rows),
+                p_program=t.program,
+                p_log_a=self.log_a,
+                p_tol=self.tol,
+                p_sweeps=self.sweeps,
+                p_marginal_error=self.marginal_error,
                 CONVERGED=CONVERGED,
                 COLUMN_BLOCK=COLUMN_BLOCK,
                 ALIGN=self.align,
@@ -285,15 +303,21 @@ class _Batch:
                 **self.tile.constants(),
                 **common,
             )
-            kernel[(len(t.block),)](
-                *(self.stored, t.problem, t.block, self.inv_reg, self.scale, self.b, self.used),
-                *(self.row_min, self.column_min, self.f, now, new, self.partial, self.error),
-                *(*sums, self.before, self.limit, self.pace[1 - parity], self.pace[parity]),
-                *(self.status, self.rows),
+            column.sinkhorn_column_kernel[(len(t.block),)](
+                p_block=t.block,
+                p_b=self.b,
+                p_used=self.used,
+                p_g_new=self.g[other],
+                p_g_sum=self.g_sum[parity],
+                p_g_sum_new=self.g_sum[other],
+                p_before=self.before,
+                p_use_momentum=self.use_momentum,
+                p_last=self.momentum_state[other],
+                p_new=self.momentum_state[parity],
                 TINY=column.TINY_COLUMN,
                 BP=column.PROGRAM_BLOCK,
                 BC=COLUMN_BLOCK,
-                MOMENTUM=self.momentum,
+                MOMENTUM=self.any_momentum,
                 FAR=far_potential(self.kind),
                 **common,
             )

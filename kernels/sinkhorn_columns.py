@@ -1,4 +1,4 @@
-"""The column half of a Sinkhorn iteration, and the verdict after the last one.
+"""The column half of a Sinkhorn iteration, and the status after the last one.
 
 A program owns COLUMN_BLOCK columns of one problem, its line of p_block. g has two buffers: an
 iteration reads one and writes the other, so that a problem that stops keeps the potentials that its
@@ -10,15 +10,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dotresize import acceleration
+from dotresize.kernels.sinkhorn_tables import (
+    AT_BLOCK,
+    AT_COLUMN,
+    AT_COLUMNS,
+    AT_OFFSET,
+    AT_PARTIAL,
+    AT_ROW,
+    AT_ROWS,
+    AT_STRIDE,
+    LINE,
+)
+from dotresize.ops import constants
 
 # Partial sums of so many sweep programs are read at once.
 PROGRAM_BLOCK = 128
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = 1e-25
-FAST_ENOUGH = tl.constexpr(acceleration.FAST_ENOUGH)
-# Numbers of momentum that a column block keeps, and room for as many again.
-PACE = tl.constexpr(8)
+FAST_ENOUGH = tl.constexpr(constants.FAST_ENOUGH)
+# What momentum keeps of a column block: a line of its state.
+M_ERROR = tl.constexpr(0)  # the block's part of the error
+M_AGAINST = tl.constexpr(1)  # its part of the product of step and change
+M_LAST_ERROR = tl.constexpr(2)  # the problem's error before; the first block's line has it
+M_AGE = tl.constexpr(3)  # how long the problem's momentum has grown; likewise
+M_LARGEST = tl.constexpr(4)  # the block's largest potential
+MOMENTUM_LINE = tl.constexpr(8)  # a power of two: 32 bytes in float32
 
 
 @triton.jit
@@ -49,19 +65,17 @@ def _shifted_sums(
 
 @triton.jit
 def _factor(p_last, p_new, o_q, m_q, FAR: tl.constexpr):
-    """This iteration's over-relaxation, by what the last two left; dotresize.acceleration.Momentum.
+    """This iteration's over-relaxation, by what the last two left; see ops/acceleration.py.
 
-    Of each column block: its part of the error, and of the product of step and change; the
-    problem's error, and how long its momentum has grown; the block's largest potential. Every
-    block comes to the same answer.
+    Every block comes to the same answer, from the lines that all blocks of the problem have left.
     """
-    error = tl.sum(tl.load(p_last + PACE * o_q, mask=m_q, other=0.0), 0)
-    against = tl.sum(tl.load(p_last + PACE * o_q + 1, mask=m_q, other=0.0), 0)
-    largest = tl.max(tl.load(p_last + PACE * o_q + 4, mask=m_q, other=0.0), 0)
-    again = (against < 0) | (error < FAST_ENOUGH * tl.load(p_last + 2)) | (largest > FAR)
-    age = tl.where(again, 0.0, tl.load(p_last + 3)) + 1
-    tl.store(p_new + 2, error)
-    tl.store(p_new + 3, age)
+    error = tl.sum(tl.load(p_last + MOMENTUM_LINE * o_q + M_ERROR, mask=m_q, other=0.0), 0)
+    against = tl.sum(tl.load(p_last + MOMENTUM_LINE * o_q + M_AGAINST, mask=m_q, other=0.0), 0)
+    largest = tl.max(tl.load(p_last + MOMENTUM_LINE * o_q + M_LARGEST, mask=m_q, other=0.0), 0)
+    again = (against < 0) | (error < FAST_ENOUGH * tl.load(p_last + M_LAST_ERROR)) | (largest > FAR)
+    age = tl.where(again, 0.0, tl.load(p_last + M_AGE)) + 1
+    tl.store(p_new + M_LAST_ERROR, error)
+    tl.store(p_new + M_AGE, age)
     return (age - 1) / (age + 1)
 
 
@@ -84,13 +98,12 @@ def sinkhorn_column_kernel(
     p_g_sum,
     p_g_sum_new,
     p_before,
-    p_limit,
+    p_use_momentum,
     p_last,
     p_new,
     p_status,
     rows_per_program,
     RUNNING: tl.constexpr,
-    TABLE: tl.constexpr,
     BLOCKS: tl.constexpr,
     TINY: tl.constexpr,
     BP: tl.constexpr,
@@ -102,13 +115,13 @@ def sinkhorn_column_kernel(
     i_b = tl.load(p_block + 2 * tl.program_id(0))
     first = tl.load(p_block + 2 * tl.program_id(0) + 1).to(tl.int32)
     if tl.load(p_status + i_b) == RUNNING:
-        p_line = p_problem + i_b * TABLE
-        n = tl.load(p_line + 2).to(tl.int32)
-        m = tl.load(p_line + 3).to(tl.int32)
-        i_row = tl.load(p_line + 4)
-        i_column = tl.load(p_line + 5)
-        i_block = tl.load(p_line + 7)
-        p_part = p_partial + tl.load(p_line + 6)
+        p_line = p_problem + i_b * LINE
+        n = tl.load(p_line + AT_ROWS).to(tl.int32)
+        m = tl.load(p_line + AT_COLUMNS).to(tl.int32)
+        i_row = tl.load(p_line + AT_ROW)
+        i_column = tl.load(p_line + AT_COLUMN)
+        i_block = tl.load(p_line + AT_BLOCK)
+        p_part = p_partial + tl.load(p_line + AT_PARTIAL)
         programs = tl.cdiv(n, rows_per_program)
         o_c = first + tl.arange(0, BC)
         m_c = o_c < m
@@ -126,11 +139,11 @@ def sinkhorn_column_kernel(
         b_lse = tl.log2(tl.where(b_tiny, 1.0, b_s)) - b_g
         if tl.max(b_tiny.to(tl.int32), 0) > 0:
             b_redone = _shifted_sums(
-                p_cost + tl.load(p_line),
+                p_cost + tl.load(p_line + AT_OFFSET),
                 p_f + i_row,
                 p_row_min + i_row,
                 tl.load(p_column_min + i_column + o_c, mask=m_c, other=0.0),
-                tl.load(p_line + 1),
+                tl.load(p_line + AT_STRIDE),
                 n,
                 o_c,
                 m_c,
@@ -146,22 +159,22 @@ def sinkhorn_column_kernel(
         b_update = tl.log2(b_b) - b_lse
         b_new = b_update - total / tl.load(p_used + i_b)
         if MOMENTUM:
-            # Taken further along the last change; see dotresize.acceleration.Momentum.
+            # Taken further along the last change; see dotresize.ops.acceleration.Momentum.
             b_change = b_new - tl.load(p_before + i_column + o_c, mask=m_c, other=0.0)
             b_inner = tl.where(b_b > 0, b_b * (b_update - b_g) * b_change, 0.0)
             tl.store(p_before + i_column + o_c, tl.where(b_b > 0, b_new, 0.0), mask=m_c)
-            p_new += PACE * tl.program_id(0)
-            factor = _factor(p_last + PACE * i_block, p_new, o_q, m_q, FAR)
-            tl.store(p_new, error)
-            tl.store(p_new + 1, tl.sum(b_inner, 0))
-            b_new += tl.load(p_limit + i_b) * factor * b_change
-            tl.store(p_new + 4, tl.max(tl.where(b_b > 0, tl.abs(b_new), 0.0), 0))
+            p_new += MOMENTUM_LINE * tl.program_id(0)
+            factor = _factor(p_last + MOMENTUM_LINE * i_block, p_new, o_q, m_q, FAR)
+            tl.store(p_new + M_ERROR, error)
+            tl.store(p_new + M_AGAINST, tl.sum(b_inner, 0))
+            b_new += tl.load(p_use_momentum + i_b) * factor * b_change
+            tl.store(p_new + M_LARGEST, tl.max(tl.where(b_b > 0, tl.abs(b_new), 0.0), 0))
         tl.store(p_g_new + i_column + o_c, tl.where(b_b > 0, b_new, -float("inf")), mask=m_c)
         tl.store(p_g_sum_new + tl.program_id(0), tl.sum(tl.where(b_b > 0, b_new, 0.0), 0))
 
 
 @triton.jit
-def sinkhorn_verdict_kernel(
+def sinkhorn_status_kernel(
     p_problem,
     p_error,
     p_tol,
@@ -170,16 +183,15 @@ def sinkhorn_verdict_kernel(
     RUNNING: tl.constexpr,
     CONVERGED: tl.constexpr,
     MAX_ITER: tl.constexpr,
-    TABLE: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """What has not stopped by itself stops now: one program per problem."""
     i_b = tl.program_id(0).to(tl.int64)
     if tl.load(p_status + i_b) == RUNNING:
-        m = tl.load(p_problem + i_b * TABLE + 3)
+        m = tl.load(p_problem + i_b * LINE + AT_COLUMNS)
         o_e = tl.arange(0, BLOCKS)
-        p_e = p_error + tl.load(p_problem + i_b * TABLE + 7) + o_e
+        p_e = p_error + tl.load(p_problem + i_b * LINE + AT_BLOCK) + o_e
         error = tl.sum(tl.load(p_e, mask=o_e < tl.cdiv(m, COLUMN_BLOCK), other=0.0), 0)
         tol = tl.load(p_tol + i_b)
         converged = (error <= tol) & (tol > 0)

@@ -9,6 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dotresize.kernels.sinkhorn_tables import (
+    AT_COLUMN,
+    AT_COLUMNS,
+    AT_OFFSET,
+    AT_PARTIAL,
+    AT_ROW,
+    AT_ROWS,
+    AT_STRIDE,
+    LINE,
+)
+
 # Of a program's block; what fills a warp's loads, and leaves registers for loads on their way.
 ROWS, COLUMNS = 8, 128
 STAGES = 4
@@ -21,15 +32,15 @@ def row_block(columns: int, warps: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _line(p_problem, p_program, TABLE: tl.constexpr):
-    """Problem, first row, and the fields of its table; see sinkhorn_layout.Tables."""
+def _line(p_problem, p_program):
+    """Problem, first row, and the fields of its table; see sinkhorn_tables.Tables."""
     i_b = tl.load(p_program + 2 * tl.program_id(0))
     first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
-    p_line = p_problem + i_b * TABLE
-    offset = tl.load(p_line)
-    stride = tl.load(p_line + 1)
-    n = tl.load(p_line + 2).to(tl.int32)
-    m = tl.load(p_line + 3).to(tl.int32)
+    p_line = p_problem + i_b * LINE
+    offset = tl.load(p_line + AT_OFFSET)
+    stride = tl.load(p_line + AT_STRIDE)
+    n = tl.load(p_line + AT_ROWS).to(tl.int32)
+    m = tl.load(p_line + AT_COLUMNS).to(tl.int32)
     return i_b, first, p_line, offset, stride, n, m
 
 
@@ -46,16 +57,15 @@ def row_minima_kernel(
     rows_per_program,
     INFEASIBLE: tl.constexpr,
     INVALID: tl.constexpr,
-    TABLE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """r, and each program's largest C - r; raises the status of problems with bad entries."""
-    i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program, TABLE)
+    i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
-    i_row = tl.load(p_line + 4)
-    i_column = tl.load(p_line + 5)
+    i_row = tl.load(p_line + AT_ROW)
+    i_column = tl.load(p_line + AT_COLUMN)
     last = tl.minimum(first + rows_per_program, n)
     b_code = tl.full((BR,), -1, dtype=tl.int32)
     b_largest = tl.zeros((BR,), dtype=p_row_min.dtype.element_ty)
@@ -99,14 +109,13 @@ def partial_minima_kernel(
     p_row_min,
     p_partial,
     rows_per_program,
-    TABLE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Column minima of C - r over the rows of one sweep program; columns are the second axis."""
-    _, first, p_line, offset, stride, n, m = _line(p_problem, p_program, TABLE)
+    _, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
-    i_row = tl.load(p_line + 4)
+    i_row = tl.load(p_line + AT_ROW)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     if tl.program_id(1) * BC < m:
         last = tl.minimum(first + rows_per_program, n)
@@ -120,7 +129,9 @@ def partial_minima_kernel(
             m_tile = (b_a > 0)[:, None] & (o_c < m)[None, :]
             b_c = tl.load(p_tile, mask=m_tile, other=float("inf"))
             b_low = tl.minimum(b_low, b_c - b_rmin[:, None])
-        p_part = p_partial + tl.load(p_line + 6) + (first // rows_per_program).to(tl.int64) * m
+        p_part = (
+            p_partial + tl.load(p_line + AT_PARTIAL) + (first // rows_per_program).to(tl.int64) * m
+        )
         tl.store(p_part + o_c, tl.min(b_low, 0), mask=o_c < m)
 
 
@@ -134,14 +145,13 @@ def column_minima_kernel(
     p_status,
     rows_per_program,
     INFEASIBLE: tl.constexpr,
-    TABLE: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
     """c, from the partial minima; raises the status of problems with a column that has nowhere."""
-    i_b, first, p_line, _, _, n, m = _line(p_problem, p_block, TABLE)
-    i_column = tl.load(p_line + 5)
-    p_part = p_partial + tl.load(p_line + 6)
+    i_b, first, p_line, _, _, n, m = _line(p_problem, p_block)
+    i_column = tl.load(p_line + AT_COLUMN)
+    p_part = p_partial + tl.load(p_line + AT_PARTIAL)
     programs = tl.cdiv(n, rows_per_program)
     o_c = first + tl.arange(0, BC)
     m_c = o_c < m
@@ -165,23 +175,22 @@ def store_linear_kernel(
     p_cost,
     p_problem,
     p_stored,
-    p_line_stored,
+    p_stored_problem,
     p_program,
     p_row_min,
     p_column_min,
     p_step,
     rows_per_program,
-    TABLE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """(C - r - c) / step, rounded, as uint16 into the problem's place of p_line_stored."""
-    i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program, TABLE)
+    """(C - r - c) / step, rounded, as uint16 into the problem's place of p_stored_problem."""
+    i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
-    p_stored += tl.load(p_line_stored + i_b * TABLE)
-    stride_stored = tl.load(p_line_stored + i_b * TABLE + 1)
-    i_row = tl.load(p_line + 4)
-    i_column = tl.load(p_line + 5)
+    p_stored += tl.load(p_stored_problem + i_b * LINE + AT_OFFSET)
+    stride_stored = tl.load(p_stored_problem + i_b * LINE + AT_STRIDE)
+    i_row = tl.load(p_line + AT_ROW)
+    i_column = tl.load(p_line + AT_COLUMN)
     step = tl.load(p_step + i_b)
     for row in range(first, tl.minimum(first + rows_per_program, n), BR):
         o_r = row + tl.arange(0, BR)

@@ -1,6 +1,6 @@
 """The row sweep of ``dotresize.kernels.sinkhorn``: row potentials, and partial column sums.
 
-Each program owns a few whole rows of one problem. A row that fits (sinkhorn_layout.Tile) is kept in
+Each program owns a few whole rows of one problem. A row that fits (sinkhorn_tables.Tile) is kept in
 registers, as one block or as three equal ones (a power of two of columns, or three times that):
 one read and one exponential per entry. What keeps exponentials in range is not the row's maximum,
 which would ask for one more reduction before any of them, but its potential of the sweep before:
@@ -11,7 +11,7 @@ where s is near 1 once potentials move little, and a row whose s is far from it 
 the maximum. Longer rows are walked twice, the second time out of the cache, with a second
 exponential.
 
-The tables of problems and programs are those of sinkhorn_layout.
+The tables of problems and programs are those of sinkhorn_tables.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ from dotresize.kernels.sinkhorn_rows import (
     read_block,
     read_rows,
     row_vectors,
+)
+from dotresize.kernels.sinkhorn_tables import (
+    AT_BLOCK,
+    AT_COLUMN,
+    AT_COLUMNS,
+    AT_OFFSET,
+    AT_PARTIAL,
+    AT_ROW,
+    AT_ROWS,
+    AT_STRIDE,
+    LINE,
 )
 
 # A row whose sum has left 2^LOW ... 2^HIGH is done again with its maximum taken out. What
@@ -95,7 +106,6 @@ def sinkhorn_sweep_kernel(
     rows_per_program,
     RUNNING: tl.constexpr,
     CONVERGED: tl.constexpr,
-    TABLE: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -108,18 +118,18 @@ def sinkhorn_sweep_kernel(
     """One program: its problem and first row are the program's line of p_program."""
     i_b = tl.load(p_program + 2 * tl.program_id(0))
     first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
-    p_line = p_problem + i_b * TABLE
+    p_line = p_problem + i_b * LINE
     # Rows, and so blocks of ALIGN entries of them, begin at multiples of 16 bytes.
-    p_cost += tl.multiple_of(tl.load(p_line), ALIGN)
-    stride = tl.multiple_of(tl.load(p_line + 1), ALIGN)
-    n = tl.load(p_line + 2).to(tl.int32)
-    m = tl.load(p_line + 3).to(tl.int32)
+    p_cost += tl.multiple_of(tl.load(p_line + AT_OFFSET), ALIGN)
+    stride = tl.multiple_of(tl.load(p_line + AT_STRIDE), ALIGN)
+    n = tl.load(p_line + AT_ROWS).to(tl.int32)
+    m = tl.load(p_line + AT_COLUMNS).to(tl.int32)
     # Read to the end of the last block of ALIGN entries: where that is past m, copied and 16-bit
     # rows have something there, and g is -inf.
     m_read = tl.cdiv(m, ALIGN) * ALIGN
-    i_row = tl.load(p_line + 4)
-    i_column = tl.load(p_line + 5)
-    i_block = tl.load(p_line + 7)
+    i_row = tl.load(p_line + AT_ROW)
+    i_column = tl.load(p_line + AT_COLUMN)
+    i_block = tl.load(p_line + AT_BLOCK)
     if _goes_on(
         p_error,
         p_tol,
@@ -138,7 +148,9 @@ def sinkhorn_sweep_kernel(
         inv_reg = tl.load(p_inv_reg + i_b)
         scale = tl.load(p_scale + i_b)
         last = tl.minimum(first + rows_per_program, n)
-        p_part = p_partial + tl.load(p_line + 6) + (first // rows_per_program).to(tl.int64) * m
+        p_part = (
+            p_partial + tl.load(p_line + AT_PARTIAL) + (first // rows_per_program).to(tl.int64) * m
+        )
         p_log_a += i_row
         p_row_min += i_row
         p_f += i_row

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dotresize.acceleration import far_potential
 from dotresize.kernels import l1_cost, sinkhorn_columns, sinkhorn_prepare, sinkhorn_sweep
 from dotresize.kernels.l1_tile import l1_cost_kernel
-from dotresize.kernels.sinkhorn_layout import COLUMN_BLOCK, RUNNING, TABLE, Tile
-from dotresize.reference import TOKEN_BLOCK
+from dotresize.kernels.sinkhorn_tables import COLUMN_BLOCK, RUNNING, Tile
+from dotresize.ops.acceleration import far_potential
+from dotresize.ops.reference import TOKEN_BLOCK
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 # Each way to hold a row, and a row that is not aligned; the last ones do not fit in registers.
 WIDTHS = {"fp32": (160, 464, 768, 3072, 4096, 11469, 40000), "fp64": (90, 768, 2048, 3073)}
-RUN = {"RUNNING": RUNNING, "TABLE": TABLE}
+RUN = {"RUNNING": RUNNING}
 
 
 class AotCase(NamedTuple):
@@ -158,30 +158,29 @@ def column_case(kind: str, stored: str) -> AotCase:
 
 def small_cases(kind: str) -> Iterator[AotCase]:
     p = f"*{kind}"
-    table = {"TABLE": TABLE}
     codes = {"INFEASIBLE": 2, "INVALID": 3}
     rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
     long = {"STAGES": sinkhorn_prepare.STAGES}
     long["BR"], long["BC"] = sinkhorn_prepare.row_block(4096, 4)
     columns = {"BP": sinkhorn_columns.PROGRAM_BLOCK, "BC": COLUMN_BLOCK}
-    verdict = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
+    status = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
     kernels = [
-        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", table | codes | long),
-        ("partial_minima", f"{p} *i64 *i64 {p} {p} {p} i32", table | rows),
+        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", codes | long),
+        ("partial_minima", f"{p} *i64 *i64 {p} {p} {p} i32", rows),
         (
             "column_minima",
             f"*i64 *i64 {p} {p} {p} *i32 i32",
-            table | {"INFEASIBLE": 2} | columns,
+            {"INFEASIBLE": 2} | columns,
         ),
     ]
     if kind == "fp32":
-        kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", table | rows))
+        kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", rows))
     for name, types, constants in kernels:
         function = getattr(sinkhorn_prepare, f"{name}_kernel")
         yield AotCase(
             f"{name}/{kind}", function, types, lambda lanes, c=constants: c, four, targets=FEW
         )
-    function = sinkhorn_columns.sinkhorn_verdict_kernel
+    function = sinkhorn_columns.sinkhorn_status_kernel
     types = f"*i64 {p} {p} *i32 {p}"
-    name = f"sinkhorn_verdict/{kind}"
-    yield AotCase(name, function, types, lambda lanes: verdict, four, targets=FEW)
+    name = f"sinkhorn_status/{kind}"
+    yield AotCase(name, function, types, lambda lanes: status, four, targets=FEW)

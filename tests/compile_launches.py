@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dotresize.kernels import l1_cost, sinkhorn
-from dotresize.reference import MOMENTUM, PLAIN
+from dotresize.ops.constants import MOMENTUM, PLAIN, L1Operands, SinkhornBatch
 
 launched: Counter[str] = Counter()
 
@@ -56,13 +56,14 @@ def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
     index = torch.randint(n, (batch, m))
     for columns, chosen in ((y, None), (None, index), (None, None)):
         width = n if columns is None and chosen is None else m
-        options = {"accumulate": False, "divisor": divisor}
-        l1_cost.l1_cost(x, columns, chosen, torch.empty(batch, n, width), **options)
+        out = torch.empty(batch, n, width)
+        l1_cost.l1_cost(L1Operands(x, columns, chosen, out, accumulate=False, divisor=divisor))
     groups = -(-tokens // l1_cost.GROUP)
     x, y = (torch.randn(batch, groups * l1_cost.GROUP, k).half() for k in (n, m))
     for columns, width in ((y, m), (None, n)):
-        options = {"accumulate": True, "divisor": divisor, "scale": torch.ones(batch, groups)}
-        l1_cost.l1_cost(x, columns, None, torch.empty(batch, n, width), **options)
+        out = torch.empty(batch, n, width)
+        work = L1Operands(x, columns, None, out, accumulate=True, divisor=divisor)
+        l1_cost.l1_cost(work, torch.ones(batch, groups))
 
 
 def solve(shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, pace: int) -> None:
@@ -72,11 +73,18 @@ def solve(shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, pace:
         for axis in (0, 1)
     )
     numbers = [torch.full((count,), value, dtype=torch.float64) for value in (0.1, 1e-5)]
-    sinkhorn.sinkhorn(
-        [torch.rand(shape, dtype=dtype) for shape in shapes],
-        *(numbers[0], a, b, 2, numbers[1], torch.zeros_like(b)),
-        *(torch.full((count,), pace), storage, range(count)),
+    batch = SinkhornBatch(
+        labels=range(count),
+        costs=[torch.rand(shape, dtype=dtype) for shape in shapes],
+        a=a,
+        b=b,
+        g=torch.zeros_like(b),
+        reg=numbers[0],
+        tol=numbers[1],
+        pace=torch.full((count,), pace),
+        max_iter=2,
     )
+    sinkhorn.sinkhorn(batch, storage)
 
 
 def main() -> int:

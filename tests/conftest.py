@@ -34,9 +34,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def few_kept_axes(monkeypatch) -> None:
     """A tiny model has about as many channels as PCA leaves on their axes: none would be turned."""
-    from dotresize import baselines
+    from dotresize.narrow import principal
 
-    monkeypatch.setitem(baselines.pca.__kwdefaults__, "kept_axes", 4)
+    monkeypatch.setitem(principal.pca.__kwdefaults__, "kept_axes", 4)
 
 
 @pytest.fixture(autouse=True)

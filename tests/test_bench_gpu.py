@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from dotresize.benchmarks import gpu, gpu_checks
+from dotresize.benchmarks.gpu import __main__ as gpu
+from dotresize.benchmarks.gpu import correctness as gpu_checks
 from dotresize.benchmarks.rows import read
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs for real")

@@ -8,8 +8,9 @@ from conftest import tiny_model
 
 from dotresize import compress
 from dotresize.accounting import count_parameters
-from dotresize.budget import Law, best_split, parameters_at
 from dotresize.models import supported
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.budget import Law, best_split, parameters_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,9 +29,9 @@ def test_the_count_is_that_of_a_narrowed_model(kind, tied, tokens):
         narrow, _ = compress(
             model, tokens, width=width, ff_width=inner, refit=False, self_windows=0
         )
-        counted = count_parameters(narrow)
+        counted = count_parameters(CausalLM.in_memory(narrow))
         for count in ("total", "non_embedding"):
-            assert parameters_at(model, count)(width, inner) == counted[count]
+            assert parameters_at(CausalLM.in_memory(model), count)(width, inner) == counted[count]
 
 
 def test_a_law_goes_through_its_points():
@@ -41,7 +42,7 @@ def test_a_law_goes_through_its_points():
 
 
 def test_the_cheaper_width_is_cut_first():
-    model = tiny_model()
+    model = CausalLM.in_memory(tiny_model())
     dear, cheap = Law(10.0, 1.0), Law(0.1, 1.0)
     residual_dear = best_split(model, 0.8, "non_embedding", 4, dear, cheap)
     inner_dear = best_split(model, 0.8, "non_embedding", 4, cheap, dear)
@@ -53,8 +54,9 @@ def test_the_cheaper_width_is_cut_first():
 
 
 def test_a_budget_nothing_fits():
+    model, law = CausalLM.in_memory(tiny_model()), Law(1.0, 1.0)
     with pytest.raises(ValueError, match=r"params 0\.001: no pair of widths"):
-        best_split(tiny_model(), 0.001, "total", 4, Law(1.0, 1.0), Law(1.0, 1.0))
+        best_split(model, 0.001, "total", 4, law, law)
 
 
 @pytest.mark.parametrize("untie", [False, True])
@@ -62,7 +64,7 @@ def test_compress_keeps_to_the_budget(untie, tokens):
     model = tiny_model()
     narrow, report = compress(model, tokens, params=0.7, untie=untie)
     assert report["tied"] is not untie
-    dense, found = (count_parameters(m)["total"] for m in (model, narrow))
+    dense, found = (count_parameters(CausalLM.in_memory(m))["total"] for m in (model, narrow))
     assert 0.45 * dense < found <= 0.7 * dense
     assert report["budget"]["asked"] == 0.7
     assert report["width"]["new"] == narrow.config.hidden_size

@@ -9,13 +9,17 @@ import torch
 from conftest import tiny_model
 
 from dotresize import compress
-from dotresize.absorb import absorb
 from dotresize.accounting import count_parameters
-from dotresize.calibration import random_windows
+from dotresize.benchmarks.studies.activations import residual_stream
+from dotresize.calibration.statistics import collect
+from dotresize.calibration.text import random_windows
+from dotresize.compression import make_options
 from dotresize.models import architecture_of, supported
-from dotresize.options import Options
-from dotresize.refit import Correction, correct
-from dotresize.statistics import collect, residual_stream
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.absorb import absorb
+from dotresize.narrow.one_map import basis
+from dotresize.narrow.refit import correct
+from dotresize.narrow.targets import kept_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,13 +90,11 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
 
 
 def _map_of(model, tokens, method):
-    from dotresize.narrowing import basis, width_map
-    from dotresize.targets import kept_set
-
-    statistics = collect(model, tokens)
-    options = Options(method=method, factor="qr", untie=True)
-    found = width_map(statistics.mean(), kept_set(None, statistics, 16), options)
-    return basis(model, found, options)
+    handle = CausalLM.in_memory(model)
+    statistics = collect(handle, tokens)
+    options = make_options(method=method, factor="qr", untie=True)
+    kept = kept_set(None, statistics, 16)
+    return basis(handle, options.method.maps([statistics.mean()], [kept], options)[0], options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,10 +193,10 @@ def test_refit_brings_the_stream_closer(tokens):
         with torch.inference_mode():
             return float((residual_stream(narrow, tokens) - goal).norm())
 
-    plain = absorb(model, q)
-    corrected = absorb(model, q)
-    correct(model, corrected, q, tokens, Correction(ridge=1e-6))
-    assert distance(corrected) < 0.8 * distance(plain)
+    dense = CausalLM.in_memory(model)
+    plain, corrected = absorb(dense, q), absorb(dense, q)
+    correct(dense, corrected, q, tokens, None, make_options(ridge=1e-6))
+    assert distance(corrected.module) < 0.8 * distance(plain.module)
 
 
 def test_refit_of_biased_writers(tokens):
@@ -206,7 +208,7 @@ def test_refit_of_biased_writers(tokens):
 
 def test_statistics_match_a_direct_computation(tokens):
     model = tiny_model()
-    statistics = collect(model, tokens, apart=True, batch_windows=2)
+    statistics = collect(CausalLM.in_memory(model), tokens, apart=True, batch_windows=2)
     with torch.inference_mode():
         stream = residual_stream(model, tokens).double()
     stream = stream / stream.square().mean(-1, keepdim=True).sqrt()
@@ -219,7 +221,7 @@ def test_statistics_match_a_direct_computation(tokens):
 
 
 def test_parameters_are_counted_once():
-    tied, untied = count_parameters(tiny_model()), count_parameters(tiny_model(tied=False))
+    tied, untied = (count_parameters(CausalLM.in_memory(tiny_model(tied=t))) for t in (True, False))
     assert untied["total"] - tied["total"] == 259 * 24
     assert untied["non_embedding"] == tied["non_embedding"]
     assert tied["total"] - tied["non_embedding"] == 259 * 24

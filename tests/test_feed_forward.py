@@ -10,8 +10,10 @@ from conftest import tiny_model
 
 from dotresize import compress
 from dotresize.accounting import count_parameters
-from dotresize.feed_forward import METHODS, choose_neurons, eliminate
+from dotresize.compression import FF_METHODS
 from dotresize.models import supported
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.feed_forward import eliminate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +58,7 @@ def test_redundant_neurons_go_without_loss():
     h, w = inner(rank=8), torch.randn(12, 7, dtype=torch.float64)
     gram = h.mT @ h
     for method in ("eliminate", "nystrom"):
-        kept, writer = choose_neurons(method, gram, gram @ w, w, 8)
+        kept, writer = FF_METHODS[method].choose(gram, gram @ w, w, 8)
         error = (h[:, kept] @ writer - h @ w).norm() / (h @ w).norm()
         plain = (h[:, kept] @ w[kept] - h @ w).norm() / (h @ w).norm()
         assert error < 0.15 < plain, method
@@ -69,7 +71,7 @@ def test_transport_hands_copies_on():
     w = torch.randn(8, 5, dtype=torch.float64)
     w[6:] *= 0.1  # the copies are the weak ones
     gram = h.mT @ h
-    kept, writer = choose_neurons("transport", gram, gram @ w, w, 6)
+    kept, writer = FF_METHODS["transport"].choose(gram, gram @ w, w, 6)
     assert kept.tolist() == [0, 1, 2, 3, 4, 5]
     error = (h[:, kept] @ writer - h @ w).norm()
     assert error < 0.35 * (h[:, kept] @ w[kept] - h @ w).norm()
@@ -89,7 +91,8 @@ def test_a_narrower_feed_forward_loads_plainly(kind, tokens, tmp_path):
     assert report["width"]["new"] == 24  # only what was asked for
     assert report["feed_forward"] == {"asked": 0.7, "old": 40, "new": 28, "method": "eliminate"}
     gone = 3 * 3 * 12 * 24
-    assert count_parameters(model)["total"] - count_parameters(narrow)["total"] == gone
+    before, after = (count_parameters(CausalLM.in_memory(m))["total"] for m in (model, narrow))
+    assert before - after == gone
     narrow.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.inference_mode():
@@ -97,10 +100,10 @@ def test_a_narrower_feed_forward_loads_plainly(kind, tokens, tmp_path):
     assert difference.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FF_METHODS)
 def test_all_neurons_is_the_identity(method):
     h, w = torch.randn(200, 12, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
-    kept, rows = choose_neurons(method, h.mT @ h, h.mT @ h @ w, w, 12)
+    kept, rows = FF_METHODS[method].choose(h.mT @ h, h.mT @ h @ w, w, 12)
     assert kept.tolist() == list(range(12))
     assert torch.allclose(rows, w)
 

@@ -8,11 +8,12 @@ from conftest import tiny_model
 from test_compress import logits
 
 from dotresize import compress
-from dotresize.inner_width import narrow_inner
-from dotresize.linear import linear_of
+from dotresize.calibration.residual_stream import captured
+from dotresize.compression import make_options
 from dotresize.models import architecture_of, supported
-from dotresize.refit import Correction
-from dotresize.streams import captured
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.linear import linear_of
+from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +40,10 @@ def test_there_are_some():
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_neurons_are_the_identity(kind, tokens):
     model = tiny_model(kind)
-    for correction in (Correction(inner_width=40), Correction(False, inner_width=40)):
-        narrow = narrow_inner(model, tokens, correction)
-        assert (logits(narrow, tokens) - logits(model, tokens)).abs().max() < 2e-3
+    for refit in (True, False):
+        options = make_options(refit=refit)
+        narrow = narrow_feed_forwards(CausalLM.in_memory(model), tokens, 40, options)
+        assert (logits(narrow.module, tokens) - logits(model, tokens)).abs().max() < 2e-3
     narrow, report = compress(model, tokens, ff_width=1.0)
     assert torch.equal(logits(narrow, tokens), logits(model, tokens))
     assert report["feed_forward"]["method"] is None

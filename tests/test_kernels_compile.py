@@ -61,7 +61,7 @@ def rows(script):
 
 def test_what_the_launchers_ask_for_compiles(script):
     names = ("column_minima", "l1_cost", "partial_minima", "row_minima", "sinkhorn_column")
-    names += ("sinkhorn_sweep", "sinkhorn_verdict", "store_linear")
+    names += ("sinkhorn_status", "sinkhorn_sweep", "store_linear")
     assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
 

@@ -189,6 +189,6 @@ if backends()["cpp"]["available"]:
 
 
 def test_token_block_is_the_same_everywhere():
-    from dotresize import reference
+    from dotresize.ops import reference
 
     assert cpp().TOKEN_BLOCK == reference.TOKEN_BLOCK

@@ -9,7 +9,7 @@ from test_l1_cost import oracle, relative_error
 
 from dotresize import BackendError, CostStatistics, L1CostAccumulator, l1_cost
 from dotresize.kernels import l1_cost as kernel
-from dotresize.ops import halves
+from dotresize.ops import constants
 
 DEVICE = device_of("triton")
 
@@ -35,7 +35,7 @@ def test_every_tile(monkeypatch, config):
 @pytest.mark.parametrize("tokens", [1, 7, 300, 513])
 def test_operands_that_are_copied_in_parts(monkeypatch, tokens):
     """Odd widths, odd strides, half precision and targets are read from aligned copies."""
-    monkeypatch.setattr(halves, "CHUNK_BYTES", 1)  # one block of 256 tokens at a time
+    monkeypatch.setattr(constants, "CHUNK_BYTES", 1)  # one block of 256 tokens at a time
     wide = torch.randn(2, tokens, 90, device=DEVICE)
     x, y = wide[:, :, 1:72], torch.randn(2, tokens, 33, device=DEVICE).bfloat16().float()
     index = torch.randint(71, (2, 20), device=DEVICE)
@@ -106,7 +106,7 @@ def test_packed_error_is_what_the_docstring_says():
 def test_packed_chunks(monkeypatch):
     x = torch.randn(1, 700, 9, device=DEVICE)
     whole = l1_cost(x, precision="fp16", backend="triton")
-    monkeypatch.setattr(halves, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(constants, "CHUNK_BYTES", 1)
     assert torch.allclose(l1_cost(x, precision="fp16", backend="triton"), whole, rtol=1e-6)
     accumulator = L1CostAccumulator(9, batch=1, precision="fp16", device=DEVICE, backend="triton")
     for part in x.split(300, dim=1):

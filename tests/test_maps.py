@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dotresize import factorize, sinkhorn, transport_map
-from dotresize.baselines import pca, selected
-from dotresize.maps import align, largest, level, transport
+from dotresize.baselines.magnitude import selected
+from dotresize.narrow.choose_width import choose_width
+from dotresize.narrow.maps import align, largest, level, transport
+from dotresize.narrow.principal import pca
 from dotresize.ops.l1_cost import l1_cost
-from dotresize.width import choose_width
 
 
 def orthonormal(q: torch.Tensor) -> bool:

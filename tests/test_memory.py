@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import copy_of, fails, tiny_model
 from test_cli import start
-from test_shelves import on_shelf, stored
+from test_offload import opened, stored
 
-from dotresize import comparison
-from dotresize.cli import main
-from dotresize.memory import parse, plan
-from dotresize.streams import Spill
+from dotresize.calibration.activation_cache import ActivationCache
+from dotresize.cli import comparison, main
+from dotresize.offload.memory_plan import parse, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +43,7 @@ def test_the_command_line_says_what_it_will_take(by_parts, arguments, caplog, tm
     assert not Path(f"{by_parts[2]}.partial").exists()
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "compress", "dense_report"])
+@pytest.mark.parametrize("stage", ["calibrate", "narrow_model", "dense_report"])
 def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -89,7 +88,7 @@ def test_only_directories_have_parts(by_parts, capsys, tmp_path):
 
 @pytest.mark.parametrize("place", ["host", "disk", "device"])
 def test_activations_come_back_as_they_were(place):
-    kept = Spill(2, place)
+    kept = ActivationCache(2, place)
     first, second = torch.randn(3, 4).bfloat16(), torch.randn(2, 4)
     kept[0], kept[1] = first, second
     first_was = first.clone()
@@ -98,7 +97,7 @@ def test_activations_come_back_as_they_were(place):
     kept[1] = second[:1]
     assert torch.equal(kept[1], second[:1])
     with pytest.raises(IndexError, match="batch 0 was never written"):
-        Spill(1, place)[0]
+        ActivationCache(1, place)[0]
 
 
 def test_no_more_files_than_a_process_may_open():
@@ -106,7 +105,7 @@ def test_no_more_files_than_a_process_may_open():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
-        kept = Spill(400)
+        kept = ActivationCache(400)
         for i in range(400):
             kept[i] = torch.full((3,), i)
         assert [int(x[0]) for x in kept] == list(range(400))
@@ -145,7 +144,7 @@ def test_the_peak_of_experts(by_parts, model_directory, tmp_path):
 
 
 def test_long_texts_to_evaluate_on_are_planned_for(tmp_path):
-    model = on_shelf(stored(tiny_model(), tmp_path / "dense"))
+    model = opened(stored(tiny_model(), tmp_path / "dense"))
     few = torch.zeros(2, 8, dtype=torch.int64)
     small, large = (plan(model, few, 16, 40, 4, 10**12, n) for n in (0, 10**7))
     assert large.host - small.host > 10**7 * 24 * 4 - 10**6

@@ -9,9 +9,8 @@ import pytest
 from conftest import fails
 
 import dotresize
-from dotresize import merge_command
 from dotresize.accounting import unique_parameters
-from dotresize.cli import main
+from dotresize.cli import comparison, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +28,7 @@ def test_the_command(words, capsys):
     assert main([*words, "--compare", "--anchor", "last"]) == 0
     table = capsys.readouterr().out
     for name in ("dense", "merged", "without permutation", "soft alignment", "layers dropped"):
-        assert f"\n{name} " in table
+        assert f" {name} " in f"{table.splitlines()[0]} "
     out = Path(words[2])
     report = json.loads((out / "dotresize.json").read_text())
     assert len(report["stacks"]["decoder"]["profile"]) == 2
@@ -60,14 +59,9 @@ def test_recovery_trains_what_is_shared(words, capsys):
 
 def test_a_baseline_that_fails_costs_its_row(words, capsys, caplog, monkeypatch):
     pytest.importorskip("accelerate")
-    row = merge_command._row
-
-    def failing(model, texts, name):
-        if name == "layers dropped + recovery":
-            raise ValueError("the loss is not finite")
-        return row(model, texts, name)
-
-    monkeypatch.setattr(merge_command, "_row", failing)
+    monkeypatch.setattr(
+        comparison, "recovered", _raising("layers dropped", ValueError("the loss is not finite"))
+    )
     assert main([*words, "--recover", "2", "--compare"]) == 0
     assert "layers dropped: the loss is not finite; left out of the comparison" in caplog.text
     assert "soft alignment + recovery" in capsys.readouterr().out
@@ -80,25 +74,33 @@ def test_an_interrupted_recovery_goes_on(words, capsys, monkeypatch, tmp_path):
     whole[2] = str(tmp_path / "whole")
     assert main(whole) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(merge_command, "_row", _stopping(merge_command._row))
+        stop = _raising("merged", KeyboardInterrupt(), after=True)
+        patch.setattr(comparison, "recovered", stop)
         capsys.readouterr()
         assert "--resume goes on from it" in fails(words, capsys, code=1)
     assert "holds an unfinished run" in fails(words, capsys)
     other = [*words[:-3], "6", *words[-2:], "--resume"]  # steps
-    assert "holds something else" in fails(other, capsys)
+    assert "another recover (4 then, 6 now)" in fails(other, capsys)
     assert main([*words, "--resume"]) == 0
     assert not Path(f"{words[2]}.partial").exists()
     one, other = (Path(w[2]) / "model.safetensors" for w in (words, whole))
     assert one.read_bytes() == other.read_bytes()
 
 
-def _stopping(row):
-    def stop(model, texts, name, *more):
-        if name == "merged + recovery":
-            raise KeyboardInterrupt
-        return row(model, texts, name, *more)
+def _raising(name, error, *, after=False):
+    """What trains, but for one model, whose training is done where the error comes after it."""
+    recovered = comparison.recovered
 
-    return stop
+    def train(dense, model, tokens, row, *choices):
+        wanted = row["method"] == name
+        if wanted and not after:
+            raise error
+        found = recovered(dense, model, tokens, row, *choices)
+        if wanted:
+            raise error
+        return found
+
+    return train
 
 
 def test_the_profile_is_drawn(words, tmp_path, capsys):

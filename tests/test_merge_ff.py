@@ -10,7 +10,7 @@ from merge_models import KINDS, LAYERS, SECRET, build, closeness, inputs, logits
 
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
-from dotresize.merge_align import features
+from dotresize.merging.align import features
 from dotresize.models.stacks import layers_of, stacks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +122,7 @@ def test_a_neuron_that_never_changes_correlates_with_nothing():
 
 
 def test_pairs_are_aligned_once(monkeypatch):
-    from dotresize import merge_align
+    from dotresize.merging import align as merge_align
 
     model, pairs = build("llama"), []
     correlation = merge_align.Aligner.correlation
@@ -211,8 +211,8 @@ def test_published_parameter_counts():
     """ViT-B/16 with five merged loses 21.8 %, GPT-2 Large with thirteen 20.3 %."""
     import transformers
 
-    from dotresize.merge_tie import tie
-    from dotresize.resident import skeleton
+    from dotresize.merging.tie import tie
+    from dotresize.offload.skeleton import skeleton
 
     shapes = [
         (transformers.ViTForImageClassification, transformers.ViTConfig(num_labels=1000), 5, 0.218),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import dotresize
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
-from dotresize.merged_model import save
+from dotresize.merging.checkpoint import MergedStore
 from dotresize.recovery import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_stored_once_and_shared_again(kind, tmp_path):
     model = build(kind)
     merged, report = merge_feed_forward(model, inputs(kind), k=3, metric=closeness(model, kind))
-    save(merged, tmp_path)
+    MergedStore(merged).save(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     others = {name for names in report["shared"] for name in names[1:]}
     assert others
@@ -49,7 +49,7 @@ def test_stored_once_and_shared_again(kind, tmp_path):
 )
 def test_damaged_directories(change, message, tmp_path):
     merged, _ = merge_feed_forward(build("llama"), inputs("llama"), k=3)
-    save(merged, tmp_path)
+    MergedStore(merged).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):

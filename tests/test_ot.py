@@ -84,7 +84,7 @@ def test_greenkhorn():
 @pytest.mark.parametrize("method", METHODS[:3])
 @pytest.mark.parametrize("solver", ["sinkhorn", "sinkhorn2"])
 def test_several_histograms(method, solver, monkeypatch):
-    monkeypatch.setattr("dotresize.ot_problem._ENTRIES", 2 * 11 * 6)  # two at a time
+    monkeypatch.setattr("dotresize.ot._problem._ENTRIES", 2 * 11 * 6)  # two at a time
     a, b, cost = problem(11, 6, 5)
     ours, log = getattr(ot, solver)(a, b, cost, REG, method=method, log=True)
     theirs, their_log = getattr(pot, solver)(a, b, cost, REG, method=method, log=True)

@@ -63,7 +63,7 @@ def test_readme_is_short_and_its_python_runs(run_python):
 
 def test_figures_in_pages_come_from_committed_rows(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.readme import TABLES, with_tables
+    from benchmarks.tables.__main__ import TABLES, with_tables
 
     for page in TABLES:
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -71,11 +71,12 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
 
 
 def test_files_stay_readable():
+    """One idea a file: at 400 lines there are likely two."""
     sources = [
         path
         for folder, pattern in (("dotresize", "*.py"), ("kernels", "*.py"), ("csrc", "*.[ch]pp"))
         for path in (ROOT / folder).rglob(pattern)
     ]
     assert len(sources) > 20
-    too_long = [p.name for p in sources if len(p.read_text("utf-8").splitlines()) > 300]
+    too_long = [p.name for p in sources if len(p.read_text("utf-8").splitlines()) > 400]
     assert too_long == []

@@ -8,7 +8,7 @@ from conftest import device_of
 from test_sinkhorn import INF, l1, problem
 
 from dotresize import BackendError, sinkhorn
-from dotresize.kernels import sinkhorn_layout as layout
+from dotresize.kernels import sinkhorn_tables as tables
 
 DEVICE = device_of("triton")
 
@@ -20,8 +20,8 @@ def truth_of(cost, reg, a=None, b=None, **settings):
 
 def test_long_rows_are_streamed(monkeypatch):
     """Rows that do not fit in registers, at a size the interpreter can do."""
-    monkeypatch.setattr(layout, "MAX_WARPS", {torch.float32: 0})
-    monkeypatch.setattr(layout, "STREAMED_COLUMNS", 16)
+    monkeypatch.setattr(tables, "MAX_WARPS", {torch.float32: 0})
+    monkeypatch.setattr(tables, "STREAMED_COLUMNS", 16)
     cost, a, b = (v.to(DEVICE) for v in problem(19, 53))
     cost[3, 5:30] = INF
     result = sinkhorn(cost, 0.1, a, b, tol=1e-6, backend="triton")
@@ -31,7 +31,7 @@ def test_long_rows_are_streamed(monkeypatch):
 
 @pytest.mark.parametrize("columns", [96, 97, 128, 129, 190, 193])
 def test_rows_of_one_and_of_three_parts(columns):
-    tile = layout.Tile(columns, torch.float32)
+    tile = tables.Tile(columns, torch.float32)
     assert tile.block * tile.parts >= columns > tile.block * (tile.parts - 1)
     cost = torch.rand(5, columns, device=DEVICE)
     settings = {"tol": 0, "max_iter": 3}
@@ -42,20 +42,20 @@ def test_rows_of_one_and_of_three_parts(columns):
 def test_every_width_has_a_tile():
     for dtype in (torch.float32, torch.float64):
         for columns in range(1, 20_000, 7):
-            tile = layout.Tile(columns, dtype)
+            tile = tables.Tile(columns, dtype)
             if tile.resident:
                 assert tile.block * tile.parts >= columns > tile.block * (tile.parts - 1)
                 assert tile.block & (tile.block - 1) == 0
                 entries = tile.rows * tile.block * tile.parts / (32 * tile.warps)
-                assert entries <= layout.THREAD_ENTRIES[dtype]
+                assert entries <= tables.THREAD_ENTRIES[dtype]
             assert 1 <= tile.num_warps(64) <= tile.num_warps(32) <= 16
-    assert layout.Tile(11469, torch.float32).resident
+    assert tables.Tile(11469, torch.float32).resident
 
 
 def test_programs_fill_the_device():
     slots = 528
     for rows in ([14336], [4096] * 32, [576] * 64, [1, 5000, 20], [7] * 3000):
-        count = layout.rows_per_program(rows, slots, 4)
+        count = tables.rows_per_program(rows, slots, 4)
         programs = sum(-(-n // count) for n in rows)
         waves = -(-programs // slots)
         assert count >= 1
@@ -92,7 +92,7 @@ def test_tol_of_each_problem(backend):
 def test_rows_are_copied_only_where_they_do_not_lie_at_16_bytes():
     wide = torch.rand(6, 40, device=DEVICE)
     costs = [wide[:, :32], wide[:, :30], wide[:, 1:33], torch.rand(3, 7, device=DEVICE)]
-    found = layout.aligned(costs)
+    found = tables.aligned(costs)
     assert found[0] is costs[0]
     for cost, copy in zip(costs, found, strict=True):
         assert torch.equal(cost, copy)

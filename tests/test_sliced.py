@@ -12,11 +12,14 @@ from test_compress import float64_norms, logits
 
 import dotresize
 from dotresize import compress
+from dotresize.baselines.adapters import AdaptedResidual, slice_model
+from dotresize.baselines.per_location import sequential_pca
+from dotresize.benchmarks.studies.activations import residual_stream
 from dotresize.cli import main
+from dotresize.compression import make_options
 from dotresize.models import supported
-from dotresize.refit import Correction, correct
-from dotresize.sliced import sequential_pca, slice_model
-from dotresize.statistics import residual_stream
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.refit import correct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,17 +33,17 @@ def tokens() -> torch.Tensor:
 def test_full_width_is_an_exact_rotation(kind, tokens):
     """Every location has a basis of its own; the adapters must undo all of them."""
     model = float64_norms(tiny_model(kind, dtype=torch.float64))
-    qs = sequential_pca(model, tokens, 24)
+    qs = sequential_pca(CausalLM.in_memory(model), tokens, 24)
     assert len(qs) == 7
     assert (qs[0] - qs[1]).abs().max() > 0.1
-    sliced = float64_norms(slice_model(model, qs))
+    sliced = float64_norms(slice_model(CausalLM.in_memory(model), qs).module)
     assert torch.allclose(logits(sliced, tokens), logits(model, tokens), atol=1e-9)
 
 
 def test_sliced_equals_the_dense_model_with_projected_locations(tokens):
     model = float64_norms(tiny_model(dtype=torch.float64))
-    qs = sequential_pca(model, tokens, 16)
-    sliced = float64_norms(slice_model(model, qs))
+    qs = sequential_pca(CausalLM.in_memory(model), tokens, 16)
+    sliced = float64_norms(slice_model(CausalLM.in_memory(model), qs).module)
     projectors = [q @ q.mT for q in qs]
 
     def project(layer, before, middle):
@@ -69,7 +72,7 @@ def test_reconstruction_is_the_least_over_all_maps(tokens):
     def error(q: torch.Tensor) -> float:
         return float((stream - stream @ q @ q.mT).square().sum())
 
-    best = error(sequential_pca(model, tokens, 16)[0])
+    best = error(sequential_pca(CausalLM.in_memory(model), tokens, 16)[0])
     for _ in range(20):
         assert best <= error(torch.linalg.qr(torch.randn(24, 16, dtype=torch.float64)).Q)
     selection = torch.eye(24, dtype=torch.float64)[:, stream.square().sum(0).topk(16).indices]
@@ -114,14 +117,16 @@ def test_transport_per_location(tokens):
 
 
 def refitted(model, tokens, qs):
-    sliced = float64_norms(slice_model(model, qs))
-    correct(model, sliced, qs, tokens, Correction(ridge=1e-3))
-    return sliced
+    dense = CausalLM.in_memory(model)
+    sliced = slice_model(dense, qs)
+    float64_norms(sliced.module)
+    correct(dense, sliced, qs, tokens, None, make_options(ridge=1e-3), AdaptedResidual())
+    return sliced.module
 
 
 def test_refit_at_full_width_is_the_identity(tokens):
     model = float64_norms(tiny_model(dtype=torch.float64))
-    sliced = refitted(model, tokens, sequential_pca(model, tokens, 24))
+    sliced = refitted(model, tokens, sequential_pca(CausalLM.in_memory(model), tokens, 24))
     # Products of the normal equations are in float32.
     assert torch.allclose(logits(sliced, tokens), logits(model, tokens), atol=1e-4)
 
@@ -129,10 +134,13 @@ def test_refit_at_full_width_is_the_identity(tokens):
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_refit_of_locations_brings_the_logits_closer(kind, tokens):
     model = float64_norms(tiny_model(kind, dtype=torch.float64, tied=False))
-    qs = sequential_pca(model, tokens, 16)
+    qs = sequential_pca(CausalLM.in_memory(model), tokens, 16)
     wanted = logits(model, tokens)
     found = [
         (logits(m, tokens) - wanted).square().mean()
-        for m in (float64_norms(slice_model(model, qs)), refitted(model, tokens, qs))
+        for m in (
+            float64_norms(slice_model(CausalLM.in_memory(model), qs).module),
+            refitted(model, tokens, qs),
+        )
     ]
     assert found[1] < 0.8 * found[0]

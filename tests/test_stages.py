@@ -12,9 +12,8 @@ import pytest
 from conftest import copy_of, fails
 from test_cli import start
 
-from dotresize import comparison
-from dotresize.cli import main
-from dotresize.stages import Stages
+from dotresize.cli import comparison, main
+from dotresize.cli.resume import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +35,7 @@ def whole(arguments, tmp_path) -> bytes:
     return weights(Path(words[2]))
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "compress", "dense_report", "evaluate_into"])
+@pytest.mark.parametrize("stage", ["calibrate", "narrow_model", "dense_report", "evaluate_into"])
 def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
     """What was finished is not done again, and the result is the same to the last bit."""
     out, partial = Path(arguments[2]), Path(f"{arguments[2]}.partial")
@@ -46,7 +45,7 @@ def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
         message = fails(arguments, capsys, code=1)
     assert not out.exists()
     kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
-    done = {"calibrate": set(), "compress": {"settings.json", "calibration"}}
+    done = {"calibrate": set(), "narrow_model": {"settings.json", "calibration"}}
     assert kept == done.get(stage, {"settings.json", "calibration", "narrow"})
     if not kept:
         assert "nothing was left behind" in message
@@ -57,7 +56,7 @@ def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
         [*arguments, "--resume", "--ridge", "0.5"], capsys
     )
     with monkeypatch.context() as patch:
-        for name, folder in (("calibrate", "calibration"), ("compress", "narrow")):
+        for name, folder in (("calibrate", "calibration"), ("narrow_model", "narrow")):
             if folder in kept:
                 patch.setattr(comparison, name, stop)
         assert main([*arguments, "--resume"]) == 0

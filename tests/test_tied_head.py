@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_model
 
 from dotresize import compress
-from dotresize.absorb import absorb
-from dotresize.statistics import collect
-from dotresize.tied_head import choose_table, head_basis
+from dotresize.calibration.statistics import collect
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.absorb import absorb
+from dotresize.narrow.tied_head import choose_table, head_basis
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,16 +52,17 @@ def test_the_table_is_as_near_to_the_embeddings_as_a_scale_per_column_allows(q):
 
 
 def test_full_width_changes_nothing(tokens):
-    model = tiny_model(dtype=torch.float64)
+    model = CausalLM.in_memory(tiny_model(dtype=torch.float64))
     q = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q
     for basis in (torch.eye(24, dtype=torch.float64), q):
         narrow = absorb(model, basis)
-        before = narrow.model.embed_tokens.weight.clone()
+        table = narrow.module.model.embed_tokens
+        before = table.weight.clone()
         moment = collect(model, tokens, cost=False).final
         choose_table(model, narrow, basis, moment, ridge=0.1)
         if basis is not q:
-            assert torch.allclose(narrow.model.embed_tokens.weight, before)
-        assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
+            assert torch.allclose(table.weight, before)
+        assert narrow.module.lm_head.weight is table.weight
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])

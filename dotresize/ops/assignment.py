@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dotresize import reference
+from dotresize.ops import reference
 from dotresize.ops.assignment_launch import INVALID, SOLVED, backend_for, solve
 from dotresize.ops.backends import check_dense
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize import reference
+from dotresize.ops import reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.sinkhorn import sinkhorn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize import reference
+from dotresize.ops.constants import TOKEN_BLOCK, L1Operands
 from dotresize.ops.l1_cost import (
     batched_index,
     check_activations,
@@ -94,11 +94,11 @@ class L1CostAccumulator:
         self._dtype = x.dtype
         start = 0
         if self._pending_tokens:
-            start = min(reference.TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
+            start = min(TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
             self._keep(x3[:, :start], None if y3 is None else y3[:, :start])
-            if self._pending_tokens == reference.TOKEN_BLOCK:
+            if self._pending_tokens == TOKEN_BLOCK:
                 self._flush()
-        whole = (x3.shape[1] - start) // reference.TOKEN_BLOCK * reference.TOKEN_BLOCK
+        whole = (x3.shape[1] - start) // TOKEN_BLOCK * TOKEN_BLOCK
         stop = start + whole
         if whole:
             self._add(x3[:, start:stop], None if y3 is None else y3[:, start:stop], self._total)
@@ -134,13 +134,5 @@ class L1CostAccumulator:
 
     def _add(self, x: Tensor, y: Tensor | None, total: Tensor) -> None:
         index = None if self._targets is None else batched_index(self._targets, x.shape[0])
-        launch(
-            x,
-            y,
-            index,
-            total,
-            accumulate=True,
-            divisor=None,
-            precision=self.precision,
-            backend=self.backend,
-        )
+        work = L1Operands(x, y, index, total, accumulate=True, divisor=None)
+        launch(work, precision=self.precision, backend=self.backend)

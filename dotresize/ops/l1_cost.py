@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from dotresize.ops.constants import L1Operands
 from dotresize.ops.l1_launch import DTYPES, PRECISIONS, launch
 
 _REDUCTIONS = ("mean", "sum")
@@ -75,8 +76,8 @@ def l1_cost(
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
             blocks; relative error about 1e-6 up to 1e5 tokens. "fp16" (triton and torch backends):
             activations in float16 after an exact scaling of every 16 tokens, whose differences are
-            summed in float16 (``dotresize/ops/halves.py``). "u8" (cpp and torch backends): most
-            tokens as bytes (``dotresize/ops/octets.py``); two to three times as fast. On the
+            summed in float16 (``dotresize/ops/l1_fp16.py``). "u8" (cpp and torch backends): most
+            tokens as bytes (``dotresize/ops/l1_u8.py``); two to three times as fast. On the
             unnormalised residual stream of SmolLM2-135M, 4096 tokens, over its 61 norms, the worst
             median relative error of an entry was 4.9e-5 for "fp16" and 7.3e-4 for "u8", the
             largest of all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Where one
@@ -107,13 +108,8 @@ def l1_cost(
     shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
     result = _check_out(out, shape, single, x.device)
     divisor = float(x3.shape[1]) if reduction == "mean" else 1.0
-    found = launch(
-        *(x3, y3, index, result),
-        accumulate=False,
-        divisor=divisor,
-        precision=precision,
-        backend=backend,
-    )
+    work = L1Operands(x3, y3, index, result, accumulate=False, divisor=divisor)
+    found = launch(work, precision=precision, backend=backend)
     assert found is not None  # there was a divisor
     # The cost is finite if the activations are; only if not, look for the neuron at fault.
     if result.numel() and not torch.isfinite(found).all():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize import reference
-from dotresize.ops import halves, octets
+from dotresize.ops import l1_fp16, l1_u8, reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
+from dotresize.ops.constants import GROUP, L1Operands, chunk_tokens
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_OCTETS = 3  # Dtype::kOctets in csrc/kernels.hpp
+_BYTES = 3  # Dtype::kOctets in csrc/kernels.hpp
 _BUILT = {
     "fp32": ("triton", "cpp", "torch"),
     "fp16": ("triton", "torch"),
@@ -31,39 +31,30 @@ def choose_for(precision: str, backend: str, device: torch.device) -> str:
     return chosen
 
 
-def launch(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    *,
-    accumulate: bool,
-    divisor: float | None,
-    precision: str,
-    backend: str,
-) -> Tensor | None:
-    """out (+)= sum over tokens, then out /= divisor if there is one.
+def launch(work: L1Operands, *, precision: str, backend: str) -> Tensor | None:
+    """Compute a cost, or add to it.
 
-    x (B, T, n), y (B, T, m) or index (B, m), out (B, n, m). With a divisor, returns the minimum,
-    maximum and mean of each problem: float64 (B, 3), not finite if an entry is not.
+    With a divisor, returns the minimum, maximum and mean of each problem: float64 (B, 3), not
+    finite if an entry is not.
     """
-    chosen = choose_for(precision, backend, x.device)
-    if out.numel() == 0:
-        return None if divisor is None else out.new_full((len(out), 3), torch.nan).double()
+    chosen = choose_for(precision, backend, work.x.device)
+    if work.out.numel() == 0:
+        if work.divisor is None:
+            return None
+        return work.out.new_full((len(work.out), 3), torch.nan).double()
     if precision == "fp16":
-        return _launch_halves(chosen, x, y, index, out, accumulate, divisor)
+        return _launch_fp16(chosen, work)
     if chosen == "triton":
         from dotresize.kernels import l1_cost as kernel
 
-        return kernel.l1_cost(x, y, index, out, accumulate=accumulate, divisor=divisor)
-    scale = 1.0 if divisor is None else divisor
+        return kernel.l1_cost(work)
     if precision == "u8":
-        _launch_octets(chosen, x, y, index, out, accumulate, scale)
+        _launch_u8(chosen, work)
     elif chosen == "cpp":
-        _launch_cpp(x, y, index, out, accumulate, scale)
+        _launch_cpp(work)
     else:
-        _launch_torch(x, y, index, out, accumulate, scale)
-    return None if divisor is None else statistics(out)
+        _launch_torch(work)
+    return None if work.divisor is None else statistics(work.out)
 
 
 def statistics(cost: Tensor) -> Tensor:
@@ -73,55 +64,38 @@ def statistics(cost: Tensor) -> Tensor:
     return torch.stack([low.double(), high.double(), flat.mean(1, dtype=torch.float64)], 1)
 
 
-def _launch_halves(
-    backend: str,
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    accumulate: bool,
-    divisor: float | None,
-) -> Tensor | None:
-    """float16 copies of a few tokens at a time, added into out."""
+def _launch_fp16(backend: str, work: L1Operands) -> Tensor | None:
+    """Add float16 copies of a few tokens at a time into out."""
     found = None
-    columns = 0 if y is None and index is None else out.shape[2]
-    step = halves.chunk_tokens(len(x), x.shape[2] + columns, 2)
-    for start in range(0, x.shape[1], step):
-        part = slice(start, start + step)
-        last = divisor if part.stop >= x.shape[1] else None
-        xs, ys = x[:, part], None if y is None else y[:, part]
-        scale = halves.scales(xs, ys)
-        half_x, half_y = halves.halve(xs, scale), None
-        if ys is not None or index is not None:
-            half_y = halves.halve(xs if ys is None else ys, scale, index)
+    columns = 0 if work.y is None and work.targets is None else work.out.shape[2]
+    for part in work.chunks(chunk_tokens(len(work.x), work.x.shape[2] + columns, 2)):
+        scale = l1_fp16.scales(part.x, part.y)
+        x, y = l1_fp16.halve(part.x, scale), None
+        if part.y is not None or part.targets is not None:
+            y = l1_fp16.halve(part.x if part.y is None else part.y, scale, part.targets)
         if backend == "triton":
             from dotresize.kernels import l1_cost as kernel
 
-            found = kernel.l1_cost(
-                half_x, half_y, None, out, accumulate=accumulate, divisor=last, scale=scale
-            )
+            found = kernel.l1_cost(part._replace(x=x, y=y, targets=None), scale)
         else:
-            wide = scale.repeat_interleave(halves.GROUP, 1)[:, :, None]
-            half_y = None if half_y is None else half_y * wide
-            _launch_torch(half_x * wide, half_y, None, out, accumulate, last or 1.0)
-            found = None if last is None else statistics(out)
-        accumulate = True
+            wide = scale.repeat_interleave(GROUP, 1)[:, :, None]
+            y = None if y is None else y * wide
+            _launch_torch(part._replace(x=x * wide, y=y, targets=None))
+            found = None if part.divisor is None else statistics(part.out)
     return found
 
 
-def _launch_torch(
-    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
-) -> None:
-    x = x.float()
-    if y is not None:
-        columns = y.float()
-    elif index is not None:
-        columns = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+def _launch_torch(work: L1Operands) -> None:
+    x, out = work.x.float(), work.out
+    if work.y is not None:
+        columns = work.y.float()
+    elif work.targets is not None:
+        columns = x.gather(2, work.targets[:, None, :].expand(-1, x.shape[1], -1))
     else:
         columns = x
-    out.copy_(reference.l1_cost(x, columns, out.clone() if accumulate else None))
-    if scale != 1.0:
-        divide(out, scale)
+    out.copy_(reference.l1_cost(x, columns, out.clone() if work.accumulate else None))
+    if work.divisor not in (None, 1.0):
+        divide(out, work.divisor)
 
 
 def divide(cost: Tensor, divisor: float) -> None:
@@ -129,46 +103,37 @@ def divide(cost: Tensor, divisor: float) -> None:
     cost /= torch.full((), divisor, device=cost.device)
 
 
-def _launch_octets(
-    backend: str,
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    accumulate: bool,
-    scale: float,
-) -> None:
-    """Bytes for most tokens and float32 for the few of widest range, both added into out."""
-    for start in range(0, x.shape[1], octets.CHUNK):
-        part = slice(start, start + octets.CHUNK)
-        last = part.stop >= x.shape[1]
-        xs, ys = x[:, part], None if y is None else y[:, part]
-        plan = octets.plan(xs, ys)
+def _launch_u8(backend: str, work: L1Operands) -> None:
+    """Add bytes for most tokens, and float32 for the few of widest range, into out."""
+    for part in work.chunks(l1_u8.CHUNK):
+        plan = l1_u8.quantisation(part.x, part.y)
         if plan.token.shape[1]:
+            most = part._replace(divisor=None)
             if backend == "cpp":
-                words_y = None if ys is None else _words(ys, plan)
-                _sum_cpp(_words(xs, plan), words_y, index, out, accumulate, 1.0, plan.steps)
+                y = None if part.y is None else _words(part.y, plan)
+                _sum_cpp(most._replace(x=_words(part.x, plan), y=y), plan.steps)
             else:
-                bytes_y = None if ys is None else octets.quantize(ys, plan)
-                _launch_torch(octets.quantize(xs, plan), bytes_y, index, out, accumulate, 1.0)
-            accumulate = True
-        exact_x = octets.take(xs, plan.exact)
-        exact_y = None if ys is None else octets.take(ys, plan.exact)
-        sum_exact = _launch_cpp if backend == "cpp" else _launch_torch
-        sum_exact(exact_x, exact_y, index, out, accumulate, scale if last else 1.0)
-        accumulate = True
+                y = None if part.y is None else l1_u8.quantize(part.y, plan)
+                _launch_torch(most._replace(x=l1_u8.quantize(part.x, plan), y=y))
+            part = part._replace(accumulate=True)
+        rest = part._replace(
+            x=l1_u8.take(part.x, plan.exact),
+            y=None if part.y is None else l1_u8.take(part.y, plan.exact),
+        )
+        if backend == "cpp":
+            _launch_cpp(rest)
+        else:
+            _launch_torch(rest)
 
 
-def _launch_cpp(
-    x: Tensor, y: Tensor | None, index: Tensor | None, out: Tensor, accumulate: bool, scale: float
-) -> None:
+def _launch_cpp(work: L1Operands) -> None:
+    x, y = work.x, work.y
     x = x if x.stride(2) == 1 else x.contiguous()
-    if y is not None:
-        y = y if y.stride(2) == 1 else y.contiguous()
-    _sum_cpp(x, y, index, out, accumulate, scale, None)
+    y = y if y is None or y.stride(2) == 1 else y.contiguous()
+    _sum_cpp(work._replace(x=x, y=y), None)
 
 
-def _words(x: Tensor, plan: octets.Plan) -> Tensor:
+def _words(x: Tensor, plan: l1_u8.Quantisation) -> Tensor:
     """int64 (B, ceil(quantised / 8), n): eight tokens of a neuron as the bytes of a word."""
     x = x if x.stride(2) == 1 else x.contiguous()
     tokens = plan.token.shape[1]
@@ -190,7 +155,7 @@ def _words(x: Tensor, plan: octets.Plan) -> Tensor:
 def _operand(value: Tensor, columns: Tensor | None) -> object:
     return cpp().Activations(
         data=value.data_ptr(),
-        dtype=_OCTETS if value.dtype == torch.int64 else DTYPES.index(value.dtype),
+        dtype=_BYTES if value.dtype == torch.int64 else DTYPES.index(value.dtype),
         batch_stride=value.stride(0),
         token_stride=value.stride(1),
         count=value.shape[2] if columns is None else columns.shape[1],
@@ -198,27 +163,21 @@ def _operand(value: Tensor, columns: Tensor | None) -> object:
     )
 
 
-def _sum_cpp(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor | None,
-    out: Tensor,
-    accumulate: bool,
-    scale: float,
-    steps: Tensor | None,
-) -> None:
-    order, mirrored = None, x.shape[2] if y is None and index is None else 0
-    if index is not None:
-        order, mirrored = _targets_first(index, x.shape[2])
+def _sum_cpp(work: L1Operands, steps: Tensor | None) -> None:
+    """steps: of bytes, which x and y then hold; see ``l1_u8``."""
+    x, targets = work.x, work.targets
+    order, mirrored = None, x.shape[2] if work.y is None and targets is None else 0
+    if targets is not None:
+        order, mirrored = _targets_first(targets, x.shape[2])
     cpp().l1_cost(
         batch=x.shape[0],
         rows=x.shape[1],
         x=_operand(x, order),
-        y=_operand(x if y is None else y, index),
-        out=out.data_ptr(),
+        y=_operand(x if work.y is None else work.y, targets),
+        out=work.out.data_ptr(),
         mirrored=mirrored,
-        accumulate=accumulate,
-        scale=scale,
+        accumulate=work.accumulate,
+        scale=1.0 if work.divisor is None else work.divisor,
         steps=0 if steps is None else steps.data_ptr(),
         num_threads=threads(),
     )

@@ -11,10 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dotresize.ops.result import SinkhornResult, _Problem
-from dotresize.ops.sinkhorn_checks import checked, per_problem, rescaled
-from dotresize.ops.sinkhorn_launch import STORAGES, Group, Settings, solve
-from dotresize.reference import ANDERSON, MOMENTUM, PLAIN
+from dotresize.ops.constants import ANDERSON, MOMENTUM, PLAIN, SinkhornBatch
+from dotresize.ops.sinkhorn_checks import Settings, checked, per_problem, rescaled
+from dotresize.ops.sinkhorn_launch import STORAGES, solve
+from dotresize.ops.sinkhorn_problem import SolvedProblem
+from dotresize.ops.sinkhorn_result import SinkhornResult
 
 ACCELERATIONS = {"none": PLAIN, "momentum": MOMENTUM, "anderson": ANDERSON}
 # Problems on the way to a small reg are left at this marginal error, relative to their mass.
@@ -107,12 +108,11 @@ def sinkhorn(
     paces = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
     if acceleration == "auto":
         paces[tols == 0] = PLAIN
-    settings = Settings(operator.index(max_iter), storage, backend)
-    solved: dict[int, _Problem] = {}
-    for group in checked(cost, a, b, init, backend):
-        members = list(group.labels)
-        own = (regs[members], tols[members], paces[members])
-        solved.update(zip(members, _solve_stages(group, *own, stages, settings), strict=True))
+    settings = Settings(regs, tols, paces, operator.index(max_iter))
+    solved: dict[int, SolvedProblem] = {}
+    for batch in checked(cost, a, b, init, settings, backend):
+        problems = _solve_stages(batch, stages, storage=storage, backend=backend)
+        solved.update(zip(batch.labels, problems, strict=True))
     single = isinstance(cost, Tensor) and cost.dim() == 2
     layout = "ragged" if ragged else "single" if single else "batch"
     return SinkhornResult.collect([solved[i] for i in range(count)], layout)
@@ -131,23 +131,19 @@ def _stages(schedule: Sequence[float] | None) -> list[float]:
 
 
 def _solve_stages(
-    group: Group,
-    reg: Tensor,
-    tol: Tensor,
-    pace: Tensor,
-    stages: list[float],
-    settings: Settings,
-) -> list[_Problem]:
-    """The group's problems at each multiple of reg in turn, from the potentials of the last."""
-    if len(stages) == 1:
-        return solve(group, reg, tol, pace, settings)
-    iterations = [0] * len(group.costs)
-    rough = torch.maximum(tol, _STAGE_TOLERANCE * group.masses().cpu())
-    group = group._replace(g=group.g / stages[0])
-    for factor, following in pairwise(stages):
-        found = solve(group, reg * factor, rough, pace, settings)
-        iterations = [i + problem.n_iter for i, problem in zip(iterations, found, strict=True)]
-        g = torch.cat([problem.g for problem in found]) * (factor / following)
-        group = group._replace(g=torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
-    found = solve(group, reg, tol, pace, settings)
-    return [replace(p, n_iter=p.n_iter + i) for i, p in zip(iterations, found, strict=True)]
+    batch: SinkhornBatch, stages: list[float], *, storage: str, backend: str
+) -> list[SolvedProblem]:
+    """The batch at each multiple of its reg in turn, from the potentials of the last."""
+    iterations = [0] * len(batch.costs)
+    if len(stages) > 1:
+        rough = torch.maximum(batch.tol, _STAGE_TOLERANCE * batch.masses().cpu())
+        start = batch.g / stages[0]
+        for factor, following in pairwise(stages):
+            stage = batch._replace(reg=batch.reg * factor, tol=rough, g=start)
+            solved = solve(stage, storage=storage, backend=backend)
+            iterations = [i + problem.n_iter for i, problem in zip(iterations, solved, strict=True)]
+            g = torch.cat([problem.g for problem in solved]) * (factor / following)
+            start = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+        batch = batch._replace(g=start)
+    solved = solve(batch, storage=storage, backend=backend)
+    return [replace(p, n_iter=p.n_iter + i) for i, p in zip(iterations, solved, strict=True)]

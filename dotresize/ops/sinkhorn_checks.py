@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dotresize.ops.backends import check_dense, choose
-from dotresize.ops.result import SinkhornResult
-from dotresize.ops.sinkhorn_launch import Group
+from dotresize.ops.constants import SinkhornBatch
+from dotresize.ops.sinkhorn_result import SinkhornResult
 
 # How far the masses of a and b may be apart, relative to the larger.
 _MASS_TOLERANCE = 1e-5
+
+
+class Settings(NamedTuple):
+    """What is asked of all problems; reg, tol (float64) and pace (int64) are (B,) on the CPU."""
+
+    reg: Tensor
+    tol: Tensor
+    pace: Tensor
+    max_iter: int
 
 
 def checked(
@@ -20,11 +30,15 @@ def checked(
     a: Tensor | Sequence[Tensor] | None,
     b: Tensor | Sequence[Tensor] | None,
     init: tuple | None,
+    settings: Settings,
     backend: str,
-) -> list[Group]:
-    """The problems in groups that a backend solves together; ValueError with the reason."""
+) -> list[SinkhornBatch]:
+    """Return the problems in batches that a backend solves together.
+
+    Raises ValueError with the reason why one cannot be solved.
+    """
     if not isinstance(cost, Tensor):
-        return _ragged(list(cost), a, b, init, backend)
+        return _ragged(list(cost), a, b, init, settings, backend)
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
     if not cost.is_floating_point():
@@ -32,7 +46,7 @@ def checked(
     batch = cost[None] if cost.dim() == 2 else cost
     choose(backend, cost.device)  # raises before anything is computed
     check_dense("cost", cost)
-    return [_batch(batch, a, b, init, range(len(batch)))]
+    return [_batch(batch, a, b, init, settings, range(len(batch)))]
 
 
 def _ragged(
@@ -40,8 +54,9 @@ def _ragged(
     a: Tensor | Sequence[Tensor] | None,
     b: Tensor | Sequence[Tensor] | None,
     init: tuple | None,
+    settings: Settings,
     backend: str,
-) -> list[Group]:
+) -> list[SinkhornBatch]:
     """Any shapes together; only the plain reference wants problems of equal shape."""
     if len(costs) == 0:
         raise ValueError("cost is an empty list: there must be problems with entries")
@@ -79,14 +94,14 @@ def _ragged(
         }
         start = None if init is None else (None, stacked["init g"])
         alike = [costs[i] for i in members]
-        found.append(_batch(alike, stacked["a"], stacked["b"], start, members))
-    together: dict[tuple, list[Group]] = {}
-    for group in found:
-        cost = group.costs[0]
+        found.append(_batch(alike, stacked["a"], stacked["b"], start, settings, members))
+    together: dict[tuple, list[SinkhornBatch]] = {}
+    for batch in found:
+        cost = batch.costs[0]
         mixed = choose(backend, cost.device) != "torch"
         key = (cost.dtype, cost.device, None if mixed else tuple(cost.shape))
-        together.setdefault(key, []).append(group)
-    return [Group.joined(parts) for parts in together.values()]
+        together.setdefault(key, []).append(batch)
+    return [SinkhornBatch.joined(parts) for parts in together.values()]
 
 
 def _batch(
@@ -94,8 +109,9 @@ def _batch(
     a: Tensor | Sequence[Tensor] | None,
     b: Tensor | Sequence[Tensor] | None,
     init: tuple | None,
+    settings: Settings,
     labels: Sequence[int],
-) -> Group:
+) -> SinkhornBatch:
     """Checked problems of one shape; ``labels`` are the caller's numbers of them, for messages."""
     if len(costs) == 0 or costs[0].numel() == 0:
         shape = tuple(costs.shape if isinstance(costs, Tensor) else costs[0].shape)
@@ -106,7 +122,16 @@ def _batch(
     if a is not None or b is not None:  # uniform ones have mass 1, and a look would wait for a GPU
         columns = _check_masses(rows, columns, labels)
     start = _check_init(init, len(costs), m, like)
-    return Group(labels, list(costs), rows.flatten(), columns.flatten(), start.flatten())
+    own = {name: getattr(settings, name)[list(labels)] for name in ("reg", "tol", "pace")}
+    return SinkhornBatch(
+        labels=labels,
+        costs=list(costs),
+        a=rows.flatten(),
+        b=columns.flatten(),
+        g=start.flatten(),
+        max_iter=settings.max_iter,
+        **own,
+    )
 
 
 def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:

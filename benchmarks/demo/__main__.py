@@ -1,0 +1,95 @@
+"""``make demo``: narrow SmolLM2-135M by 20 %, compare, load the result with plain transformers.
+
+With ``--out FILE`` one JSON line per row of the table is appended to FILE; other options are handed
+to ``dotresize compress``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dotresize.cli.resume import partial_folder
+
+from ..rows import device_name
+from .texts import model_file, write_texts
+
+FOLDER = Path("demo-output")
+OUT = FOLDER / "SmolLM2-135M-narrow"
+WINDOWS = 18
+EVAL_WINDOWS = 4
+
+# Runs in a process of its own, which never imports dotresize.
+GENERATE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("The history of the city begins", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
+assert "dotresize" not in sys.modules
+text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+print(f"plain transformers, width {model.config.hidden_size}: {' '.join(text.split())}")
+"""
+
+
+def compress(options: list[str]) -> int:
+    calibration, held_out = write_texts(FOLDER / "texts")
+    for folder in (OUT, partial_folder(str(OUT))):  # of the last run, or one that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(OUT)]
+    command += ["--width", "0.8", "--compare", "--windows", str(WINDOWS)]
+    command += ["--calibration", *map(str, calibration)]
+    command += ["--eval", *map(str, held_out), "--eval-windows", str(EVAL_WINDOWS), *options]
+    print("$ dotresize", *command[3:], flush=True)
+    return subprocess.run(command, check=False).returncode
+
+
+def append_rows(path: Path) -> None:
+    """The table of the last run, one JSON line per column."""
+    report = json.loads((OUT / "dotresize.json").read_text(encoding="utf-8"))
+    settings = report["settings"]
+    where = {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "versions": report["versions"],
+        "model": Path(settings["model"]).stem,
+        "windows": settings["windows"],
+        "window": settings["window"],
+        "eval_windows": settings["eval_windows"],
+        "seed": settings["seed"],
+    }
+    kept = ("method", "refit", "width", "tied", "plain_checkpoint", "parameters", "map")
+    kept += ("recovery", "training_free")
+    with path.open("a", encoding="utf-8") as file:
+        for row in [*report["compared"], report]:
+            figures = {key: row[key] for key in (*kept, "perplexity", "seconds") if key in row}
+            file.write(json.dumps(where | figures) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
+    args, options = parser.parse_known_args()
+    start = time.perf_counter()
+    code = compress(options)
+    if code == 0 and args.out is not None:
+        append_rows(args.out)
+    if code == 0:
+        code = subprocess.run([sys.executable, "-c", GENERATE, str(OUT)], check=False).returncode
+    print(f"{time.perf_counter() - start:.0f} seconds on {device_name()}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

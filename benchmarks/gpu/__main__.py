@@ -1,0 +1,268 @@
+"""``python -m benchmarks.gpu --out DIR``: everything this project claims of a GPU, in one command.
+
+Ceilings of the device, correctness of every kernel against float64, out-of-range and race checks,
+times beside the peers, and memory; at most eight minutes on an H100, without a network. Every case
+is a row of DIR/gpu.jsonl, also one that fails; DIR/gpu.md is a summary. Exit code 1 if a
+correctness case fails. Without a GPU, TRITON_INTERPRET=1 rehearses all of it on tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Before JAX is imported: it would take most of the memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import torch
+
+from .. import rows
+from ..tables.gpu import SECTIONS, summary
+from ..workload import one_line
+from . import correctness as gpu_checks
+from . import times as gpu_times
+from .ceilings import ceilings
+
+Row = dict[str, Any]
+_SANITIZERS = ("memcheck", "racecheck")
+_SANITIZER_S = 75
+# Processes that check; each holds a few gigabytes of the GPU at most.
+_CHECKERS = 8
+# No case begins later than this after the start; those that remain are rows that say so.
+_BUDGET_S = 400.0
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "l1": [(16384, 4096, 3072), (4096, 14336, 11469)],
+        # Shape, and the two iteration counts whose difference gives the time of one.
+        "sinkhorn": [
+            ((1, 14336, 11469), (5, 15)),
+            # One more than these is a whole number of CUDA graphs.
+            ((1, 4096, 3072), (47, 143)),
+            ((32, 4096, 3072), (5, 15)),
+            ((64, 576, 464), (47, 143)),
+        ],
+        "batch": ((1, 4, 16, 64), 576, 464, 100),
+        "stopping": ((32, 4096, 3072), 50),
+        # Locations, sources, targets, tokens, tokens at a time, iterations.
+        "model": (64, 4096, 3072, 16384, 512, 100),
+    },
+    "tiny": {
+        "l1": [(3, 33, 70)],
+        "sinkhorn": [((1, 5, 9), (1, 2))],
+        "batch": ((1, 2), 3, 7, 1),
+        "stopping": ((2, 3, 7), 1),
+        "model": (1, 16, 12, 40, 32, 1),
+    },
+}
+
+
+class Report:
+    """Rows, written as they come; a case that raises is a row as well."""
+
+    def __init__(self, path: Path, about: Row, sections: tuple[str, ...], seconds: float) -> None:
+        self.path, self.about, self.rows = path, about, list[Row]()
+        self.sections, self.seconds = sections, seconds
+        self.start = time.perf_counter()
+
+    def add(self, section: str, case: str, run: Callable[[], Any]) -> None:
+        if section not in self.sections:
+            return
+        start = time.perf_counter()
+        try:
+            if start - self.start > self.seconds:
+                raise TimeoutError(f"not begun: {self.seconds:g} s were over")
+            found = run()
+            found = found if isinstance(found, list) else [found]
+        except Exception as error:  # the others go on
+            traceback.print_exc()
+            found = [{"failed": one_line(error)}]
+        found = [{"section": section, "case": case} | row for row in found]
+        self.rows += found
+        rows.append(self.path, [self.about | row for row in found])
+        state = "failed" if any("failed" in row for row in found) else "done"
+        print(f"{time.perf_counter() - start:7.1f} s  {state}  {section}: {case}", flush=True)
+
+
+def environment(device: torch.device) -> Row:
+    """The device, its clocks and what is installed."""
+    about = rows.where(torch.get_num_threads())
+    if device.type != "cuda":
+        return about | {"device": f"{rows.processor()}, interpreter"}
+    properties = torch.cuda.get_device_properties(device)
+    about |= {"device": properties.name, "multiprocessors": properties.multi_processor_count}
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        values = done.stdout.strip().split(", ")
+        about["nvidia_smi"] = dict(zip(fields.split(","), values, strict=False))
+    return about
+
+
+def check(test: gpu_checks.Check, device: torch.device) -> Row:
+    torch.manual_seed(0)
+    error, accepted = test(device)
+    row = {"error": error, "accepted": accepted}
+    if not error <= accepted:
+        row["failed"] = f"error {error:.2e}, accepted {accepted:.0e}"
+    return row
+
+
+def checked(size: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Names of the checks and what waits for their rows.
+
+    On a GPU in several processes, as most of a check's time is spent on compilation, which all
+    later sections find done; the tiny sizes too, which the sanitizers run again.
+    """
+    if device.type != "cuda":
+        for name, test in gpu_checks.checks(size):
+            yield name, functools.partial(check, test, device)
+        return
+    # By name: those that know no size are the same for both.
+    wanted = {
+        name: (one, i)
+        for one in ("tiny", size)
+        for i, (name, _) in enumerate(gpu_checks.checks(one))
+    }
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(_CHECKERS, (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {name: pool.submit(_check_alone, *which) for name, which in wanted.items()}
+        for name, future in futures.items():
+            yield name, future.result
+
+
+def _check_alone(size: str, i: int) -> Row:
+    tests = [test for _, test in gpu_checks.checks(size)]
+    return check(tests[i], torch.device("cuda"))
+
+
+def sanitize(tool: str) -> Row:
+    """The tiny correctness cases in a process of their own, under a sanitizer."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"missing": "compute-sanitizer is not installed"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
+    command += ["-m", "benchmarks.gpu", "--tiny-checks"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=_SANITIZER_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it watches would live on
+        process.communicate()
+        return {"missing": f"not finished after {_SANITIZER_S} s"}
+    last = output.strip().splitlines()[-1:]
+    row: Row = {"returncode": process.returncode, "last_line": "".join(last)[:200]}
+    if process.returncode:
+        row["failed"] = row["last_line"]
+    return row
+
+
+def run(
+    out: Path,
+    peers: bool,
+    sections: tuple[str, ...] = SECTIONS,
+    seconds: float = _BUDGET_S,
+) -> int:
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    size = "full" if on_gpu else "tiny"
+    sizes, clock = SIZES[size], gpu_times.Clock(device)
+    report = Report(out / "gpu.jsonl", environment(device), sections, seconds)
+    for name, rate in ceilings(device, clock.median).items():
+        report.add("ceiling", name, lambda r=rate: {"per_s": r()})
+    if "check" in sections:
+        for name, result in checked(size, device):
+            report.add("check", name, result)
+        clock.tidy()
+    for shape in sizes["l1"]:
+        report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))
+    for shape, counts in sizes["sinkhorn"]:
+        report.add(
+            "sinkhorn",
+            str(shape),
+            lambda s=shape, c=counts: gpu_times.sinkhorn_rows(s, c, clock, peers),
+        )
+    report.add(
+        "batch", str(sizes["batch"][1:]), lambda: gpu_times.batch_rows(clock, *sizes["batch"])
+    )
+    report.add(
+        "stopping",
+        str(sizes["stopping"]),
+        lambda: gpu_times.stopping_row(clock, *sizes["stopping"]),
+    )
+    for precision in ("fp32", "fp16"):
+        # Once to compile what is new.
+        run_model = lambda p=precision: [  # noqa: E731
+            gpu_times.model_row(clock, p, *sizes["model"]) for _ in range(1 + on_gpu)
+        ][-1]
+        report.add("model", precision, run_model)
+    # Last: one that has to be stopped disturbs no timing.
+    for tool in _SANITIZERS if on_gpu else ():
+        report.add("sanitizer", tool, lambda t=tool: sanitize(t))
+    text = summary(report.about, report.rows)
+    (out / "gpu.md").write_text(text, encoding="utf-8")
+    print(text)
+    wrong = [r for r in report.rows if r["section"] in ("check", "sanitizer") and "failed" in r]
+    return 1 if wrong else 0
+
+
+def tiny_checks() -> int:
+    found = [check(test, torch.device("cuda")) for _, test in gpu_checks.checks("tiny")]
+    return 1 if any("failed" in row for row in found) else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for gpu.jsonl and gpu.md")
+    parser.add_argument("--no-peers", action="store_true", help="time this project only")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        help="what to measure; rows are appended (all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=_BUDGET_S,
+        help=f"no case begins later ({_BUDGET_S:g})",
+    )
+    parser.add_argument("--tiny-checks", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch sees no GPU; set TRITON_INTERPRET=1 to rehearse on tiny sizes")
+    if arguments.tiny_checks:
+        return tiny_checks()
+    if arguments.out is None:
+        parser.error("--out: a folder is needed")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {arguments.out}: cannot be made a folder ({error.strerror})")
+    return run(arguments.out, not arguments.no_peers, tuple(arguments.sections), arguments.seconds)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,232 @@
+"""Times on a GPU: this project's kernels and the peers, on the same tensors, taking turns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dotresize import L1CostAccumulator, l1_cost, sinkhorn
+
+from .. import l1
+from .. import sinkhorn as solver
+from ..workload import Competitor, Workload, one_line
+from .correctness import ROWS, relative
+
+Row = dict[str, Any]
+ROUNDS = 7
+LIMIT_S = 1.0  # of a call; a slower peer is timed once
+
+
+class Clock:
+    """Seconds of a call by device events, the caches emptied before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        size = 1 << 28 if self.on_gpu else 1
+        self.rounds = ROUNDS if self.on_gpu else 2
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        del result
+        return begin.elapsed_time(end) / 1e3
+
+    def median(self, call: Callable[[], Any]) -> float:
+        call()
+        return statistics.median(self(call) for _ in range(self.rounds))
+
+    def race(self, work: Workload) -> list[Row]:
+        """Rows of all competitors: checked, then timed in turns."""
+        rows = [{"name": name, "failed": why} for name, why in work.missing.items()]
+        times: dict[str, list[float]] = {}
+        for name, competitor in work.competitors.items():
+            try:
+                error = work.error(competitor.call()) if competitor.checked else None
+                if error is not None and not error <= competitor.accepted:
+                    raise ArithmeticError(f"relative error {error:.1e}")
+                once = self(competitor.call)
+            except Exception as failure:  # a row, not the end
+                rows.append({"name": name, "failed": one_line(failure)})
+                self.tidy()
+                continue
+            row = {"name": name, "error": error, "median_s": once, "rounds": 1}
+            rows.append(row)
+            if once < LIMIT_S:
+                times[name] = []
+        for _ in range(self.rounds):
+            for name, taken in times.items():
+                with contextlib.suppress(Exception):
+                    taken.append(self(work.competitors[name].call))
+        for row in rows:
+            if len(taken := times.get(row["name"], [])) > 1:
+                low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+                row |= {"median_s": median, "quartiles_s": [low, high], "rounds": len(taken)}
+        self.tidy()
+        return rows
+
+    def tidy(self) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]:
+    """(tokens, n, m): sums of |x - y|. Rows with pairs per second."""
+    tokens, n, m = shape
+    x = torch.randn(tokens, n, device=clock.device)
+    y = torch.randn(tokens, m, device=clock.device)
+    rows = torch.linspace(0, n - 1, min(n, ROWS), device=clock.device).long()
+    truth = torch.cdist(x[:, rows].mT.double(), y.mT.double(), p=1)
+
+    def error(result: Any) -> float:
+        return relative(torch.as_tensor(result).view(n, m)[rows], truth)
+
+    work = Workload(error)
+    for precision, accepted in (("fp32", 1e-5), ("fp16", 5e-5 + 2e-3 / tokens**0.5)):
+        options: dict[str, Any] = {"reduction": "sum", "precision": precision, "backend": "triton"}
+        call = lambda o=options: l1_cost(x, y, **o)  # noqa: E731
+        work.add(f"dotresize {precision}", lambda c=call, a=accepted: Competitor(c, a))
+    if peers:
+        reference = functools.partial(l1_cost, x, y, reduction="sum", backend="torch")
+        work.add("dotresize torch", lambda: Competitor(reference, 1e-5))
+        for name in ("torch.cdist(p=1)", "broadcast, torch.compile", "cuVS through cupy"):
+            work.add(name, lambda p=l1.PEERS[name]: p(x, y))
+    found = clock.race(work)
+    for row in found:
+        if "median_s" in row:
+            row["pairs_per_s"] = tokens * n * m / row["median_s"]
+    return found
+
+
+def sinkhorn_rows(
+    shape: tuple[int, int, int], counts: tuple[int, int], clock: Clock, peers: bool
+) -> list[Row]:
+    """Seconds per iteration, from the difference of two iteration counts, so that what is done
+    once (minima, compilation, the peers' plans) does not count."""
+    cost = torch.rand(shape, device=clock.device)
+    works = [_sinkhorn_work(cost, count, peers) for count in counts]
+    few, many = (clock.race(work) for work in works)
+    found = []
+    shorter = {row["name"]: row["median_s"] for row in few if "median_s" in row}
+    for longer in many:
+        if longer["name"] in shorter and "median_s" in longer:
+            seconds = (longer["median_s"] - shorter[longer["name"]]) / (counts[1] - counts[0])
+            longer = longer | {"iterations": list(counts), "per_iteration_s": seconds}
+        found.append(longer)
+    return found
+
+
+def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
+    truth = solver.plain(cost[:1].double(), count)
+
+    def error(result: Any) -> float:
+        if hasattr(result, "n_iter"):
+            result = result[0].plan
+        elif not isinstance(result, Tensor):
+            result = torch.from_numpy(np.array(result)).to(cost.device)
+        return relative(result.reshape(-1, *cost.shape[-2:])[:1], truth)
+
+    work = Workload(error)
+    for storage, accepted in (("exact", 1e-4), ("u16", 5e-3)):
+        options: dict[str, Any] = {"tol": 0, "max_iter": count, "storage": storage}
+        call = lambda o=options: sinkhorn(cost, solver.REG, backend="triton", **o)  # noqa: E731
+        work.add(f"dotresize {storage}", lambda c=call, a=accepted: Competitor(c, a))
+    if peers:
+        reference = functools.partial(
+            sinkhorn, cost, solver.REG, tol=0, max_iter=count, backend="torch"
+        )
+        work.add("dotresize torch", lambda: Competitor(reference))
+        names = ("torch logsumexp loop", "torch logsumexp loop, torch.compile", "POT ot.batch")
+        for name in (*names, "OTT-JAX, jit"):
+            # They end on a column update, we on a row update: apart until both have converged.
+            work.add(
+                name, lambda p=solver.PEERS[name]: dataclasses.replace(p(cost, count), accepted=0.1)
+            )
+    return work
+
+
+def batch_rows(clock: Clock, problems: tuple[int, ...], n: int, m: int, count: int) -> list[Row]:
+    """One call for a batch against one call for each problem."""
+    rows = []
+    for batch in problems:
+        cost = torch.rand(batch, n, m, device=clock.device)
+        solve = functools.partial(sinkhorn, reg=solver.REG, tol=0, max_iter=count, backend="triton")
+        together = clock.median(functools.partial(solve, cost))
+        alone = clock.median(lambda c=cost, s=solve: [s(v) for v in c])
+        row = {"name": f"batch of {batch}", "median_s": together, "singles_s": alone}
+        rows.append(row | {"iterations": count})
+    return rows
+
+
+def stopping_row(clock: Clock, shape: tuple[int, int, int], count: int) -> Row:
+    """What half a batch costs when the other half has converged at once."""
+    cost = torch.rand(shape, device=clock.device)
+    tol = torch.zeros(shape[0])
+    options: dict[str, Any] = {"max_iter": count, "backend": "triton"}
+    whole = clock.median(lambda: sinkhorn(cost, solver.REG, tol=tol, **options))
+    tol[shape[0] // 2 :] = 1e6
+    half = clock.median(lambda: sinkhorn(cost, solver.REG, tol=tol, **options))
+    return {"name": "half of the batch stops at once", "median_s": half, "all_s": whole}
+
+
+def model_row(
+    clock: Clock,
+    precision: str,
+    layers: int,
+    n: int,
+    m: int,
+    tokens: int,
+    chunk: int,
+    count: int,
+) -> Row:
+    """All costs and plans of a model's residual locations, tokens arriving in chunks."""
+    if clock.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    accumulator = L1CostAccumulator(
+        n,
+        targets=torch.arange(m, device=clock.device),
+        batch=layers,
+        precision=precision,
+        device=clock.device,
+        backend="triton",
+    )
+    found: dict[str, Any] = {}
+
+    def costs(accumulator: L1CostAccumulator, x: Tensor) -> None:
+        for _ in range(math.ceil(tokens / chunk)):
+            accumulator.update(x)
+
+    def solve() -> None:
+        found["result"] = sinkhorn(found["cost"], 0.1, tol=0, max_iter=count, backend="triton")
+
+    row: Row = {"name": f"{layers} of {n} x {m}, {tokens} tokens, {precision}"}
+    x = torch.randn(layers, chunk, n, device=clock.device)
+    row["costs_s"] = clock(functools.partial(costs, accumulator, x))
+    found["cost"] = accumulator.result()
+    del accumulator, x
+    row["solve_s"] = clock(solve)
+    row["plans_s"] = clock(lambda: found["result"].plan)
+    row["total_s"] = row["costs_s"] + row["solve_s"] + row["plans_s"]
+    row["peak_bytes"] = torch.cuda.max_memory_allocated() if clock.on_gpu else None
+    found.clear()
+    clock.tidy()
+    return row

@@ -1,0 +1,114 @@
+"""Operations and bytes of compressing a model of a given shape to four fifths of its width.
+
+With D and k the residual widths, F the inner one, P the parameters of all layers, P' those of the
+narrowed ones, E those of embedding and head, L layers, T tokens, R the readers' rows of a layer:
+
+forward  2 T (2 P + P')                                calibration, and both models in the refit
+gram     2 T s (2 L + 1) D^2 + 2 T L (2 k^2 + 2 k D + F^2 + s k D + s F k)         of activations
+float64  9 D^3 + 2 k (P + E) + L (4/3 k^3 + 4 k^2 D + 2/3 F^3 + 2 F^2 k + 2 k D R)
+
+The forward passes run in the model's dtype (float32 on a CPU), the products of activations on a
+GPU's matrix units, where one with a float32 factor is s = 3 products (least_squares.py), or in
+float32, s = 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dotresize.least_squares import over_tokens
+from dotresize.models.causal_lm import CausalLM
+from dotresize.offload.memory_plan import activation_bytes, stage_bytes
+
+KEPT = 0.8
+BATCH_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Llama's numbers."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+
+
+SHAPES = {
+    "tiny": Shape(4, 64, 160, 4, 2, 300),
+    "1.1B": Shape(22, 2048, 5632, 32, 4, 32000),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256),
+    "70B": Shape(80, 8192, 28672, 64, 8, 128256),
+}
+
+
+def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
+    """The header's sums, in floating-point operations; split: s."""
+    width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    k, readers, layer = round(KEPT * width), _readers(shape), _layer(shape)
+    gram = split * (2 * layers + 1) * width**2
+    gram += layers * (2 * k**2 + 2 * k * width + inner**2 + split * k * (width + inner))
+    solves = 4 / 3 * k**3 + 4 * k**2 * width + 2 / 3 * inner**3 + 2 * inner**2 * k
+    return {
+        "forward": 2.0 * tokens * layers * layer * (2 + KEPT),
+        "gram": 2.0 * tokens * gram,
+        "float64": 9.0 * width**3
+        + 2.0 * k * parameters(shape)
+        + layers * (solves + 2.0 * k * width * readers),
+    }
+
+
+def parameters(shape: Shape) -> int:
+    """Of the layers, the embeddings and the head; P + E."""
+    outer = 2 * shape.vocab_size * shape.hidden_size
+    return shape.num_hidden_layers * _layer(shape) + outer
+
+
+def _readers(shape: Shape) -> int:
+    grouped = shape.hidden_size * shape.num_key_value_heads // shape.num_attention_heads
+    return shape.hidden_size + 2 * grouped + 2 * shape.intermediate_size
+
+
+def _layer(shape: Shape) -> int:
+    return shape.hidden_size * (_readers(shape) + shape.hidden_size + shape.intermediate_size)
+
+
+def gpu_bytes(model: CausalLM, tokens: int, window: int) -> dict[str, int]:
+    """What a GPU must hold in bfloat16: its greediest stage, and the activations if kept there."""
+    k, inner = round(KEPT * model.width), model.inner_width
+    stages = stage_bytes(model, BATCH_WINDOWS * window, window, k, inner, 2, evaluated=False)
+    return {"stages": max(stages.values()), "activations": activation_bytes(model, tokens, k, 2)}
+
+
+def measured_rates(device: torch.device) -> dict[str, float]:
+    """Operations a second of one product of each kind on a device, the median of three."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device)
+    low, high = x.to(half), x.double() + n * torch.eye(n, device=device)
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def rate(run: Callable[[], Any], operations: float) -> float:
+        took = []
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            run()
+            finish()
+            took.append(time.perf_counter() - start)
+        return operations / sorted(took[1:])[1]
+
+    return {
+        "forward": rate(lambda: low @ low, 2.0 * n**3),
+        "gram": rate(lambda: over_tokens(low, low), 2.0 * n**3),
+        "float64": rate(lambda: torch.linalg.solve(high, high), (2 / 3 + 2) * n**3),
+    }

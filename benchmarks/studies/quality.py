@@ -1,0 +1,172 @@
+"""How much of a model survives: every method at equal size, on text it saw and on text it did not.
+
+    python -m benchmarks.studies.quality headline --out FILE     the table of docs/compress.md
+    python -m benchmarks.studies.quality study --out FILE        all cases of quality_cases.py
+
+Figure of merit: excess = ln(perplexity / dense perplexity), on Wikipedia articles, news and
+programming documentation that are never calibrated on. Each case runs with all three sources in
+the calibration, and once more for each source with that one left out. A row is appended as soon as
+a case is finished; a run that is started again skips the rows that FILE has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.calibration.self_generated import sample
+from dotresize.calibration.statistics import Statistics, collect
+from dotresize.calibration.text import random_windows, tokenize
+from dotresize.checkpoint import load_with_tokenizer
+from dotresize.compression import make_options
+from dotresize.evaluate import evaluation_windows, perplexity
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.pipeline import narrow_model
+
+from ..demo.texts import SOURCES, model_file, write_texts
+from ..rows import append, read, where
+from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, WINDOWS, Case
+
+WINDOW = 512
+EVAL_WINDOWS = 4
+
+
+class Study:
+    """The model, its texts, and one calibration at a time."""
+
+    def __init__(self, windows: int) -> None:
+        self.windows = windows
+        self.model, tokenizer = load_with_tokenizer(
+            str(model_file()), torch.device("cpu"), to_narrow=True
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            calibration, held_out = write_texts(Path(folder))
+            self.streams = [tokenize(path, tokenizer) for path in calibration]
+            texts = [tokenize(path, tokenizer) for path in held_out]
+        self.texts = {
+            name: evaluation_windows(text, WINDOW, EVAL_WINDOWS)
+            for name, text in zip(SOURCES, texts, strict=True)
+        }
+        self.dense = self.perplexities(self.model)
+        self._calibration: tuple[Any, Tensor, Statistics] | None = None
+        self._own: dict[int, Tensor] = {}
+
+    def perplexities(self, model: CausalLM) -> dict[str, float]:
+        return {name: perplexity(model, text, desc=name) for name, text in self.texts.items()}
+
+    def calibration(self, mixture: str, seed: int, own: bool) -> tuple[Tensor, Statistics]:
+        """Windows and statistics of a mixture, kept until another one is asked for."""
+        key = (mixture, seed, own)
+        if self._calibration is None or self._calibration[0] != key:
+            self._calibration = None
+            streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
+            # The same number of tokens, however many sources share them.
+            tokens = random_windows(streams, self.windows, WINDOW, seed)
+            if own:
+                if seed not in self._own:
+                    self._own[seed] = sample(self.model, self.windows // 3, WINDOW, seed)
+                tokens = torch.cat([tokens, self._own[seed]])
+            self._calibration = (key, tokens, collect(self.model, tokens, apart=True))
+        return self._calibration[1:]
+
+    def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:
+        tokens, statistics = self.calibration(mixture, seed, case.own_text)
+        start = time.perf_counter()
+        options = dict(case.options)
+        if case.kept is not None:
+            options["targets"] = partial(KEPT_SETS[case.kept], self.model.module)
+        narrow, report = narrow_model(self.model, tokens, make_options(**options), statistics)
+        seconds = time.perf_counter() - start
+        found = self.perplexities(narrow)
+        return {
+            **{"case": case.name, "mixture": mixture, "seed": seed, "windows": self.windows},
+            **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
+            "options": case.options,
+            "kept": case.kept,
+            "perplexity": found,
+            "dense_perplexity": self.dense,
+            "excess": {name: math.log(found[name] / self.dense[name]) for name in found},
+            "width": report["width"]["new"],
+            "ff_width": report["feed_forward"]["new"],
+            "tied": report["tied"],
+            "plain_checkpoint": report["plain_checkpoint"],
+            "parameters": report["parameters"]["narrow"],
+            "dense_parameters": report["parameters"]["dense"],
+            "refit": report["refit"],
+            "budget": report["budget"],
+            "seconds": round(seconds, 1),
+        }
+
+
+def cases_of(which: str) -> list[Case]:
+    """Of the headline, or of the study, which has all."""
+    return [case for case in CASES if which == "study" or case.name in HEADLINE]
+
+
+def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
+    """Cases to run, those of one calibration together."""
+    cases = sorted(cases_of(which), key=lambda case: case.own_text)
+    for seed in seeds:
+        for mixture in MIXTURES:
+            for case in cases:
+                if mixture == "all" or case.out_of_domain:
+                    yield case, mixture, seed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("which", choices=("headline", "study"))
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the windows (0)")
+    parser.add_argument(
+        "--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES), help="(all of them)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases alone")
+    args = parser.parse_args()
+    names = [case.name for case in cases_of(args.which)]
+    for name in args.only or ():
+        if name not in names:
+            parser.error(f"--only {name!r}: no case of {args.which}; it has {'; '.join(names)}")
+    logging.basicConfig(level=logging.WARNING)
+    done = {
+        (row["case"], row["mixture"], row["seed"], row["windows"])
+        for row in (read(args.out) if args.out.exists() else [])
+    }
+    left = [
+        (case, mixture, seed)
+        for case, mixture, seed in wanted(args.which, args.seeds)
+        if (case.name, mixture, seed, args.windows) not in done
+        and (args.only is None or case.name in args.only)
+        and mixture in args.mixtures
+    ]
+    if not left:
+        return 0
+    about = where(torch.get_num_threads())
+    study = Study(args.windows)
+    for i, (case, mixture, seed) in enumerate(left):
+        start = time.perf_counter()
+        row = about | study.run(case, mixture, seed)
+        row["wall_seconds"] = round(time.perf_counter() - start, 1)
+        append(args.out, [row])
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in row["excess"].items())
+        sys.stdout.write(f"{i + 1}/{len(left)}  {case.name}, {mixture}: {figures}\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

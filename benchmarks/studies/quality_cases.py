@@ -1,0 +1,143 @@
+"""The cases of benchmarks.studies.quality: options of ``dotresize.compress``, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.calibration.statistics import Statistics
+from dotresize.models import architecture_of
+from dotresize.narrow.maps import largest
+
+from ..demo.texts import SOURCES
+
+# Of calibration text, unless the command says otherwise.
+WINDOWS = 24
+
+# With all sources in the calibration, and with each one left out in turn.
+MIXTURES: dict[str, tuple[str, ...]] = {
+    "all": SOURCES,
+    **{f"without {left}": tuple(s for s in SOURCES if s != left) for left in SOURCES},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row for each calibration.
+
+    Attributes:
+        out_of_domain: also run with each source left out of the calibration.
+        own_text: calibrate on text that the model writes itself as well.
+        kept: of ``KEPT_SETS``, in place of the largest mean magnitudes.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    out_of_domain: bool = False
+    own_text: bool = False
+    kept: str | None = None
+
+
+def _random(model: Any, statistics: Statistics, k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(statistics.importance.shape[1], generator=generator)[:k].sort().values
+
+
+def _wanda(model: Any, statistics: Statistics, k: int) -> Tensor:
+    """Wanda's score |W_ij| |x_j| (arXiv 2306.11695), added up over all that read neuron j."""
+    assert statistics.moment is not None
+    architecture = architecture_of(model.config)
+    score = torch.zeros(statistics.importance.shape[1], dtype=torch.float64)
+    for (layer, sublayer), moment in zip(architecture.each(model), statistics.moment, strict=False):
+        scale = architecture.gain(model.get_submodule(f"{layer}.{sublayer.norm}")).abs()
+        for reader in sublayer.readers:
+            weight = model.get_parameter(f"{layer}.{reader}").double().abs()
+            score += weight.sum(0) * scale * moment.diagonal().sqrt()
+    return largest(score.detach(), k)
+
+
+# Kept sets from elsewhere; beside them, the largest mean magnitudes are the package's own choice.
+KEPT_SETS: dict[str, Callable[[Any, Statistics, int], Tensor]] = {
+    "random": _random,
+    "Wanda": _wanda,
+}
+
+PLAIN: dict[str, Any] = {"width": 0.8, "refit": False}
+REFIT: dict[str, Any] = {"width": 0.8}
+# 27 % of the inner neurons are 20 % of the parameters outside the embeddings.
+INNER = {"ff_width": 1126}
+BUDGET = {"params": 0.8}
+INNER_PLAIN = INNER | {"refit": False}
+
+CASES = (
+    Case("magnitude", PLAIN | {"method": "magnitude"}, True),
+    Case("transport", PLAIN | {"method": "dot"}, True),
+    Case("PCA", PLAIN, True),
+    Case("SliceGPT", PLAIN | {"method": "slicegpt"}, True),
+    Case("PCA per location", PLAIN | {"scope": "location"}),
+    Case("transport per location", PLAIN | {"method": "dot", "scope": "location"}),
+    Case("SliceGPT + refit", REFIT | {"method": "slicegpt"}, own_text=True),
+    Case("PCA per location + refit", REFIT | {"scope": "location"}, own_text=True),
+    Case(
+        "transport per location + refit",
+        REFIT | {"method": "dot", "scope": "location"},
+        own_text=True,
+    ),
+    # What `dotresize compress --width 0.8` does, and without one of its parts.
+    Case("default", REFIT, True, True),
+    Case("default, no own text", REFIT, True),
+    Case("default, no refit", PLAIN, True, True),
+    Case("default, untied", REFIT | {"untie": True}, own_text=True),
+    Case("magnitude + refit", REFIT | {"method": "magnitude"}, own_text=True),
+    Case("transport + refit", REFIT | {"method": "dot"}, own_text=True),
+    Case("transport, 20 in a row + refit", REFIT | {"method": "dot", "steps": 20}, own_text=True),
+    *(Case(f"default, ridge {r:g}", REFIT | {"ridge": r}, True, True) for r in (0.03, 0.3)),
+    *(Case(f"transport, {q} in a row", PLAIN | {"method": "dot", "steps": q}) for q in (2, 6, 20)),
+    *(Case(f"transport, reg {r:g}", PLAIN | {"method": "dot", "reg": r}) for r in (0.3, 1.0, 10.0)),
+    *(
+        Case(f"{label}, kept set {name}", options, own_text="refit" in label, kept=name)
+        for name in KEPT_SETS
+        for label, options in (
+            ("selection", PLAIN | {"method": "magnitude"}),
+            ("transport", PLAIN | {"method": "dot"}),
+            ("transport + refit", REFIT | {"method": "dot"}),
+        )
+    ),
+    Case(
+        "budget, 80 % outside the embeddings",
+        BUDGET | {"params_count": "non_embedding"},
+        own_text=True,
+    ),
+    Case("budget, 80 % in total", BUDGET, own_text=True),
+    # As many outside the embeddings by both widths, whatever the budget chose.
+    Case("both widths + refit", {"width": 567, "ff_width": 1152}, own_text=True),
+    # What the first channels cost, by which the budget leaves them all.
+    *(Case(f"{k} channels", {"width": k}, own_text=True) for k in (567, 558)),
+    # What 80 % in total is compared with: 19.7 % fewer parameters, all of them inner neurons.
+    *(
+        Case(f"feed-forward 1024, {name}", {"ff_width": 1024, "ff_method": name, "refit": False})
+        for name in ("magnitude", "nystrom", "transport")
+    ),
+    Case("feed-forward 1024, eliminate + refit", {"ff_width": 1024}, own_text=True),
+    Case("PCA, untied", PLAIN | {"untie": True}),
+    Case("transport, untied", PLAIN | {"method": "dot", "untie": True}),
+    Case("feed-forward, magnitude", INNER_PLAIN | {"ff_method": "magnitude"}),
+    Case("feed-forward, nystrom", INNER_PLAIN | {"ff_method": "nystrom"}),
+    Case("feed-forward, transport", INNER_PLAIN | {"ff_method": "transport"}),
+    Case("feed-forward, eliminate", INNER_PLAIN),
+    Case("feed-forward, eliminate + refit", INNER, True, True),
+    *(
+        Case(f"feed-forward, eliminate + refit, ridge {r:g}", INNER | {"ridge": r}, own_text=True)
+        for r in (0.03, 0.3)
+    ),
+)
+
+HEADLINE = (
+    *("magnitude", "transport", "PCA", "SliceGPT", "default"),
+    *("feed-forward, magnitude", "feed-forward, nystrom", "feed-forward, eliminate + refit"),
+    *("budget, 80 % outside the embeddings", "budget, 80 % in total"),
+)

@@ -1,0 +1,236 @@
+"""``python -m benchmarks.tables``: write the tables of README and docs from the committed rows.
+
+The text between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from dotresize.cli.report import label
+
+from .. import l1
+from ..rows import read
+from .gpu import ceilings, details, peers_table
+from .models import families, large, merging, projected
+from .quality import headline, recovered, speed, study
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path("benchmarks/results")
+# A README has room for some; the rows have all.
+SHOWN = (
+    *("L1 cost, 4096 tokens, 576 x 468", "L1 cost, 4096 tokens, 1024 x 1024"),
+    "Assignment, noisy copies, 30 of 1536 x 1536",
+    "Assignment, unrelated neurons, 30 of 1536 x 1536",
+    *("Sinkhorn, 100 iterations, 576 x 468", "Sinkhorn, 100 iterations, 1024 x 768"),
+    "Sinkhorn, 20 iterations, 30 of 576 x 464",
+)
+PEERS = {
+    "torch.cdist(p=1)": "torch.cdist",
+    "scipy cdist cityblock": "scipy",
+    "scikit-learn manhattan": "scikit-learn",
+    "faiss METRIC_L1": "faiss",
+    "broadcast, torch.compile": "torch.compile",
+    "scipy": "scipy",
+    "scipy, threads": "scipy in threads",
+    "lapx lapjv": "lapx",
+    "torch logsumexp loop": "torch loop",
+    "torch logsumexp loop, torch.compile": "torch.compile",
+    "POT sinkhorn_log, numpy": "POT numpy",
+    "POT sinkhorn_log, torch": "POT torch",
+    "POT ot.batch": "POT ot.batch",
+    "GeomLoss": "GeomLoss",
+    "OTT-JAX, jit": "OTT-JAX",
+}
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return read(ROOT / RESULTS / name)
+
+
+def solvers() -> str:
+    """Median time of ours per case, and how many times longer each peer took in the same run."""
+    table = rows("cpu.jsonl")
+    # Ratios are within one run: of each case, the last that has ours.
+    last = {r["case"]: r["run"] for r in table if r["name"] == l1.OURS and "median_s" in r}
+    found = {
+        (r["case"], r["name"], r.get("allocator")): r
+        for r in table
+        if r["run"] == last.get(r["case"])
+    }
+    lines = ["| work | dotresize | peers took, times as long |", "|---|---|---|"]
+    for case in SHOWN:
+        ours = found[case, l1.OURS, "default"]
+        peers = []
+        for name, short in PEERS.items():
+            ratios = [
+                f"{found[case, name, a]['median_s'] / found[case, l1.OURS, a]['median_s']:.1f}"
+                for a in ("default", "heap")
+                if "median_s" in found.get((case, name, a), {})
+            ]
+            if ratios:
+                peers.append(f"{short} {' / '.join(ratios)}")
+        lines.append(f"| {case} | {ours['median_s'] * 1e3:.1f} ms | {', '.join(peers)} |")
+    lines.append(_to_tolerance())
+    square = {name: r for (case, name, _), r in found.items() if case == SHOWN[1]}
+    limit, bytes_ = (square[n]["median_s"] for n in (l1.LIMIT, "dotresize cpp, u8"))
+    fp32, versions = square[l1.OURS]["median_s"], ours["versions"]
+    lines += [
+        "",
+        f"Medians of {ours['rounds']} interleaved rounds, float32, {ours['device']} "
+        f"({ours['simd']}), {ours['date']}; the second figure is with large arrays",
+        f"kept on the heap, where a peer pays less for its temporaries. At 1024 x 1024 the L1 "
+        f"kernel reaches {limit / fp32:.0%} of",
+        f'its register tile\'s rate, and `precision="u8"` takes {bytes_ / fp32:.2f} of its time. '
+        f"torch {versions['torch']}, POT {versions['POT']}, OTT-JAX {versions['ott-jax']},",
+        f"faiss {versions['faiss-cpu']}. All rows: `{RESULTS / 'cpu.jsonl'}`; yours: "
+        "`pip install -c constraints.txt '.[bench]'`, then `dotresize bench`.",
+    ]
+    return "\n".join(lines)
+
+
+def _to_tolerance(ratio: float = 0.03, tol: float = 1e-5) -> str:
+    """A line of ``solvers`` from the rows of ``benchmarks.studies.acceleration``."""
+    took = {
+        r["solver"]: r["seconds"]
+        for r in rows("acceleration.jsonl")
+        if (r["ratio"], r["tol"], r["reached"]) == (ratio, tol, True)
+    }
+    names = {"POT sinkhorn_log": "POT numpy", "POT ot.batch": "POT ot.batch", "OTT": "OTT-JAX"}
+    names["OTT, adaptive momentum"] = "OTT-JAX with momentum"
+    ours = took["momentum"]
+    peers = ", ".join(f"{short} {took[name] / ours:.0f}" for name, short in names.items())
+    work = f"Sinkhorn to {tol:.0e}, a real cost at reg {ratio:g} of its mean, float64"
+    return f"| [{work}](docs/sinkhorn.md) | {ours * 1e3:.0f} ms | {peers} |"
+
+
+def demo() -> str:
+    """The demo's table: what each method leaves of SmolLM2-135M at 20 % less residual width."""
+    table = rows("demo.jsonl")
+    texts = list(table[0]["perplexity"])
+    lines = [
+        f"| {table[0]['model']} | width | parameters | " + " | ".join(texts) + " |",
+        "|---" * (3 + len(texts)) + "|",
+    ]
+    for row in table:
+        total = row["parameters"]["narrow"]["total"] / 1e6
+        figures = " | ".join(f"{row['perplexity'][text]:.1f}" for text in texts)
+        name = label(row)
+        name = f"**{name}**" if row.get("refit") else name
+        lines.append(f"| {name} | {row['width']['new']} | {total:.1f} M | {figures} |")
+    last = table[-1]
+    seconds = sum(v for k, v in last["seconds"].items() if k != "evaluation")
+    tokens = last["windows"] * last["window"]
+    lines += [
+        "",
+        f"Perplexity on held-out text, lower is better; every checkpoint is plain and tied. "
+        f"Calibrated on {tokens} tokens",
+        f"of the three sources and text of its own; {label(last)} took {seconds:.0f} s on "
+        f"{last['device']}, "
+        f"{last['date']}. Rows: `{RESULTS / 'demo.jsonl'}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _gpu_rows() -> list[dict[str, Any]]:
+    """The last run of every section of ``benchmarks.gpu``."""
+    table = rows("gpu.jsonl")
+    last = {row["section"]: row["run"] for row in table}
+    return [row for row in table if row["run"] == last[row["section"]]]
+
+
+def gpu() -> str:
+    """Times, shares of the measured bounds, and ratios to the peers."""
+    last = _gpu_rows()
+    about = f"{last[-1]['device']}, {last[-1]['date']}; torch {last[-1]['versions']['torch']}, "
+    about += f"triton {last[-1]['versions']['triton']}. [More of it](docs/gpu.md)."
+    return "\n".join([*peers_table(last, ceilings(last), PEERS), "", about])
+
+
+def gpu_page() -> str:
+    """All of it."""
+    last = _gpu_rows()
+    row = next(row for row in last if row["section"] == "ceiling")
+    about = {name: value for name, value in row.items() if name not in ("case", "per_s")}
+    return details(about, last).rstrip()
+
+
+def acceleration() -> str:
+    """Iterations and milliseconds to a tolerance, each solver as it was measured last."""
+    last = rows("acceleration.jsonl")
+    ratios = sorted({row["ratio"] for row in last})
+    found = {(r["solver"], r["ratio"], r["tol"]): r for r in last if r["reached"]}
+    tolerances = sorted({row["tol"] for row in last}, reverse=True)
+    lines = []
+    for key, scale, about in (("iterations", 1, ""), ("seconds", 1e3, "Milliseconds:")):
+        head = ["", *(f"{ratio:g}" for ratio in ratios)]
+        lines += [about, ""] if about else []
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name in dict.fromkeys(row["solver"] for row in last):
+            cells = []
+            for ratio in ratios:
+                hits = [found.get((name, ratio, tol)) for tol in tolerances]
+                cells.append(" / ".join(f"{h[key] * scale:.0f}" if h else "-" for h in hits))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(
+        [
+            *lines,
+            f"Costs of SmolLM2-135M (576 x 468), global unless a layer is named, float64, "
+            f"{last[0]['device']},",
+            f"{last[0]['date']}. Anderson runs in the plain reference, so its times are not a "
+            "kernel's. POT looks at",
+            "its error every 10 iterations and in the L2 norm, so it was given the tolerance that "
+            "guarantees the L1 error.",
+            "OTT looks every 10 iterations as well. With the default allocator, which slows large "
+            "temporaries. Rows:",
+            "`benchmarks/results/acceleration.jsonl`.",
+        ]
+    )
+
+
+def pot() -> str:
+    """What POT's own tests found, by the last run of ``benchmarks.checks.pot_tests``."""
+    row = rows("pot_tests.jsonl")[-1]
+    reasons = {**row["expected"], **row["left_out"]}
+    lines = [f"{row['passed']} passed, {row['failed']} failed ({row['date']}, POT "]
+    lines[0] += f"{row['versions']['POT']}). Expected to fail, or left out, and why:"
+    return "\n".join([*lines, "", *(f"- `{test}`: {why}" for test, why in reasons.items())])
+
+
+TABLES = {
+    "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
+    "docs/compress.md": {
+        "quality": lambda: headline(rows("quality.jsonl")),
+        "study": lambda: study(rows("quality.jsonl")),
+        "speed": lambda: speed(rows("speed.jsonl")),
+        "recovered": lambda: recovered(rows("recovered.jsonl")),
+    },
+    "docs/families.md": {"families": families},
+    "docs/gpu.md": {"gpu": gpu_page},
+    "docs/large.md": {
+        "large": lambda: large(rows("large.jsonl")),
+        "projected": lambda: projected(rows("projected.jsonl"), rows("large.jsonl")),
+    },
+    "docs/merge-ff.md": {"merging": lambda: merging(rows("merging.jsonl"))},
+    "docs/sinkhorn.md": {"acceleration": acceleration},
+    "docs/ot.md": {"pot": pot},
+}
+
+
+def with_tables(page: str, text: str) -> str:
+    for name, made in TABLES[page].items():
+        pattern, table = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)", made()
+        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text)
+        assert count == 1, f"{page} has {count} places for the table {name}"
+    return text
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,130 @@
+"""The rows of ``benchmarks.gpu`` as Markdown: rates beside their bounds, ratios to the peers."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from ..workload import Case
+
+Row = dict[str, Any]
+SECTIONS = ("ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model", "sanitizer")
+
+
+def summary(about: Row, found: list[Row]) -> str:
+    return f"# {about['device']}, {about['date']}\n\n{details(about, found)}"
+
+
+def details(about: Row, found: list[Row]) -> str:
+    """The summary without its heading."""
+    of = {section: [r for r in found if r["section"] == section] for section in SECTIONS}
+    rates = ceilings(found)
+    parts = [_versions(about)]
+    parts += ["", "| ceiling, measured | per second |", "|---|---|"]
+    parts += [f"| {name} | {rate:.3g} |" for name, rate in rates.items()]
+    wrong = [r for r in of["check"] if "failed" in r]
+    parts += ["", f"Correctness: {len(of['check']) - len(wrong)} of {len(of['check'])} cases."]
+    parts += [f"- {r['case']}: {r['failed']}" for r in wrong]
+    parts += [
+        f"- {r['case']}: {r.get('failed') or r.get('missing') or 'clean'}" for r in of["sanitizer"]
+    ]
+    parts += ["", *l1_table(of["l1"], rates), "", *sinkhorn_table(of["sinkhorn"], rates), ""]
+    parts += [
+        f"- {r['case']} {r.get('name', '')}: {r['failed'][:80]}"
+        for r in (*of["l1"], *of["sinkhorn"])
+        if "failed" in r
+    ]
+    for row in (*of["batch"], *of["stopping"], *of["model"]):
+        named = about.keys() | {"section", "case", "name"}
+        numbers = (f"{k} {_short(v)}" for k, v in row.items() if k not in named)
+        parts.append(f"- {row.get('name', row['case'])}: {', '.join(numbers)}")
+    return "\n".join(parts) + "\n"
+
+
+def ceilings(found: list[Row]) -> dict[str, float]:
+    return {r["case"]: r["per_s"] for r in found if r["section"] == "ceiling" and "per_s" in r}
+
+
+def _versions(about: Row) -> str:
+    return ", ".join(f"{k} {v}" for k, v in about["versions"].items() if k != "python")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def l1_table(found: list[Row], rates: dict[str, float]) -> list[str]:
+    """T pairs per second, the share of the measured ceiling, and times ours."""
+    lines = ["| L1 cost | time | T pairs/s | of its ceiling | x ours |", "|---|---|---|---|---|"]
+    for row in found:
+        label = f"{row['case']} {row.get('name', '')}"
+        if "median_s" not in row:
+            continue
+        share = ""
+        kind = {"dotresize fp32": "float32", "dotresize fp16": "float16"}.get(row["name"])
+        if f"pairs, {kind}" in rates:
+            share = f"{row['pairs_per_s'] / rates[f'pairs, {kind}']:.0%}"
+        ratio = _ratio(found, row, "dotresize fp32", "median_s")
+        lines.append(
+            f"| {label} | {row['median_s'] * 1e3:.2f} ms | {row['pairs_per_s'] / 1e12:.2f} "
+            f"| {share} | {ratio} |"
+        )
+    return lines
+
+
+def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
+    """Time of an iteration, and one read of the cost at the measured bandwidth over it."""
+    lines = ["| Sinkhorn | one iteration | of its bound | x ours |", "|---|---|---|---|"]
+    for row in found:
+        label = f"{row['case']} {row.get('name', '')}"
+        if "per_iteration_s" not in row:
+            continue
+        share = ""
+        width = {"dotresize exact": 4, "dotresize u16": 2}.get(row["name"])
+        if width and "bytes copied" in rates:
+            bound = read_bound(row["case"], width, rates)
+            share = f"{bound / row['per_iteration_s']:.0%}"
+        ratio = _ratio(found, row, "dotresize exact", "per_iteration_s")
+        lines.append(f"| {label} | {row['per_iteration_s'] * 1e6:.1f} us | {share} | {ratio} |")
+    return lines
+
+
+def read_bound(case: str, width: int, rates: dict[str, float]) -> float:
+    """Seconds of one read of (problems, n, m) entries of ``width`` bytes."""
+    problems, n, m = ast.literal_eval(case)
+    return problems * n * m * width / rates["bytes copied"]
+
+
+def _ratio(found: list[Row], row: Row, ours: str, key: str) -> str:
+    mine = [
+        r[key] for r in found if r["case"] == row["case"] and r.get("name") == ours and key in r
+    ]
+    return f"{row[key] / mine[0]:.2f}" if mine and mine[0] > 0 else ""
+
+
+def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]) -> list[str]:
+    """A line for each case: time, share of the bound, and how many times longer each peer took."""
+    lines = ["| work | dotresize | of its bound | peers took, times as long |", "|---|---|---|---|"]
+    for section, ours, key in (
+        ("l1", "dotresize fp32", "median_s"),
+        ("sinkhorn", "dotresize exact", "per_iteration_s"),
+    ):
+        cases = {r["case"]: r for r in found if r.get("name") == ours and key in r}
+        for case, mine in cases.items():
+            if section == "l1":
+                sizes = zip(("tokens", "n", "m"), ast.literal_eval(case), strict=True)
+                work = Case("l1", dict(sizes)).label
+                time, bound = f"{mine[key] * 1e3:.1f} ms", "pairs, float32"
+                share = mine["pairs_per_s"] / rates[bound]
+            else:
+                sizes = zip(("problems", "n", "m"), ast.literal_eval(case), strict=True)
+                work = f"Sinkhorn, an iteration, {Case('sinkhorn', dict(sizes)).shape}"
+                time = f"{mine[key] * 1e6:.0f} us"
+                share = read_bound(case, 4, rates) / mine[key]
+            ratios = (
+                f"{names[r['name']]} {r[key] / mine[key]:.1f}"
+                for r in found
+                if r["case"] == case and r.get("name") in names and key in r
+            )
+            lines.append(f"| {work} | {time} | {share:.0%} | {', '.join(ratios)} |")
+    return lines

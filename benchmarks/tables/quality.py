@@ -1,0 +1,236 @@
+"""Tables of docs/compress.md from the rows of benchmarks.studies.quality."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..demo.texts import SOURCES
+from ..studies.quality_cases import HEADLINE, KEPT_SETS, WINDOWS
+
+Row = dict[str, Any]
+Found = dict[tuple[str, str, int], Row]
+
+# Cases that remove a fifth of the parameters in total, or outside the embeddings, or less.
+EQUAL_TOTAL = (
+    *("magnitude", "transport", "PCA", "SliceGPT"),
+    *(f"feed-forward 1024, {name}" for name in ("magnitude", "transport", "nystrom")),
+    *("default", "feed-forward 1024, eliminate + refit", "budget, 80 % in total"),
+)
+EQUAL_NON_EMBEDDING = (
+    *(f"feed-forward, {name}" for name in ("magnitude", "transport", "nystrom", "eliminate")),
+    *("default", "feed-forward, eliminate + refit", "both widths + refit"),
+    "budget, 80 % outside the embeddings",
+)
+REFITTED = {
+    **{name: f"{name} + refit" for name in ("magnitude", "transport", "SliceGPT")},
+    "PCA": "default",
+    **{name: f"{name} + refit" for name in ("transport per location", "PCA per location")},
+}
+
+
+def headline(rows: list[Row]) -> str:
+    """Excess by case: on the three texts, and on each when the calibration did not have it."""
+    found = _by_case(rows)
+    head = ["", "widths", "parameters", *SOURCES, "mean"]
+    lines = _head([*head, *(f"{text}, left out" for text in SOURCES), "mean"])
+    for case in HEADLINE:
+        row = found.get((case, "all", 0))
+        if row is None:
+            continue
+        outside = _left_out(found, case, 0)
+        cells = [f"**{case}**" if case == "default" else case, *_size(row), *_excess(row)]
+        cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
+        lines.append(_line(cells))
+    last = found[HEADLINE[-1], "all", 0]
+    dense = ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
+    lines += [
+        "",
+        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
+        f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
+        f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
+        "checkpoint but SliceGPT's. `default`, `eliminate + refit` and",
+        f"the budgets calibrate on {last['windows'] // 3} windows more, of their own text. "
+        f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def study(rows: list[Row]) -> str:
+    """The other comparisons, one table each."""
+    found = _by_case(rows)
+    return "\n".join(
+        [
+            "**At 80 % of all parameters** (468 channels are 81.3 %, 1024 inner neurons 80.3 %):",
+            "",
+            *_equal(found, EQUAL_TOTAL),
+            "",
+            "**At 80 % of the parameters outside the embeddings:**",
+            "",
+            *_equal(found, EQUAL_NON_EMBEDDING),
+            "",
+            "**Transport added to a pruner**, mean excess, by who chose the kept set:",
+            "",
+            *_added(found),
+            "",
+            "**With and without refit**, mean excess; with refit also on own text:",
+            "",
+            *_refitted(found),
+            "",
+            "**What the tie costs**, mean excess, and perplexity against a head of its own:",
+            "",
+            *_ties(found),
+            "",
+            "**Seeds of the calibration windows**, mean excess over the texts:",
+            "",
+            *_seeds(found),
+            "",
+            "**Windows of calibration**, mean excess over the texts:",
+            "",
+            *_amounts(rows),
+        ]
+    )
+
+
+def speed(rows: list[Row]) -> str:
+    """Tokens a second and memory of each model, as it was measured last."""
+    last = {row["model"]: row for row in rows}
+    names = list(rows[0]["median"])
+    lines = _head(["", *(name.replace("peak MiB", "peak memory, MiB") for name in names)])
+    for model, row in last.items():
+        lines.append(_line([model, *(f"{row['median'][name]:.0f}" for name in names)]))
+    row = rows[-1]
+    lines += [
+        "",
+        f"Tokens a second: prefill of {row['prompt']}, decode of {row['new_tokens']} more with the "
+        f"cache, medians of runs in turns, float32,",
+        f"{row['device']}, {row['date']}. The dense model was read from 4-bit GGUF, which peaks "
+        "while it is unpacked.",
+    ]
+    return "\n".join(lines)
+
+
+def recovered(rows: list[Row]) -> str:
+    """A narrowed model before and after the short training of ``--recover``."""
+    row = rows[-1]
+    texts = list(row["perplexity"])
+    recovery, tokens = row["recovery"], row["recovery"]["tokens"]
+    lines = _head(["", *texts])
+    for name, found in (
+        ("training-free", row["training_free"]["perplexity"]),
+        (f"after {recovery['steps']} steps", row["perplexity"]),
+    ):
+        lines.append(_line([name, *(f"{found[text]:.1f}" for text in texts)]))
+    lines += [
+        "",
+        f"Perplexity; {tokens} tokens in {recovery['seconds']:.0f} s, after the demo's command. "
+        f"{row['device']}, {row['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
+    lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
+    rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]
+    return lines + [_line([row["case"], *_size(row), *_excess(row)]) for row in rows]
+
+
+def _added(found: Found) -> list[str]:
+    lines = _head(["kept set", "selection alone", "transport", "transport + refit"])
+    alone = {"largest magnitudes": ("magnitude", "transport", "transport + refit")}
+    for name in KEPT_SETS:
+        labels = ("selection", "transport", "transport + refit")
+        alone[name] = tuple(f"{label}, kept set {name}" for label in labels)  # type: ignore[assignment]
+    return lines + [_line([name, *_means(found, cases)]) for name, cases in alone.items()]
+
+
+def _refitted(found: Found) -> list[str]:
+    lines = _head(["", "as it is", "refitted"])
+    for plain, refitted in REFITTED.items():
+        lines.append(_line([plain, *_means(found, (plain, refitted))]))
+    return lines
+
+
+def _ties(found: Found) -> list[str]:
+    lines = _head(["", "tied", "untied", "cost"])
+    for name in ("transport", "PCA", "default"):
+        pair = [found.get((case, "all", 0)) for case in (name, f"{name}, untied")]
+        if None not in pair:
+            tied, untied = (_average(row) for row in pair if row is not None)
+            cost = f"{math.expm1(tied - untied):+.1%}"
+            lines.append(_line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
+    return lines
+
+
+def _seeds(found: Found) -> list[str]:
+    """A line for each case and calibration that has been run with several seeds."""
+    seeds = sorted({seed for _, _, seed in found})
+    head = ["", "calibration", *(f"seed {seed}" for seed in seeds)]
+    cases = dict.fromkeys((case, mixture) for case, mixture, _ in found)
+    return _complete(head, {key: [found.get((*key, seed)) for seed in seeds] for key in cases})
+
+
+def _amounts(rows: list[Row]) -> list[str]:
+    """A line for each case that has been run on several amounts of text."""
+    counts = sorted({row["windows"] for row in rows})
+    each = [_by_case(rows, count) for count in counts]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    runs = {(case,): [found.get((case, "all", 0)) for found in each] for case in cases}
+    return _complete(["", *map(str, counts)], runs)
+
+
+def _complete(head: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
+    """The mean excess of each run, a line for each key whose runs are all there."""
+    lines = _head(head)
+    for key, rows in runs.items():
+        if None not in rows:
+            lines.append(_line([*key, *(f"{_average(row):.3f}" for row in rows if row)]))
+    return lines
+
+
+def _by_case(rows: list[Row], windows: int = WINDOWS) -> Found:
+    """The rows of one amount of calibration text."""
+    return {
+        (row["case"], row["mixture"], row["seed"]): row for row in rows if row["windows"] == windows
+    }
+
+
+def _left_out(found: Found, case: str, seed: int) -> list[float]:
+    """Excess on each text by the calibration without it; nothing unless all are there."""
+    apart = [found.get((case, f"without {text}", seed)) for text in SOURCES]
+    excess = [row["excess"][text] for row, text in zip(apart, SOURCES, strict=True) if row]
+    return excess if len(excess) == len(SOURCES) else []
+
+
+def _means(found: Found, cases: tuple[str, ...]) -> list[str]:
+    rows = [found.get((case, "all", 0)) for case in cases]
+    return [f"{_average(row):.2f}" if row else "-" for row in rows]
+
+
+def _average(row: Row) -> float:
+    return sum(row["excess"][text] for text in SOURCES) / len(SOURCES)
+
+
+def _size(row: Row) -> list[str]:
+    return [f"{row['width']} / {row['ff_width']}", _millions(row["parameters"]["total"])]
+
+
+def _excess(row: Row) -> list[str]:
+    values = [row["excess"][text] for text in SOURCES]
+    return [*(f"{value:.2f}" for value in values), _mean(values)]
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.2f}"
+
+
+def _head(names: list[str]) -> list[str]:
+    return [_line(names), "|---" * len(names) + "|"]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"

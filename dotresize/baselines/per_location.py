@@ -1,0 +1,191 @@
+"""Methods with a map for every residual location, to compare one map for all of them with."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dotresize import distributed
+from dotresize.baselines.adapters import AdaptedResidual, slice_model
+from dotresize.calibration.residual_stream import Streams, norms_of
+from dotresize.calibration.statistics import Statistics
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow import maps
+from dotresize.narrow.one_map import OneMap
+from dotresize.narrow.options import Narrowed, Options, WidthMethod
+from dotresize.narrow.refit import correct
+from dotresize.narrow.targets import kept_set
+
+
+class Located(WidthMethod):
+    """A method whose model has a map and adapters at every location."""
+
+    scope = "location"
+    plain = False
+
+    def check(self, options: Options) -> None:
+        if options.ff_width is not None or options.params is not None:
+            raise ValueError(
+                f"{self.spelled}: narrows the residual only; leave ff_width and params out"
+            )
+
+    @abstractmethod
+    def located_maps(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        options: Options,
+    ) -> list[maps.WidthMap]:
+        """Return the map of each location, in order."""
+
+    def narrow(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        inner: int | None,
+        options: Options,
+        seconds: dict[str, float],
+    ) -> Narrowed:
+        start = time.perf_counter()
+        located = self.located_maps(model, tokens, statistics, width, options)
+        qs = [width_map.q for width_map in located]
+        narrow = slice_model(model, qs)
+        seconds["factorisation"] = time.perf_counter() - start
+        if options.refit:
+            start = time.perf_counter()
+            correct(model, narrow, qs, tokens, None, options, AdaptedResidual())
+            seconds["refit"] = time.perf_counter() - start
+        return Narrowed(narrow, located[0], qs)
+
+
+class PerLocation(Located):
+    """A method of one map, used at every location by itself."""
+
+    needs = frozenset({"apart"})
+
+    def __init__(self, method: OneMap) -> None:
+        self._method = method
+        self.name = method.name
+        self.takes_targets = method.takes_targets
+        self.needs = method.needs | {"apart"}
+
+    @property
+    def spelled(self) -> str:
+        return "scope location"
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        if self.name == "magnitude":
+            raise ValueError(f"{self.spelled}: must be of pca or dot")
+
+    def located_maps(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        options: Options,
+    ) -> list[maps.WidthMap]:
+        each = [statistics.at(i) for i in range(len(statistics.locations))]
+        chosen = [kept_set(options.targets, own, width) for own in each]
+        located = self._shared(each, chosen, options)
+        if model.architecture.layer_norm:
+            located = [replace(found, q=maps.level(found.q)) for found in located]
+        return located
+
+    def _shared(
+        self, each: list[Statistics], chosen: list[Tensor], options: Options
+    ) -> list[maps.WidthMap]:
+        """Return the maps of all locations, of which every process makes its share."""
+        rank, size = distributed.rank(), distributed.size()
+        if size == 1:
+            return self._method.maps(each, chosen, options)
+        device = chosen[0].device
+        mine = [
+            _at(own, "cpu")
+            for own in self._method.maps(each[rank::size], chosen[rank::size], options)
+        ]
+        located = []
+        for i in range(len(each)):
+            own = mine[i // size] if i % size == rank else None
+            located.append(_at(distributed.from_first(own, i % size), device))
+        return located
+
+
+def _at(width_map: maps.WidthMap, device: torch.device | str) -> maps.WidthMap:
+    return replace(width_map, q=width_map.q.to(device), selection=width_map.selection.to(device))
+
+
+class SliceGPT(Located):
+    """Principal directions of every location, found in order on what is already sliced.
+
+    Second moments are of the raw stream (figure 4 of the paper, see baselines/adapters.py).
+    """
+
+    name = "slicegpt"
+    needs = frozenset({"apart"})
+
+    def located_maps(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        options: Options,
+    ) -> list[maps.WidthMap]:
+        qs = sequential_pca(model, tokens, width, batch_windows=options.batch_windows)
+        selection = kept_set(options.targets, statistics, width)
+        return [maps.WidthMap(q, selection) for q in qs]
+
+
+@torch.no_grad()
+def sequential_pca(
+    model: CausalLM, tokens: Tensor, k: int, *, batch_windows: int = 4
+) -> list[Tensor]:
+    """Return SliceGPT's maps: the principal directions of each location, given those before it.
+
+    tokens: int64 (windows, length). Returns (D, k) float64 per residual location.
+    """
+    architecture = model.architecture
+    streams = Streams(model, tokens, batch_windows)
+    multiplier = architecture.multiplier(model.config)
+    turn = maps.level if architecture.layer_norm else None
+    qs = [_project(streams.stream, k, turn)]
+    for name in tqdm(model.layers, desc="slice", unit="layer", disable=None):
+        with model.resident(name) as layer:
+            norm = norms_of(architecture, layer)[1]
+            for i in range(len(streams)):
+                streams.stream[i] = streams.until(layer, norm, i)
+            qs.append(_project(streams.stream, k, turn))
+            block = layer.get_submodule(architecture.sublayers[1].block)
+            for i, middle in enumerate(streams.stream):
+                streams.stream[i] = middle + multiplier * block(norm(middle))
+            qs.append(_project(streams.stream, k, turn))
+    return qs
+
+
+def _project(stream: Any, k: int, turn: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return the principal directions of a stream, which is then projected onto them."""
+    width = stream[0].shape[-1]
+    moment = torch.zeros(width, width, dtype=torch.float64, device=stream[0].device)
+    for x in stream:
+        wide = x.flatten(0, -2).double()  # the raw stream holds channels in the thousands
+        moment += wide.mT @ wide
+    distributed.total(moment)
+    q = torch.linalg.eigh(moment).eigenvectors[:, -k:]
+    q = q if turn is None else turn(q)
+    projector = (q @ q.mT).to(stream[0].dtype)
+    for i, x in enumerate(stream):
+        stream[i] = x @ projector
+    return q

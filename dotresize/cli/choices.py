@@ -1,0 +1,91 @@
+"""From the command line to the objects that are passed on, and to what ``--resume`` compares.
+
+A choice is a field of a dataclass; on the command line it is the option of that name, or of the
+field's ``flag``. Both what is passed on and what is compared follow from the fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from dotresize.compression import make_options
+from dotresize.narrow.options import Options
+from dotresize.narrow.targets import read_targets
+
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that a run begins with: a directory, a .gguf file or a hub id."""
+
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextChoices:
+    """Which texts a run reads, and how much of them.
+
+    Attributes:
+        calibration, eval, unseen: files; the last ones are of kinds that the calibration has not.
+        windows: for calibration, of ``window`` tokens each, placed by ``seed``.
+        eval_windows: of each text to evaluate on; None for all.
+    """
+
+    calibration: list[str] | None = None
+    windows: int = 0
+    window: int
+    seed: int = 0
+    eval: list[str] | None = None
+    unseen: list[str] | None = None
+    eval_windows: int | None
+
+    @property
+    def files(self) -> list[str]:
+        """All files that are read."""
+        return [*(self.calibration or []), *self.evaluated]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """All files to evaluate on."""
+        return [*(self.eval or []), *(self.unseen or [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryChoices:
+    """The training afterwards: so many steps, None for none, and its highest learning rate."""
+
+    recover: int | None = None
+    learning_rate: float = 2e-4
+
+
+def chosen(kind: type[_Kind], args: argparse.Namespace) -> _Kind:
+    """Return a dataclass of choices as the command line has them."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def compress_options(args: argparse.Namespace, **others: Any) -> Options:
+    """Return the choices that the command line shares with ``dotresize.compress``, checked."""
+    names = {"scope", *(field.name for field in fields(Options))} & vars(args).keys()
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.targets is not None:
+        given["targets"] = read_targets(args.targets)
+    return make_options(refit=not args.no_refit, **given | others)
+
+
+def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
+    """Return the choices that decide what the output holds, as they were typed.
+
+    A run that is resumed must have the same. kinds: dataclasses of choices; a field with
+    ``resume=False`` in its metadata changes nothing.
+    """
+    flags = [
+        field.metadata.get("flag", field.name)
+        for kind in kinds
+        for field in fields(kind)
+        if field.metadata.get("resume", True)
+    ]
+    return {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}

@@ -1,0 +1,205 @@
+"""``dotresize compress`` and ``dotresize sweep``: narrow a model into a directory, or a page."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dotresize import checkpoint, distributed
+from dotresize.accounting import check_weights, peak_memory
+from dotresize.cli import comparison, html_page, memory, report
+from dotresize.cli.checks import (
+    check_recovery,
+    check_texts,
+    check_unseen,
+    check_windows,
+    find_device,
+)
+from dotresize.cli.choices import (
+    RecoveryChoices,
+    Source,
+    TextChoices,
+    chosen,
+    compress_options,
+    settings,
+)
+from dotresize.cli.resume import Stages, digests, files_of, run_in_stages
+from dotresize.cli.texts import (
+    Texts,
+    calibration_streams,
+    calibration_windows,
+    evaluation_texts,
+    recovery_windows,
+)
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.choose_width import (
+    check_config,
+    check_residual,
+    choose_inner_width,
+    choose_width,
+    residual_share,
+)
+from dotresize.narrow.options import Options
+from dotresize.narrow.pipeline import calibrate
+from dotresize.narrow.targets import check_kept
+from dotresize.offload.memory_plan import shown
+from dotresize.ops.backends import choose
+from dotresize.recovery import BATCH_WINDOWS
+
+logger = logging.getLogger("dotresize")
+
+
+def compress(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
+    device = find_device(args.device)
+    options, choices = compress_options(args), chosen(TextChoices, args)
+    recovery = chosen(RecoveryChoices, args)
+    check_texts(choices)
+    check_recovery(recovery, device)
+    if recovery.recover is not None and not options.method.plain:
+        raise ValueError("--recover: trains plain checkpoints only, with one map for all")
+    check_unseen(choices)
+    if args.compare and not choices.evaluated:
+        raise ValueError("compress: give texts to compare on with --eval")
+    check_windows(choices)
+    choose(args.backend, device)
+    recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
+    recorded["by_parts"] = args.memory is not None  # how much of it changes no weight
+    recorded["model_files"] = files_of(args.model)
+    targets = [args.targets] if args.targets is not None else []
+    recorded["text_sha256"] = digests([*choices.files, *targets])
+
+    def check() -> None:
+        if args.report is not None:
+            html_page.check()
+            page = checkpoint.check_output(args.report).resolve()
+            if Path(args.out).resolve().is_relative_to(page):
+                raise ValueError(
+                    f"--report {args.report}: must not be or hold the output directory"
+                )
+        if args.memory is not None:
+            others = {
+                "--recover": recovery.recover is not None,
+                "--compare": args.compare,
+                "--report": args.report is not None,
+            }
+            memory.check(args.memory, args.model, options, others)
+
+    def run(stages: Stages) -> int:
+        work = None if args.memory is None else stages.offload()
+        model, tokenizer = checkpoint.load_with_tokenizer(
+            args.model, device, to_narrow=True, work=work
+        )
+        check_weights(model.module)
+        wanted = replace(options, figures=args.report is not None)
+        streams, tokens, texts = _inputs(choices, wanted, model, tokenizer)
+        plan = None
+        if work is not None:
+            plan = memory.make_plan(args.memory, wanted, model, tokens, texts)
+        narrow, rows = comparison.narrowed(
+            model, tokenizer, tokens, wanted, texts, stages, compare=args.compare
+        )
+        figures = rows[-1].pop("figures", None)
+        if recovery.recover is not None:
+            new = recovery_windows(choices, streams, recovery.recover * BATCH_WINDOWS)
+            row = comparison.recovered(
+                model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
+            )
+            rows.append(comparison.evaluate_into(row, narrow, texts))
+        *others, last = rows
+        last["settings"] = recorded
+        if plan is not None:
+            last["predicted_memory_bytes"] = {"host": plan.host, "device": plan.device}
+            last["peak_memory_bytes"] = peak_memory()
+        if args.compare:
+            last["compared"] = others
+        report.write_output(args.out, narrow, tokenizer, last, report.narrowed_card, args.model)
+        distributed.wait()  # nobody needs its stages any more
+        stages.remove()
+        if args.report is not None:
+            _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
+        if plan is not None:
+            peak = last["peak_memory_bytes"]["host"]
+            logger.info("memory: a peak of %s, %s expected", shown(peak), shown(plan.host))
+        loader = "plain transformers" if last["plain_checkpoint"] else "dotresize.load"
+        report.say(f"{report.table(rows)}\n\n{args.out} loads with {loader}")
+        return 0
+
+    also = {"compare": args.compare, "figures": args.report is not None}
+    return run_in_stages(args.out, recorded, also, resume=args.resume, check=check, run=run)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Make a page of the compared methods and the one asked for, at every width; and no models."""
+    device = find_device(args.device)
+    html_page.check()
+    choices = chosen(TextChoices, args)
+    for width in args.widths:
+        options = compress_options(args, width=width)
+    check_texts(choices)
+    check_unseen(choices)
+    if not choices.evaluated:
+        raise ValueError("sweep: give texts to compare on with --eval")
+    check_windows(choices)
+    choose(args.backend, device)
+    checkpoint.check_output(args.out)
+    model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
+    check_weights(model.module)
+    divisor = model.architecture.divisor(model.config)
+    for width in args.widths:
+        check_residual(model, replace(options, width=width))
+        check_config(model.config, choose_width(width, model.width, divisor))
+    _, tokens, texts = _inputs(choices, options, model, tokenizer)
+    wanted = [*comparison.compared(options, model), options]
+    tokens, statistics = calibrate(model, tokens, options, *wanted)
+    dense = comparison.dense_report(model, texts)
+    rows = [dense]
+    for width in args.widths:
+        for other in wanted:
+            at_width = replace(other, width=width)
+            rows.append(comparison.evaluated(model, tokens, statistics, at_width, texts, dense))
+    _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
+    report.say(f"{report.table(rows)}\n\n{args.out}/index.html")
+    return 0
+
+
+def _write_page(
+    args: argparse.Namespace, out: str, title: str, rows: list[dict[str, Any]], figures: Any = None
+) -> None:
+    command = shlex.join(["dotresize", *args.typed])
+
+    def fill(folder: Path) -> None:
+        path = folder / "index.html"
+        html_page.write(path, title=title, command=command, rows=rows, figures=figures)
+
+    checkpoint.write_whole(out, fill)
+
+
+def _inputs(
+    choices: TextChoices, options: Options, model: CausalLM, tokenizer: Any
+) -> tuple[list[Tensor], Tensor, Texts]:
+    """Return calibration streams, windows of them, evaluation texts; announce the widths."""
+    streams = calibration_streams(choices, model, tokenizer)
+    tokens = calibration_windows(choices, streams)
+    texts = evaluation_texts(choices, model, tokenizer)
+    check_residual(model, options)
+    inner = choose_inner_width(options.ff_width, model)
+    if options.energy is None and options.params is None:
+        asked = residual_share(options.width, options.ff_width)
+        divisor = model.architecture.divisor(model.config)
+        new = choose_width(asked, model.width, divisor)
+        note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+        check_config(model.config, new)
+        logger.info("width %d -> %d (asked for %g%s)", model.width, new, asked, note)
+        if isinstance(options.targets, Tensor):
+            check_kept(options.targets, model.width, new)
+    if inner is not None:
+        old = model.inner_width
+        logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, options.ff_width)
+    return streams, tokens, texts

@@ -1,0 +1,61 @@
+"""``--memory``: what it goes together with, and the plan of a run under it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from dotresize.cli.texts import Texts
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.choose_width import choose_inner_width, choose_width, residual_share
+from dotresize.narrow.options import Options
+from dotresize.offload.memory_plan import MemoryPlan, parse, plan, shown
+
+logger = logging.getLogger("dotresize")
+
+
+def check(size: str, model: str, options: Options, others: dict[str, bool]) -> None:
+    """Raise ValueError where an option would need the whole model at once.
+
+    others: options of the command line that would, and whether they are given.
+    """
+    try:
+        parse(size)
+    except ValueError as error:
+        raise ValueError(f"--memory {error}") from None
+    if not Path(model).is_dir():
+        raise ValueError(f"--memory: reads a model directory by parts, not {model}")
+    held = {
+        "--params": options.params is not None,
+        f"--{options.method.spelled}": not options.method.plain,
+        "--self-windows": bool(options.self_windows),
+        **others,
+    }
+    for name, given in held.items():
+        if given:
+            raise ValueError(f"{name}: needs the whole model in memory; leave --memory out")
+
+
+def make_plan(
+    size: str, options: Options, model: CausalLM, tokens: Tensor, texts: Texts
+) -> MemoryPlan:
+    """Return the run's plan, which is announced, and which the model's store follows."""
+    width = model.width  # --energy finds it later, and no more than this
+    if options.energy is None and not model.architecture.fixed_residual:
+        share = residual_share(options.width, options.ff_width)
+        width = choose_width(share, width, model.architecture.divisor(model.config))
+    inner = choose_inner_width(options.ff_width, model) or model.inner_width
+    try:
+        longest = max((windows.numel() for windows in texts.windows.values()), default=0)
+        found = plan(model, tokens, width, inner, options.batch_windows, parse(size), longest)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    model.store.activations = found.activations
+    device = f", {shown(found.device)} of the device" if found.device else ""
+    logger.info(
+        "memory: a peak of %s expected%s; activations on the %s",
+        *(shown(found.host), device, found.activations),
+    )
+    return found

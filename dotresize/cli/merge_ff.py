@@ -1,0 +1,281 @@
+"""``dotresize merge-ff``: merge a language model's feed-forwards, and write what is left of it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dotresize import checkpoint, distributed
+from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
+from dotresize.cli import comparison, report
+from dotresize.cli.checks import check_recovery, check_texts, check_windows, find_device
+from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
+from dotresize.cli.resume import Stages, digests, files_of, run_in_stages
+from dotresize.cli.texts import (
+    Texts,
+    calibration_streams,
+    calibration_windows,
+    evaluation_texts,
+    recovery_windows,
+)
+from dotresize.evaluate import perplexity
+from dotresize.merging.checkpoint import MergedStore
+from dotresize.merging.merge import ANCHORS, merge_feed_forward
+from dotresize.merging.tie import dropped
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.stacks import layers_of, stacks_of
+from dotresize.ops.backends import choose
+from dotresize.recovery import BATCH_WINDOWS
+
+logger = logging.getLogger("dotresize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeChoices:
+    """What a user may choose about a merging; see ``dotresize.merge_feed_forward``."""
+
+    merge: int
+    anchor: str = "first"
+    no_permute: bool = False
+    soft: float | None = None
+    start: int | None = None
+    select_windows: int = 4
+    backend: str = field(default="auto", metadata={"resume": False})
+
+    def check(self, windows: int) -> None:
+        """Raise ValueError for a choice that would be refused whatever the model."""
+        if self.anchor not in ANCHORS:
+            raise ValueError(f"--anchor {self.anchor}: must be one of {', '.join(ANCHORS)}")
+        if self.soft is not None and (self.no_permute or not 0 < self.soft < float("inf")):
+            raise ValueError(f"--soft {self.soft:g}: must be positive, and without --no-permute")
+        if not 1 <= self.select_windows <= windows:
+            raise ValueError(f"--select-windows {self.select_windows}: must be 1 to {windows}")
+
+
+def merge_ff(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
+    device = find_device(args.device)
+    if distributed.size() > 1:
+        raise ValueError("merge-ff: runs in one process; run it without torchrun")
+    merging, choices = chosen(MergeChoices, args), chosen(TextChoices, args)
+    recovery = chosen(RecoveryChoices, args)
+    check_texts(choices)
+    check_windows(choices)
+    choose(merging.backend, device)
+    merging.check(choices.windows)
+    check_recovery(recovery, device)
+    recorded = settings(args, Source, MergeChoices, TextChoices, RecoveryChoices)
+    recorded["model_files"] = files_of(args.model)
+    recorded["text_sha256"] = digests(choices.files)
+
+    def check() -> None:
+        if args.plot is not None:
+            _check_plot(args.plot, merging)
+
+    def run(stages: Stages) -> int:
+        model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
+        check_weights(model.module)
+        layers = len(layers_of(model.module, stacks_of(model.module)[0]))
+        if not 2 <= merging.merge <= layers:
+            raise ValueError(f"--merge {merging.merge}: must be 2 to {layers}, the model's layers")
+        streams = calibration_streams(choices, model, tokenizer)
+        tokens = calibration_windows(choices, streams)
+        texts = evaluation_texts(choices, model, tokenizer)
+        rows = [_report("dense", model, texts)]
+        merged, main = stages.model(
+            "merged", lambda: _merged(merging, model, tokens), tokenizer, device
+        )
+        chosen_window = main["stacks"]["decoder"]
+        first, *_, last = chosen_window["window"]
+        logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
+        new = None
+        if recovery.recover is not None:
+            new = recovery_windows(choices, streams, recovery.recover * BATCH_WINDOWS)
+        judge = _Judge(model, texts, new, recovery, args.seed, stages)
+        rows += judge.reports("merged", merged)
+        if args.compare:
+            rows += _compared(merging, model, tokens, judge, chosen_window)
+        main |= {
+            "rows": {report.label(row): _figures(row) for row in rows},
+            "versions": versions(),
+            "peak_memory_bytes": peak_memory(),
+            "settings": _all_of(args) | recorded,
+        }
+        if recovery.recover is not None:
+            main["recovery"] = main["rows"]["merged + recovery"].pop("recovery")
+        report.write_output(args.out, merged, tokenizer, main, _card, args.model)
+        stages.remove()
+        report.say(f"{report.table(rows)}\n\n{args.out} loads with dotresize.load")
+        if args.plot is not None:
+            _plot(args.plot, main)
+        return 0
+
+    also = {"compare": args.compare}
+    return run_in_stages(args.out, recorded, also, resume=args.resume, check=check, run=run)
+
+
+def _all_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was typed, and what was not, for the record."""
+    return {name: value for name, value in vars(args).items() if name not in ("typed", "verb")}
+
+
+def _check_plot(path: str, merging: MergeChoices) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'dotresize[plot]'")
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"--plot {path}: must be a .svg, .png or .pdf file")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: its directory does not exist")
+    if merging.start is not None:
+        raise ValueError("--plot: there is nothing to draw with --start, which tries one window")
+
+
+def _merged(
+    merging: MergeChoices, model: CausalLM, tokens: Tensor, **others: Any
+) -> tuple[CausalLM, dict[str, Any]]:
+    """Merge by the choices; windows are judged by perplexity on the first of the tokens."""
+    given = {
+        "permute": not merging.no_permute,
+        "soft": merging.soft,
+        "anchor": merging.anchor,
+        "start": merging.start,
+    }
+    merged, found = merge_feed_forward(
+        model.module,
+        [{"input_ids": ids} for ids in tokens.split(2)],
+        k=merging.merge,
+        metric=partial(_minus_perplexity, windows=tokens[: merging.select_windows]),
+        backend=merging.backend,
+        **given | others,
+    )
+    return CausalLM(merged, MergedStore(merged)), found
+
+
+def _minus_perplexity(module: Any, windows: Tensor) -> float:
+    """Minus infinity for a model whose loss is not finite: the worst, and no reason to stop."""
+    try:
+        return -perplexity(CausalLM.in_memory(module), windows)
+    except ValueError:
+        return -float("inf")
+
+
+class _Judge:
+    """Reports of a model made from the dense one, and of what a short training makes of it."""
+
+    def __init__(
+        self,
+        dense: CausalLM,
+        texts: Texts,
+        tokens: Tensor | None,
+        recovery: RecoveryChoices,
+        seed: int,
+        stages: Stages,
+    ) -> None:
+        self._dense, self._texts, self._tokens = dense, texts, tokens
+        self._recovery, self._seed, self._stages = recovery, seed, stages
+
+    def reports(self, name: str, model: CausalLM) -> list[dict[str, Any]]:
+        found = [_report(name, model, self._texts)]
+        if self._tokens is not None:
+            row = comparison.recovered(
+                self._dense,
+                model,
+                self._tokens,
+                found[0],
+                self._recovery,
+                self._seed,
+                self._stages,
+                "training-" + name.replace(" ", "-"),
+            )
+            found.append(comparison.evaluate_into(row, model, self._texts))
+        return found
+
+    def others(self, name: str, model: CausalLM) -> list[dict[str, Any]]:
+        """Return the reports of a model to compare with; a failure costs its row and no more."""
+        try:
+            return self.reports(name, model)
+        except ValueError as error:
+            logger.warning("%s: %s; left out of the comparison", name, error)
+            return []
+
+
+def _compared(
+    merging: MergeChoices,
+    model: CausalLM,
+    tokens: Tensor,
+    judge: _Judge,
+    chosen_window: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return reports of the same window merged in other ways, and dropped but for the anchor."""
+    others: dict[str, dict[str, Any]] = {
+        "without permutation": {"permute": False, "soft": None},
+        "soft alignment": {"permute": True, "soft": merging.soft or 0.03},
+    }
+    rows: list[dict[str, Any]] = []
+    for name, choices in others.items():
+        other, _ = _merged(merging, model, tokens, start=chosen_window["window"][0], **choices)
+        rows += judge.others(name, other)
+    module, stack = copy.deepcopy(model.module), stacks_of(model.module)[0]
+    gone = [i for i in chosen_window["window"] if i != chosen_window["anchor"]]
+    layers = layers_of(model.module, stack)
+    lost = sum(p.numel() for i in gone for p in layers[i].parameters())
+    with dropped(module, stack, gone):
+        found = judge.others("layers dropped", CausalLM.in_memory(module))
+    for row in found:
+        row["parameters"] = {"narrow": {"total": row["parameters"]["narrow"]["total"] - lost}}
+    return rows + found
+
+
+def _report(name: str, model: CausalLM, texts: Texts) -> dict[str, Any]:
+    total = unique_parameters(model.module)
+    row = {"method": name, "parameters": {"narrow": {"total": total}}, "seconds": {}}
+    return comparison.evaluate_into(row, model, texts)
+
+
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what dotresize.json says of a row."""
+    training = {"recovery": row["recovery"]} if "recovery" in row else {}
+    total = row["parameters"]["narrow"]["total"]
+    return {"parameters": total, "perplexity": row["perplexity"], **training}
+
+
+def _plot(path: str, found: dict[str, Any]) -> None:
+    """Draw the perplexity of every window, by its first layer."""
+    from matplotlib.figure import Figure
+
+    profile = found["stacks"]["decoder"]["profile"]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    sound = [entry for entry in profile if entry["metric"] is not None]
+    axes.plot([entry["start"] for entry in sound], [-entry["metric"] for entry in sound], "o-")
+    axes.axhline(-found["metric"]["dense"], color="grey", linestyle="--", label="dense")
+    axes.set(xlabel="first layer of the window", ylabel="perplexity, merged", yscale="log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _card(found: dict[str, Any], name: str) -> str:
+    """Return the model card of a merged model."""
+    first, *_, last = found["stacks"]["decoder"]["window"]
+    before, after = (found["parameters"][which] / 1e6 for which in ("dense", "merged"))
+    lines = [
+        f"Layers {first} to {last} share one feed-forward: {before:.1f} M parameters became "
+        f"{after:.1f} M.",
+        f"`dotresize.load` loads it (dotresize {found['versions']['dotresize']}).",
+    ]
+    columns = {"base": found["rows"]["dense"]["perplexity"]}
+    if found.get("recovery"):
+        columns["without recovery"] = found["rows"]["merged"]["perplexity"]
+        columns["this model"] = found["rows"]["merged + recovery"]["perplexity"]
+    else:
+        columns["this model"] = found["rows"]["merged"]["perplexity"]
+    title = f"{name}, feed-forwards merged"
+    return report.model_card(title, name, "library_name: dotresize", lines, columns)

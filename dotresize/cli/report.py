@@ -1,0 +1,158 @@
+"""What a run says about itself: the table on the terminal, dotresize.json and the model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dotresize import checkpoint, distributed
+from dotresize.accounting import STAGES
+from dotresize.models.causal_lm import CausalLM
+
+_LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
+
+
+def say(text: str) -> None:
+    """Write a text once, however many processes there are."""
+    if distributed.rank() == 0:
+        sys.stdout.write(f"{text}\n")
+
+
+def label(report: dict[str, Any]) -> str:
+    """Return a column's heading: the method, and what corrected the weights after it."""
+    name = _LABELS.get(report["method"], report["method"])
+    after = [stage for stage in ("refit", "recovery") if report.get(stage)]
+    return " + ".join([name, *after])
+
+
+def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the rows of a comparison: a name, and one cell for each report.
+
+    Reports of merged models have no widths, and their parameters have one count.
+    """
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(name: str, value: Callable[[dict[str, Any]], str]) -> None:
+        rows.append((name, [value(report) for report in reports]))
+
+    widths = all("width" in report for report in reports)
+    if widths:
+        add("width", lambda r: str(r["width"]["new"]))
+        add("feed-forward width", lambda r: str(r["feed_forward"]["new"]))
+    add("parameters, total", lambda r: _millions(r["parameters"]["narrow"]["total"]))
+    if widths:
+        add("  non-embedding", lambda r: _millions(r["parameters"]["narrow"]["non_embedding"]))
+        add("tied embeddings", lambda r: "yes" if r["tied"] else "no")
+        add("plain checkpoint", lambda r: "yes" if r["plain_checkpoint"] else "no")
+    for name in dict.fromkeys(name for report in reports for name in report["perplexity"]):
+        unseen = ", unseen" if name in reports[0]["unseen"] else ""
+        values = [report["perplexity"].get(name) for report in reports]
+        figures = ["-" if value is None else f"{value:.2f}" for value in values]
+        rows.append((f"perplexity, {name}{unseen}", figures))
+    for stage in STAGES:
+        seconds = [report["seconds"].get(stage, 0.0) for report in reports]
+        if widths or any(seconds):
+            rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in seconds]))
+    return rows
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Return reports side by side, one column each; the first is usually the dense model's."""
+    rows = cells(reports)
+    heading = ("", [label(r) for r in reports])
+    first = max(len(name) for name, _ in rows)
+    widths = [max(len(column[i]) for _, column in [heading, *rows]) for i in range(len(reports))]
+    lines = []
+    for name, line in [heading, *rows]:
+        padded = "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        lines.append(f"{name.ljust(first)}  {padded}".rstrip())
+    lines.insert(1, "-" * len(lines[1]))
+    return "\n".join(lines)
+
+
+def write_output(
+    out: str,
+    model: CausalLM,
+    tokenizer: Any,
+    report: dict[str, Any],
+    card: Callable[[dict[str, Any], str], str],
+    source: str,
+) -> None:
+    """Make the output directory: a model, dotresize.json, and the model card README.md.
+
+    card: of a report and the name of the base model.
+    """
+    name = Path(source).resolve().name if Path(source).exists() else source
+
+    def fill(folder: Path) -> None:
+        checkpoint.save(model, tokenizer, folder)
+        text = json.dumps(report, indent=2) + "\n"
+        (folder / "dotresize.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card(report, name), encoding="utf-8")
+
+    checkpoint.write_whole(out, fill)
+
+
+def narrowed_card(report: dict[str, Any], name: str) -> str:
+    """Return the model card of a narrowed model."""
+    width, inner, parameters = report["width"], report["feed_forward"], report["parameters"]
+    lines = [
+        f"Narrowed by {label(report)}, with dotresize {report['versions']['dotresize']}.",
+        f"Residual width {width['old']} -> {width['new']}.",
+        f"Parameters {_millions(parameters['dense']['total'])} -> "
+        f"{_millions(parameters['narrow']['total'])}",
+        f"(tied tensors counted once); embeddings {'tied' if report['tied'] else 'not tied'}.",
+    ]
+    if inner["method"]:
+        lines.append(f"Feed-forward width {inner['old']} -> {inner['new']}.")
+    lines.append(
+        "A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code."
+        if report["plain_checkpoint"]
+        else "It has adapters on its residual connections: `dotresize.load` loads it."
+    )
+    columns = {"base": report["dense_perplexity"]}
+    if report.get("recovery"):
+        columns["without recovery"] = report["training_free"]["perplexity"]
+    columns["this model"] = report["perplexity"]
+    library = "library_name: transformers\npipeline_tag: text-generation"
+    return model_card(f"{name}, narrowed", name, library, lines, columns)
+
+
+def model_card(
+    title: str, base: str, library: str, lines: list[str], columns: dict[str, dict[str, float]]
+) -> str:
+    """Return a model card.
+
+    Args:
+        base: name of the base model.
+        library: what the metadata say of who loads it.
+        lines: what was done, and how to load the result.
+        columns: perplexities by text, under the name of the model that they are of.
+    """
+    table = []
+    if any(columns.values()):
+        texts = list(next(iter(columns.values())))
+        table = ["", "| perplexity | " + " | ".join(columns) + " |"]
+        table.append("|---" * (len(columns) + 1) + "|")
+        for text in texts:
+            figures = " | ".join(f"{values[text]:.2f}" for values in columns.values())
+            table.append(f"| {text} | {figures} |")
+    body = "\n".join([*lines, *table, ""])
+    return f"""---
+{library}
+base_model: {json.dumps(base)}
+tags: [dotresize, compressed]
+---
+
+# {title}
+
+{body}
+Every parameter of the run is in `dotresize.json`.
+"""
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"

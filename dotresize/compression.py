@@ -1,0 +1,106 @@
+"""The compressor as it is called: words become methods, keywords one set of options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from dotresize.baselines.feed_forward import HandOn, KeepLargest, Nystrom
+from dotresize.baselines.magnitude import Magnitude
+from dotresize.baselines.per_location import PerLocation, SliceGPT
+from dotresize.calibration.statistics import Statistics
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.feed_forward import Eliminate
+from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
+from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod, check_word
+from dotresize.narrow.pipeline import narrow_model
+
+# By the words for them. The last ones are there to be compared with.
+METHODS: dict[str, WidthMethod] = {
+    method.name: method for method in (PrincipalDirections(), Transport(), Magnitude(), SliceGPT())
+}
+FF_METHODS: dict[str, FeedForwardMethod] = {
+    method.name: method for method in (Eliminate(), Nystrom(), KeepLargest(), HandOn())
+}
+SCOPES = ("global", "location")
+
+
+def make_options(
+    *, method: str = "pca", scope: str = "global", ff_method: str = "eliminate", **choices: Any
+) -> Options:
+    """Return the options that some words and numbers stand for, checked.
+
+    Args:
+        method, ff_method: names of ``METHODS`` and ``FF_METHODS``.
+        scope: "global": one map for all residual locations; "location": one for each.
+        choices: other fields of ``Options``.
+
+    Raises:
+        ValueError: a choice that would be refused whatever the model.
+    """
+    check_word("method", method, METHODS)
+    check_word("scope", scope, SCOPES)
+    check_word("ff_method", ff_method, FF_METHODS)
+    chosen = METHODS[method]
+    if scope == "location" and isinstance(chosen, OneMap):
+        chosen = PerLocation(chosen)
+    options = Options(method=chosen, ff_method=FF_METHODS[ff_method], **choices)
+    options.check()
+    return options
+
+
+def compress(
+    model: Any,
+    tokens: Tensor | Iterable[Tensor],
+    *,
+    statistics: Statistics | None = None,
+    **choices: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Narrow the residual width, and the feed-forward width, of a causal language model.
+
+    Args:
+        model: a transformers model of a supported architecture, on any device; not changed.
+        tokens: int64 (windows, length), calibration text without padding, or an iterable of such.
+        statistics: what ``narrow.pipeline.calibrate`` returned with these tokens, to share one
+            calibration between several calls; the model then writes nothing itself.
+        choices: the fields of ``narrow.options.Options``, which describes them (width, energy,
+            params, ff_width, method, refit, ...), the methods by their names; and ``scope``:
+            "global": one map for every location, hence a plain checkpoint; "location": one for
+            each, with adapters (baselines/adapters.py), to compare with.
+
+    Returns:
+        the narrowed model, of the same class and dtype, and a report (a JSON-able dict).
+
+    Raises:
+        ValueError: unsupported architecture; a width no loader accepts; a collapsed span; weights
+            or activations that are not finite; unknown options.
+        TypeError: a keyword that is no option.
+    """
+    unknown = choices.keys() - inspect.signature(compress).parameters.keys()
+    if unknown:
+        raise TypeError(f"compress() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    options = make_options(**choices)
+    narrow, report = narrow_model(CausalLM.in_memory(model), tokens, options, statistics)
+    return narrow.module, report
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature of ``compress`` with every option by its name."""
+    own = inspect.signature(compress).parameters.values()
+    words = inspect.signature(make_options).parameters
+    named = [p for p in words.values() if p.kind is p.KEYWORD_ONLY]
+    others = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+        for f in fields(Options)
+        if f.name not in words
+    ]
+    positional = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    return inspect.Signature([*positional, *named, *others, *keywords])
+
+
+compress.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,234 @@
+"""Merging feed-forward sublayers: k neighbours are aligned, averaged and tied into one.
+
+Every window of k adjacent layers is merged in turn and judged by a metric, without tuning; the best
+one stays. Compute does not change, k - 1 feed-forwards' parameters are gone.
+
+Reference: Verma and Elbayad, Merging Feed-Forward Sublayers for Compressed Transformers,
+arXiv 2501.06126.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dotresize.accounting import unique_parameters
+from dotresize.merging.align import Aligner, counted, features
+from dotresize.merging.tie import dropped, merged, tie, tied
+from dotresize.models.stacks import Stack, layers_of, stacks_of
+
+ANCHORS = ("first", "middle", "last")
+Metric = Callable[[Any], float]
+
+logger = logging.getLogger("dotresize")
+
+
+def merge_feed_forward(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    k: int | dict[str, int],
+    metric: Metric | None = None,
+    anchor: str = "first",
+    permute: bool = True,
+    soft: float | None = None,
+    start: int | dict[str, int] | None = None,
+    baselines: bool = False,
+    backend: str = "auto",
+) -> tuple[Any, dict[str, Any]]:
+    """Merge the feed-forwards of k adjacent layers, in every stack of layers that the model has.
+
+    Args:
+        model: a transformers model of a family in ``models.stacks``; not changed.
+        batches: model inputs; ``attention_mask`` (``decoder_attention_mask``, or labels of -100)
+            says which tokens count. About 10,000 tokens are enough.
+        k: how many become one, the same in every stack or by the stack's name ("encoder",
+            "decoder"); a stack left out stays as it is.
+        metric: of a model; higher is better. By default minus the mean loss on the batches, of
+            the next token where they have no labels.
+        anchor: the layer of a window that the others are aligned to: first, middle or last.
+        permute: False averages the layers as they are.
+        soft: align by the entropic transport plan at this reg, in units of the mean of
+            1 - correlation, instead of a permutation.
+        start: first layer of the window, where it is known; by default all are tried.
+        baselines: also measure the best window merged without permutation, and without its
+            layers but the anchor.
+        backend: of the solvers, see dotresize.backends().
+
+    Returns:
+        a copy of the model whose merged feed-forwards share their parameters, and a report: per
+        stack the window, the anchor, the tokens counted and the metric of every window ("profile"),
+        the parameters before and after, the tied names ("shared"), seconds.
+
+    Raises:
+        ValueError: an unknown family or stack; k or start that do not fit the layers; no batches;
+            inputs without a token that counts; neurons or a metric that are not finite.
+    """
+    batches = [dict(batch) for batch in batches]
+    stacks, sizes = _checked(model, batches, k, anchor, permute, soft)
+    metric = _default_metric(batches) if metric is None else metric
+    begin = time.perf_counter()
+    new = copy.deepcopy(model).eval()
+    moved = [{name: x.to(model.device) for name, x in batch.items()} for batch in batches]
+    found = features(new, stacks, moved, soft, backend) if permute else {}
+    collected = time.perf_counter() - begin
+    before, chosen = _measured(metric, new), []
+    report: dict[str, Any] = {"metric": {"dense": before}, "stacks": {}}
+    for stack in stacks:
+        begun = start.get(stack.name) if isinstance(start, dict) else start
+        choice = _Choice(new, stack, sizes[stack.name], anchor, found.get(stack.name))
+        best, profile = choice.best(metric, begun)
+        report["stacks"][stack.name] = {
+            "window": choice.window(best),
+            "anchor": choice.anchor(best),
+            "tokens": found[stack.name].tokens if permute else None,
+            "profile": profile,
+            **({"baselines": choice.baselines(metric, best)} if baselines else {}),
+        }
+        chosen.append((stack, choice.window(best), choice.merged(best)))
+    total = unique_parameters(new)
+    shared = [
+        names for stack, window, weights in chosen for names in tie(new, stack, window, weights)
+    ]
+    report["metric"]["merged"] = _measured(metric, new)
+    report["parameters"] = {"dense": total, "merged": unique_parameters(new)}
+    report["shared"] = shared
+    report["seconds"] = {
+        "features": collected, "selection": time.perf_counter() - begin - collected,
+    }  # fmt: skip
+    return new, report
+
+
+class _Choice:
+    """The windows of one stack."""
+
+    def __init__(
+        self, model: Any, stack: Stack, k: int, anchor: str, aligner: Aligner | None
+    ) -> None:
+        self._model, self._stack, self._k = model, stack, k
+        self._anchor = {"first": 0, "middle": (k - 1) // 2, "last": k - 1}[anchor]
+        self._aligner = aligner
+        self._windows = len(layers_of(model, stack)) - k + 1
+
+    def window(self, start: int) -> list[int]:
+        return list(range(start, start + self._k))
+
+    def anchor(self, start: int) -> int:
+        return start + self._anchor
+
+    def merged(self, start: int, *, aligned: bool = True) -> dict[str, Any]:
+        """The average of the window that begins there."""
+        window, anchor = self.window(start), self.anchor(start)
+        alignments: dict[int, Tensor] = {}
+        if self._aligner is not None and aligned:
+            others = [i for i in window if i != anchor]
+            alignments = dict(zip(others, self._aligner.to_anchor(anchor, others), strict=True))
+        return merged(self._model, self._stack, window, [alignments.get(i) for i in window])
+
+    def best(self, metric: Metric, start: int | None) -> tuple[int, list[dict[str, Any]]]:
+        """The first layer of the best window, and the metric of all that were tried."""
+        if start is not None:
+            if not 0 <= start < self._windows:
+                raise ValueError(
+                    f"start {start}: a window of {self._k} begins at 0 to {self._windows - 1}"
+                )
+            return start, []
+        profile = []
+        name = f"windows, {self._stack.name}"
+        for first in tqdm(range(self._windows), desc=name, unit="window", disable=None):
+            context = tied(self._model, self._stack, self.window(first), self.merged(first))
+            with context:
+                value = float(metric(self._model))
+            # A window that breaks the model is the worst, and no reason to stop.
+            profile.append({"start": first, "metric": value if math.isfinite(value) else None})
+        sound = [entry for entry in profile if entry["metric"] is not None]
+        if not sound:
+            raise ValueError(f"the metric of every window of the {self._stack.name} is not finite")
+        return max(sound, key=lambda entry: entry["metric"])["start"], profile
+
+    def baselines(self, metric: Metric, start: int) -> dict[str, float]:
+        """The same window merged in the order the neurons have, and without its other layers."""
+        window = self.window(start)
+        plain = self.merged(start, aligned=False)
+        others = [i for i in window if i != self.anchor(start)]
+        return {
+            "without permutation": self._within(
+                tied(self._model, self._stack, window, plain), metric
+            ),
+            "layers dropped": self._within(dropped(self._model, self._stack, others), metric),
+        }
+
+    def _within(self, context: AbstractContextManager[None], metric: Metric) -> float:
+        with context:
+            return _measured(metric, self._model)
+
+
+def _measured(metric: Metric, model: Any) -> float:
+    value = float(metric(model))
+    if not math.isfinite(value):
+        raise ValueError(f"the metric is {value}: must be a finite number, higher is better")
+    return value
+
+
+def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
+    """Minus the mean loss over all that the loss is of; see ``merge_feed_forward``."""
+    if not all("labels" in batch or "input_ids" in batch for batch in batches):
+        raise ValueError("the batches have neither labels nor input_ids: give a metric")
+
+    @torch.inference_mode()
+    def minus_loss(model: Any) -> float:
+        total, count = 0.0, 0
+        stack, causal = stacks_of(model)[-1], [s.name for s in stacks_of(model)] == ["decoder"]
+        for batch in batches:
+            inputs = {name: x.to(model.device) for name, x in batch.items()}
+            if "labels" not in inputs:
+                mask, labels = counted(stack, inputs), inputs["input_ids"]
+                inputs["labels"] = labels if mask is None else labels.masked_fill(~mask, -100)
+            labels = inputs["labels"]
+            # Decoders alone predict the next token: the first is given.
+            number = int(((labels[:, 1:] if causal else labels) != -100).sum())
+            if not number:
+                continue
+            total += float(model(**inputs).loss) * number
+            count += number
+        return -total / count if count else -math.inf
+
+    return minus_loss
+
+
+def _checked(
+    model: Any,
+    batches: list[dict[str, Tensor]],
+    k: int | dict[str, int],
+    anchor: str,
+    permute: bool,
+    soft: float | None,
+) -> tuple[tuple[Stack, ...], dict[str, int]]:
+    """The stacks to merge, and how many layers of each."""
+    stacks = stacks_of(model)
+    names = [stack.name for stack in stacks]
+    sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
+    if anchor not in ANCHORS:
+        raise ValueError(f"anchor {anchor!r}: must be one of {', '.join(ANCHORS)}")
+    if soft is not None and not (permute and 0 < soft < float("inf")):
+        raise ValueError(f"soft {soft:g}: must be positive and finite, and needs permute")
+    if not batches:
+        raise ValueError("there are no batches")
+    if not sizes:
+        raise ValueError(f"k: names no stack, but there is {', '.join(names)}")
+    for name, size in sizes.items():
+        if name not in names:
+            raise ValueError(f"k: {model.config.model_type} has no {name}, but {', '.join(names)}")
+        layers = len(layers_of(model, stacks[names.index(name)]))
+        if not isinstance(size, int) or not 2 <= size <= layers:
+            raise ValueError(f"k {size}: must be 2 to {layers}, the layers of the {name}")
+    return tuple(stack for stack in stacks if stack.name in sizes), sizes

@@ -1,0 +1,176 @@
+"""Apply a width map to a model's weights, by its architecture's axis table.
+
+With an orthonormal Q (D, k) and s = sqrt(k / D), weights in ``nn.Linear`` layout (out, in):
+
+    embedding  E <- s E Q            writer  W <- s Q' W,  bias <- s bias Q
+    reader     W <- W diag(w) Q / s  norm    w <- 1
+
+An RMSNorm divides by the root of the mean over its width. Scaling what is written by s makes the
+mean over k channels what the mean over D was, so the new model's own norms, eps included, equal
+the projected dense model's, up to the factor s that the readers undo. Embeddings that the model
+itself multiplies by the root of its width (Gemma) are E Q instead.
+
+With a map for every residual location, a reader takes the map of the location that it reads, a
+writer that of the next location, and the residual connection between them an adapter (k, k):
+Q_r' Q_(r+1), which no plain checkpoint can hold (see baselines/adapters.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.models import Sublayer
+from dotresize.models.causal_lm import CausalLM
+from dotresize.offload.memory_plan import TABLE_ROWS
+
+
+@torch.no_grad()
+def absorb(model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> CausalLM:
+    """Return a new model of residual width ``q.shape[1]``; the given one is untouched.
+
+    Args:
+        model: of a supported architecture. Of an offloaded one the result is offloaded, and its
+            parts are made when they are first held.
+        q: (D, k) float64 with orthonormal columns, or one for each residual location, whose
+            adapters are then still to be added.
+        untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
+            kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
+            small only if q is close to a selection of axes.
+
+    Returns:
+        a model of the same class and dtype whose plain checkpoint holds the result.
+    """
+    return model.derived(Absorption(model, q, untie=untie))
+
+
+class Absorption:
+    """The weights of the narrowed model, computed a part at a time.
+
+    Attributes:
+        model: the given one.
+        config: of the narrowed one.
+        tied: whether that keeps one table for embedding and head.
+    """
+
+    def __init__(
+        self, model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False
+    ) -> None:
+        """See ``absorb``."""
+        self.model = model
+        self.architecture = model.architecture
+        sublayers = 2 * len(model.layers)
+        self._qs = [q] * (sublayers + 1) if isinstance(q, Tensor) else list(q)
+        self.width, self.narrow = self._qs[0].shape
+        self.tied = model.tied and not untie
+        self._s = (self.narrow / self.width) ** 0.5
+        self._table = self.architecture.table_scale(self.width, self.narrow, self.tied)
+        self._stream = self.architecture.stream_scale(self.width, self.narrow, self.tied)
+        self.config = resized(model.config, self.narrow)
+        self.config.tie_word_embeddings = self.tied
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the weights of a part, by their names in it, in the dtypes of the given model."""
+        architecture = self.architecture
+        if name == architecture.embedding:
+            return {"weight": self._multiplied(name, self._table * self._qs[0])}
+        if name == architecture.final_norm:
+            return self._final_norm()
+        if name == architecture.head:
+            return {} if self.tied else self._own_head()
+        return self._layer(name)
+
+    def _layer(self, name: str) -> dict[str, Tensor]:
+        first = 2 * int(name.rpartition(".")[2])
+        with self.model.resident(name) as layer:
+            new: dict[str, Tensor] = {}
+            for i, sublayer in enumerate(self.architecture.sublayers, first):
+                self._sublayer(layer, sublayer, self._qs[i], self._qs[i + 1], new)
+            for key, weight in layer.state_dict().items():
+                if key not in new:  # off the residual; the models share no memory
+                    new[key] = weight.clone()
+        return new
+
+    def _sublayer(
+        self, layer: Any, part: Sublayer, read: Tensor, written: Tensor, new: dict[str, Tensor]
+    ) -> None:
+        norm = layer.get_submodule(part.norm)
+        gain = self.architecture.gain(norm).to(read)
+        for reader in part.readers:
+            weight = layer.get_parameter(reader)
+            new[reader] = matmul_in_blocks(weight, gain[:, None] * read / self._s)
+        weight = layer.get_parameter(part.writer)
+        new[part.writer] = _written(weight, self._stream * written.mT)
+        bias = part.writer.removesuffix("weight") + "bias"
+        if bias in layer.state_dict():
+            vector = layer.get_parameter(bias)
+            new[bias] = _like(vector, self._stream * vector.to(read) @ written)
+        new |= self._norm(part.norm + ".", norm, torch.ones(self.narrow))
+
+    def _norm(self, prefix: str, norm: Any, gain: Tensor) -> dict[str, Tensor]:
+        if self.architecture.layer_norm:
+            return {}
+        return {f"{prefix}weight": _like(norm.weight, gain - self.architecture.norm_offset)}
+
+    def _final_norm(self) -> dict[str, Tensor]:
+        last = self._qs[-1]
+        with self.model.resident(self.architecture.final_norm) as norm:
+            gain = torch.ones(self.narrow)
+            if self.tied:
+                scale = self.architecture.gain(norm).to(last)
+                gain = (last * last * scale[:, None]).sum(0) / (self._s * self._table)
+            return self._norm("", norm, gain)
+
+    def _own_head(self) -> dict[str, Tensor]:
+        last, head = self._qs[-1], self.architecture.head
+        with self.model.resident(self.architecture.final_norm) as norm:
+            scale = self.architecture.gain(norm).to(last)
+        new = {"weight": self._multiplied(head, scale[:, None] * last / self._s)}
+        with self.model.resident(head) as module:
+            if module.bias is not None:
+                new["bias"] = module.bias.detach().clone()
+        return new
+
+    def _multiplied(self, name: str, matrix: Tensor) -> Tensor:
+        """Return a table's rows times a matrix, (D, k) float64."""
+        with self.model.resident(name) as module:
+            return matmul_in_blocks(module.weight, matrix)
+
+
+def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """``table @ matrix`` by blocks of rows, in the table's dtype.
+
+    table: (..., D); matrix: (D, k) float64; out: contiguous.
+    """
+    new = table.new_empty(*table.shape[:-1], matrix.shape[1]) if out is None else out
+    blocks = (x.view(-1, x.shape[-1]).split(TABLE_ROWS) for x in (table, new))
+    for old_rows, rows in zip(*blocks, strict=True):
+        rows.copy_(old_rows.to(matrix) @ matrix)
+    return new
+
+
+def _written(weight: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix @ weight``, in the weight's dtype, for one expert after the other if it has them."""
+    new = weight.new_empty(*weight.shape[:-2], len(matrix), weight.shape[-1])
+    each = (x.view(-1, *x.shape[-2:]) for x in (weight, new))
+    for old, product in zip(*each, strict=True):
+        product.copy_(matrix @ old.to(matrix))
+    return new
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    return value.to(old.device, old.dtype).contiguous()
+
+
+def resized(config: Any, width: int) -> Any:
+    """A copy of a config with another residual width, its heads as large as before."""
+    config = copy.deepcopy(config)
+    # Explicit from now on: no longer what the width divided by the heads would give.
+    heads = config.num_attention_heads
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    config.hidden_size = width
+    return config

@@ -1,0 +1,66 @@
+"""Which inner neurons of a feed-forward block stay, and what the block then writes.
+
+An inner neuron sits behind a non-linearity: its input weights cannot be merged without changing
+the function, so kept neurons keep theirs, and only the output side is recombined. With h (tokens,
+n) the inner activations, W (n, out) the writer, G = h'h and S the kept neurons, what is written is
+
+    W_S = (G_SS + lam)^-1 (G_S W + lam W_S)
+
+Backward elimination drops the neurons whose loss hurts least once the others have made up for it:
+with V = (G + lam)^-1 and B = V h'y, dropping j costs |b_j|^2 / V_jj (the optimal brain surgeon of
+Hassibi and Stork, 1993, for a least-squares problem), after which V and B are updated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dotresize.least_squares import solve
+from dotresize.narrow.options import FeedForwardMethod
+
+# Of the mean diagonal of G, all of which is inverted; few tokens fix its smallest directions.
+RIDGE = 1e-2
+# Neurons dropped between two updates, of those that are left. Each update costs as much as one
+# that drops a single neuron.
+BLOCK_SHARE = 1 / 64
+
+
+class Eliminate(FeedForwardMethod):
+    """Backward elimination, as in the module's header."""
+
+    name = "eliminate"
+    default = True
+
+    def choose(
+        self, gram: Tensor, cross: Tensor, writer: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        kept = eliminate(gram, cross, count)
+        return kept, recombined(gram, writer, kept, RIDGE)
+
+
+def recombined(gram: Tensor, writer: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """Return W_S of the module's header: ridge regression towards the weights that S had."""
+    return solve(gram[kept][:, kept], gram[kept] @ writer, writer[kept], ridge)
+
+
+def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) -> Tensor:
+    """Return the ``count`` inputs that backward elimination leaves: int64 (count,), ascending."""
+    lam = ridge * gram.diagonal().mean()
+    inverse = gram.clone()
+    inverse.diagonal().add_(lam)
+    inverse = torch.linalg.inv(inverse)
+    solution = inverse @ cross
+    kept = torch.arange(len(gram), device=gram.device)
+    while len(kept) > count:
+        loss = solution.square().sum(1) / inverse.diagonal()
+        block = max(1, int(BLOCK_SHARE * len(kept)))
+        drop = loss.topk(min(block, len(kept) - count), largest=False).indices
+        stays = torch.ones(len(kept), dtype=torch.bool, device=gram.device)
+        stays[drop] = False
+        column = inverse[stays][:, drop]
+        step = column @ torch.linalg.inv(inverse[drop][:, drop])
+        solution = solution[stays] - step @ solution[drop]
+        inverse = inverse[stays][:, stays] - step @ column.mT
+        kept = kept[stays]
+    return kept

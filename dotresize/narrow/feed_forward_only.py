@@ -1,0 +1,62 @@
+"""The feed-forward width alone, of models whose residual no map can pass.
+
+Nothing is assumed of a layer but which weights read into the inner neurons and which one writes
+from them. With h (tokens, n) what the narrowed model's writer reads, y what the dense model's
+writer writes, bias apart, and W the writer, the kept neurons S and their writer are those of
+narrow/feed_forward.py for the target h W, or with refit for the target y:
+
+    B = argmin |h_S B - y|^2 + lam |B - B0|^2,    B0 what feed_forward recombined
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dotresize.calibration.residual_stream import Streams, captured
+from dotresize.least_squares import FLOAT, NormalEquations
+from dotresize.models import Sublayer
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.linear import linear_of, rows_of
+from dotresize.narrow.options import Options
+from dotresize.narrow.refit import solve_writer
+
+
+@torch.no_grad()
+def narrow_feed_forwards(
+    model: CausalLM, tokens: Tensor, inner: int | None, options: Options
+) -> CausalLM:
+    """Return a copy of the model whose feed-forward blocks have ``inner`` neurons each.
+
+    tokens: int64 (windows, length). Without a width the copy is as the model is.
+    """
+    architecture = model.architecture
+    narrow = model.copied()
+    if inner is None:
+        return narrow
+    dense_stream = Streams(model, tokens, options.batch_windows)
+    stream = Streams(narrow, tokens, options.batch_windows, dense_stream.place)
+    for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
+        with model.resident(name) as dense_layer, narrow.resident(name) as layer:
+            part = architecture.sublayers[-1]
+            equations = _equations(dense_layer, layer, part, dense_stream, stream)
+            solve_writer(layer, part, equations, inner, options)
+            for i in range(len(stream)):
+                stream.stream[i] = stream.run(layer, i)
+    setattr(narrow.config, architecture.inner, inner)
+    return narrow
+
+
+def _equations(
+    dense: nn.Module, layer: nn.Module, part: Sublayer, dense_stream: Streams, stream: Streams
+) -> NormalEquations:
+    """Return those of one layer's writer; the dense stream is moved past it."""
+    dense_writer, writer = (linear_of(x, part.writer) for x in (dense, layer))
+    bias = 0.0 if writer.bias is None else writer.bias.float()
+    equations = NormalEquations(rows_of(writer).to(FLOAT))
+    for i in range(len(dense_stream)):
+        with captured([dense_writer]) as written:
+            dense_stream.stream[i] = dense_stream.run(dense, i)
+        equations.add(stream.until(layer, writer, i), written[0].float() - bias)
+    return equations

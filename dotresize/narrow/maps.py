@@ -1,0 +1,272 @@
+"""From a transport plan to an orthonormal width map.
+
+Row convention: hidden states are ``(tokens, D)``; a map T is ``(D, k)`` and narrows by ``X T``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dotresize.ops.sinkhorn import sinkhorn
+from dotresize.ops.sinkhorn_result import SinkhornResult
+
+# Beyond this condition number, after the constant direction is taken out, a direction of the span
+# is lost in float64 as well.
+MAX_CONDITION = 1e8
+
+FACTORS = ("polar", "qr")
+
+# Of the costs that are solved together.
+BATCH_BYTES = 2**30
+
+logger = logging.getLogger("dotresize")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``T = q @ r`` with orthonormal columns in q.
+
+    Attributes:
+        q: (D, k) float64, ``q.T @ q = I``.
+        r: (k, k) float64; symmetric positive for "polar", upper triangular with positive diagonal
+            for "qr".
+        cond: condition number of T.
+        cond_deflated: the same without T's largest singular direction. A transport map averages,
+            so its largest direction is nearly the constant vector and dwarfs the rest; what
+            remains says whether the span is healthy.
+    """
+
+    q: Tensor
+    r: Tensor
+    cond: float
+    cond_deflated: float
+
+
+def transport_map(plan: Tensor) -> Tensor:
+    r"""The map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
+
+    plan: (n, k) or (B, n, k), non-negative -> the same shape, columns summing to 1: each new neuron
+    is a convex mix of old ones, as for weights that write them. ``transport_map(plan.mT).mT`` has
+    rows summing to 1: each old neuron is handed on whole, as for weights that read them. Raises
+    ValueError naming the first column that receives no mass.
+    """
+    if plan.dim() not in (2, 3):
+        raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k) or (B, n, k)")
+    if not torch.isfinite(plan).all() or (plan < 0).any():
+        raise ValueError("plan holds negative or non-finite entries")
+    mass = plan.sum(-2, keepdim=True)
+    if (mass == 0).any():
+        *problem, _, column = (mass == 0).nonzero()[0].tolist()
+        of = f" of problem {problem[0]}" if problem else ""
+        raise ValueError(f"column {column} of the plan{of} receives no mass")
+    return plan / mass
+
+
+def factorize(
+    T: Tensor, method: str = "polar", *, name: str = "the map", max_cond: float = MAX_CONDITION
+) -> Factors:
+    """Split a map into an orthonormal basis of its span and the rest: ``T = q @ r``.
+
+    A model narrowed with T depends on span(T) only (r cancels against the pseudo-inverse), so
+    both methods give the same function; "polar" is the orthonormal basis nearest to T, hence the
+    nearest to a plain selection of neurons, which keeps tied embeddings tied (see ``align``).
+
+    Args:
+        T: (D, k) with k <= D. Computed in float64.
+        method: "polar" or "qr" (positive diagonal).
+        name: what T is, for the error message.
+        max_cond: largest accepted condition number of the deflated map.
+
+    Raises:
+        ValueError: wrong shape or method, not finite, or a collapsed span, by name.
+    """
+    if method not in FACTORS:
+        raise ValueError(f"method {method!r}: must be one of {', '.join(FACTORS)}")
+    if T.dim() != 2 or T.shape[1] > T.shape[0] or T.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(T.shape)}: must be (D, k) with 0 < k <= D")
+    work = T.double()
+    if not torch.isfinite(work).all():
+        raise ValueError(f"{name} holds non-finite entries")
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    floor = s[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    cond = float(s[0] / floor)
+    cond_deflated = float(s[min(1, len(s) - 1)] / floor)
+    # Lost: too small beside the rest of the span, or no more than the rounding of its largest part.
+    noise = 4 * torch.finfo(T.dtype).eps * max(T.shape) ** 0.5 * s[0]
+    lost = int((s <= torch.maximum(s[min(1, len(s) - 1)] / max_cond, noise)).sum())
+    if lost:
+        raise ValueError(
+            f"{name}: its span has collapsed, {lost} of {len(s)} directions are lost "
+            f"(condition number {cond:.1e}, {cond_deflated:.1e} beside the constant direction); "
+            "use a smaller reg or a larger width"
+        )
+    if method == "polar":
+        return Factors(u @ vh, vh.mT @ (s[:, None] * vh), cond, cond_deflated)
+    q, r = torch.linalg.qr(work)
+    sign = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
+    return Factors(q * sign, sign[:, None] * r, cond, cond_deflated)
+
+
+def align(q: Tensor, selection: Tensor) -> Tensor:
+    """The basis of span(q) nearest to the plain selection of k axes (orthogonal Procrustes).
+
+    ``q polar(q[selection]^T)``: the same span, so the same function of an untied model, but as
+    axis-aligned as the span allows. q: (D, k) orthonormal; selection: int64 (k,) -> (D, k).
+    """
+    u, _, vh = torch.linalg.svd(q[selection].mT)
+    return q @ (u @ vh)
+
+
+def level(q: Tensor) -> Tensor:
+    """The basis nearest to q whose channels have the same mean as the old ones: Q 1 = sqrt(k/D) 1.
+
+    LayerNorm takes off the mean over its width. With c the unit vector along (1, ..., 1), c is
+    taken into the span for the direction that is least of the rest, and the basis is turned in one
+    plane until c is its own (1, ..., 1) / sqrt(k). q: (D, k) orthonormal -> (D, k) orthonormal.
+    """
+    width, k = q.shape
+    c = q.new_full((width, 1), width**-0.5)
+    rest = torch.linalg.svd(q - c @ (c.mT @ q), full_matrices=False).U[:, : k - 1]
+    span = torch.cat([c, rest], 1)
+    u, _, vh = torch.linalg.svd(span.mT @ q)
+    near = span @ (u @ vh)
+    here, there = near.mT @ c, q.new_full((k, 1), k**-0.5)
+    turn = here @ there.mT - there @ here.mT
+    cosine = float((here.mT @ there).squeeze())
+    if cosine < -0.99:  # half a turn has no plane; any sign of the basis is as good
+        near, here = -near, -here
+        turn, cosine = -turn, -cosine
+    return near @ (torch.eye(k).to(q) + turn + turn @ turn / (1 + cosine))
+
+
+@dataclass
+class WidthMap:
+    """A narrowing of the residual stream, however it was found.
+
+    Attributes:
+        q: (D, k) float64, orthonormal columns.
+        selection: int64 (k,), the old neuron that each new one stands for, ascending.
+        details: figures for the report.
+        seconds: time per stage.
+    """
+
+    q: Tensor
+    selection: Tensor
+    details: dict[str, object] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def largest(importance: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries, ascending. importance: (D,) -> int64 (k,)."""
+    return importance.topk(k).indices.sort().values
+
+
+def transport(
+    cost: Tensor,
+    selection: Tensor,
+    *,
+    reg: float = 3.0,
+    steps: int = 1,
+    factor: str = "polar",
+    backend: str = "auto",
+) -> WidthMap:
+    """The transport map from all neurons onto the selected ones, factorised.
+
+    With ``steps`` q > 1 the plan P moves all neurons onto all neurons, and the span is that of
+    ``(D P)^q`` restricted to the selection: a subspace iteration, orthonormalised between steps.
+
+    Args:
+        cost: (D, D) pairwise L1 cost of the neurons' activations.
+        selection: int64 (k,), the targets.
+        reg: in units of the mean cost, so that it does not depend on the cost's scale.
+        steps: transports in a row.
+        factor: method of ``factorize``.
+
+    Raises ValueError if the map's span collapses, naming the reg.
+    """
+    return transports(
+        cost[None], [selection], reg=reg, steps=steps, factor=factor, backend=backend
+    )[0]
+
+
+def transports(
+    costs: Tensor,
+    selections: list[Tensor],
+    *,
+    reg: float = 3.0,
+    steps: int = 1,
+    factor: str = "polar",
+    backend: str = "auto",
+) -> list[WidthMap]:
+    """``transport`` for many costs, (B, D, D), each with its own targets, solved in batches."""
+    found = []
+    each = costs.shape[1] * (costs.shape[1] if steps > 1 else len(selections[0])) * 8
+    batch = max(1, BATCH_BYTES // each)
+    for first in range(0, len(selections), batch):
+        start = time.perf_counter()
+        some, kept = costs[first : first + batch], selections[first : first + batch]
+        # float64: at large reg the columns of T are nearly parallel, and what tells them apart is
+        # what the span is made of.
+        chosen = [c if steps > 1 else c[:, s] for c, s in zip(some, kept, strict=True)]
+        problems = torch.stack(chosen).double()
+        scales = problems.mean((1, 2))
+        if (scales == 0).any():
+            raise ValueError("all neurons are equal: every cost between them is 0")
+        results = sinkhorn(problems, reg * scales, tol=1e-9, backend=backend)
+        seconds = (time.perf_counter() - start) / len(kept)
+        for i, selection in enumerate(kept):
+            found.append(_factorised(results[i], selection, float(scales[i]), reg, steps, factor))
+            found[-1].seconds["sinkhorn"] = seconds
+    return found
+
+
+def _factorised(
+    result: SinkhornResult, selection: Tensor, scale: float, reg: float, steps: int, factor: str
+) -> WidthMap:
+    start = time.perf_counter()
+    if not result.converged:
+        logger.warning("transport at reg %g x mean cost: %s", reg, result.status)
+    name = f"the transport map at reg {reg:g} x mean cost"
+    moved = transport_map(cast(Tensor, result.plan))
+    factors = factorize(moved[:, selection] if steps > 1 else moved, factor, name=name)
+    for _ in range(steps - 1):
+        factors = factorize(moved @ factors.q, factor, name=name)
+    return WidthMap(
+        factors.q,
+        selection,
+        {
+            "reg": reg,
+            "steps": steps,
+            "mean_cost": scale,
+            "iterations": result.n_iter,
+            "marginal_error": result.marginal_error,
+            "status": result.status,
+            "factor": factor,
+            "cond": factors.cond,
+            "cond_deflated": factors.cond_deflated,
+        },
+        {"factorisation": time.perf_counter() - start},
+    )
+
+
+def figures_of(qs: list[Tensor], moment: Tensor, details: dict[str, object]) -> dict[str, object]:
+    """What a page shows of a map: the variance it loses, the spectrum, the map itself.
+
+    qs: (D, k) orthonormal for each location; moment: (L, D, D) second moments of the locations.
+    """
+    kept = [float(((m @ q) * q).sum() / m.trace()) for m, q in zip(moment, qs, strict=True)]
+    spectrum = torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0)
+    lost = 1 - spectrum.cumsum(0) / spectrum.sum()
+    return {
+        "lost": [max(0.0, 1 - share) for share in kept],
+        "spectrum": lost.clamp_min(0).tolist(),
+        "width": qs[0].shape[1],
+        "map": qs[0].abs().tolist(),
+        "details": details,
+    }

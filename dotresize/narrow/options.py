@@ -1,0 +1,225 @@
+"""What a user may choose about a compression, checked before anything expensive.
+
+The method of the residual width and that of the feed-forward width are objects: the real ones are
+in this package, those that they are compared with in dotresize.baselines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dotresize.calibration.statistics import Statistics
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow import maps
+from dotresize.narrow.targets import Targets
+
+# Weight of the uncorrected weights in the refit.
+RIDGE = 0.1
+# What a parameter budget counts.
+COUNTS = ("total", "non_embedding")
+
+
+class Narrowed(NamedTuple):
+    """What a method made of a model."""
+
+    model: CausalLM
+    map: maps.WidthMap  # of several, the first
+    bases: list[Tensor]  # (D, k) float64: one for all residual locations, one for each, or none
+
+
+class WidthMethod(ABC):
+    """A way to narrow the residual width.
+
+    Attributes:
+        name: the word for it.
+        default: whether it is the one that nobody has to ask for.
+        scope: "global": one map for all residual locations; "location": one for each.
+        plain: whether plain transformers load the result.
+        takes_targets: whether the neurons that the map is built around may be given.
+        needs: the statistics that it asks for: "cost", "moment", "apart" (those of each location).
+    """
+
+    name: str
+    default: bool = False
+    scope: str = "global"
+    plain: bool = True
+    takes_targets: bool = False
+    needs: frozenset[str] = frozenset()
+
+    @property
+    def spelled(self) -> str:
+        """The choice that made it this method, for messages."""
+        return f"method {self.name}"
+
+    def check(self, options: Options) -> None:  # noqa: B027 - most follow all of them
+        """Raise ValueError for options that this method cannot follow, whatever the model."""
+
+    @abstractmethod
+    def narrow(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        inner: int | None,
+        options: Options,
+        seconds: dict[str, float],
+    ) -> Narrowed:
+        """Return the model at a residual width, and at an inner width unless that is None.
+
+        tokens: int64 (windows, length); seconds: the times of its stages are added here.
+        """
+
+    def probe(
+        self,
+        model: CausalLM,
+        tokens: Tensor,
+        statistics: Statistics,
+        width: int,
+        inner: int,
+        options: Options,
+    ) -> CausalLM:
+        """Return the model at both widths, to measure what they cost; see narrow/budget.py."""
+        raise ValueError(f"{self.spelled}: has no probe for a parameter budget; give width")
+
+
+class FeedForwardMethod(ABC):
+    """A way to choose the inner neurons of a feed-forward that stay, and what they write."""
+
+    name: str
+    default: bool = False
+
+    @abstractmethod
+    def choose(
+        self, gram: Tensor, cross: Tensor, writer: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the kept neurons and their recombined writer.
+
+        Args:
+            gram: (n, n) float64, h'h summed over tokens, h what the inner neurons deliver.
+            cross: (n, out) float64, h'y, y what the writer should write; with y = h W it is
+                ``gram @ writer``.
+            writer: (n, out) float64, W in row convention.
+            count: how many stay.
+
+        Returns:
+            int64 (count,), ascending, and (count, out) float64.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The choices of ``dotresize.compress``.
+
+    Attributes:
+        width: residual width, a fraction up to 1, rounded to what loaders accept, or an exact
+            number of channels. 0.8 if nothing else says how narrow to get.
+        energy: instead of width: the share of the activations' variance to keep.
+        params: instead of both widths: the share of the parameters to keep, split over them by
+            measured sensitivity (narrow/budget.py).
+        params_count: "total", or "non_embedding": without embedding and head.
+        method: "pca" (principal directions), "dot" (transport), or, to compare with, "magnitude"
+            (selection) or "slicegpt" (a map for each location, found in order).
+        targets: the neurons onto which the others are transported ("dot"), or which alone are
+            kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns them.
+            The largest mean magnitudes if not given.
+        ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
+        ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,
+            "nystrom", "magnitude" or "transport" (baselines/feed_forward.py).
+        refit: correct the weights by least squares on the same tokens (narrow/refit.py).
+        ridge: weight of the uncorrected weights in the refit, relative to the mean Gram diagonal.
+        reg: entropic regularisation in units of the mean cost ("dot").
+        steps: transports in a row ("dot"); beyond the first, of all neurons onto all neurons.
+        factor: "polar" or "qr" ("dot"; see ``dotresize.factorize``).
+        untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
+        self_windows: calibrate on so many windows more, which the model writes itself; a third of
+            those given by default.
+        seed: of those.
+        backend: of the solvers, see ``dotresize.backends``.
+        batch_windows: windows per forward pass.
+        figures: put what a page shows of the map into the report.
+
+    On the command line a field is the option of its name, or of its ``flag``. Those without
+    ``resume`` change no weight, and may be others when a run is resumed.
+    """
+
+    width: float | None = None
+    energy: float | None = None
+    params: float | None = None
+    params_count: str = "total"
+    method: WidthMethod
+    targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
+    ff_width: float | None = None
+    ff_method: FeedForwardMethod
+    refit: bool = field(default=True, metadata={"flag": "no_refit"})
+    ridge: float = RIDGE
+    reg: float = 3.0
+    steps: int = 1
+    factor: str = "polar"
+    untie: bool = False
+    self_windows: int | None = None
+    seed: int = 0
+    backend: str = field(default="auto", metadata={"resume": False})
+    batch_windows: int = field(default=4, metadata={"resume": False})
+    figures: bool = field(default=False, metadata={"resume": False})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that a compression by these choices asks for."""
+        asked = {
+            "moment": self.energy is not None or self.refit or self.figures,
+            "apart": self.figures or callable(self.targets),
+        }
+        return self.method.needs | {name for name, needed in asked.items() if needed}
+
+    def own_windows(self, given: int) -> int:
+        """Return how many windows the model writes itself, beside those given."""
+        return given // 3 if self.self_windows is None else self.self_windows
+
+    def check(self) -> None:
+        """Raise ValueError for the first choice that would be refused whatever the model."""
+        check_word("factor", self.factor, maps.FACTORS)
+        check_word("params_count", self.params_count, COUNTS)
+        self._check_numbers()
+        if self.energy is not None and self.width is not None:
+            raise ValueError("give width or energy, not both")
+        asked = {"width": self.width, "energy": self.energy, "ff_width": self.ff_width}
+        for name, value in asked.items():
+            if self.params is not None and value is not None:
+                raise ValueError(f"give params or {name}, not both: params chooses both widths")
+        if self.targets is not None and not self.method.takes_targets:
+            raise ValueError(f"targets: {self.method.spelled} has none; give dot or magnitude")
+        if not self.ff_method.default and self.ff_width is None and self.params is None:
+            raise ValueError(
+                f"ff_method {self.ff_method.name}: does nothing without ff_width or params"
+            )
+        if self.params_count != "total" and self.params is None:
+            raise ValueError(f"params_count {self.params_count}: does nothing without params")
+        by_rule = "energy" if self.energy is not None else "params"
+        if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:
+            raise ValueError(f"targets: their number is the width; leave {by_rule} out")
+        self.method.check(self)
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.reg < float("inf"):
+            raise ValueError(f"reg {self.reg:g}: must be positive and finite")
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: must be at least 1")
+        if self.self_windows is not None and self.self_windows < 0:
+            raise ValueError(f"self_windows {self.self_windows}: must not be negative")
+        if not 0 < self.ridge < float("inf"):
+            raise ValueError(f"ridge {self.ridge:g}: must be positive and finite")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy {self.energy:g}: must be a share of the variance in (0, 1]")
+        if self.params is not None and not 0 < self.params <= 1:
+            raise ValueError(f"params {self.params:g}: must be a share of the parameters in (0, 1]")
+
+
+def check_word(name: str, value: Any, words: Any) -> None:
+    """Raise ValueError unless a choice is one of some words."""
+    if value not in words:
+        raise ValueError(f"{name} {value!r}: must be one of {', '.join(words)}")

@@ -1,0 +1,188 @@
+"""The pipeline: calibrate, choose the widths, narrow by a method, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dotresize import distributed
+from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
+from dotresize.calibration.self_generated import sample
+from dotresize.calibration.statistics import Statistics, collect
+from dotresize.calibration.text import check_tokens
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow import maps
+from dotresize.narrow.budget import split_budget
+from dotresize.narrow.choose_width import (
+    check_config,
+    check_residual,
+    choose_inner_width,
+    choose_width,
+    residual_share,
+    width_for_energy,
+)
+from dotresize.narrow.feed_forward_only import narrow_feed_forwards
+from dotresize.narrow.options import Narrowed, Options
+from dotresize.narrow.targets import check_kept
+from dotresize.ops.backends import choose
+
+logger = logging.getLogger("dotresize")
+
+
+def narrow_model(
+    model: CausalLM, tokens: Any, options: Options, statistics: Statistics | None = None
+) -> tuple[CausalLM, dict[str, Any]]:
+    """Narrow a model; see ``dotresize.compress``.
+
+    tokens: int64 (windows, length), or an iterable of such. statistics: what ``calibrate``
+    returned with these tokens, to share one calibration between several calls; the model then
+    writes nothing itself.
+    """
+    options.check()
+    model.architecture.check(model.module)
+    check_weights(model.module)
+    check_residual(model, options)
+    windows = check_tokens(tokens, model.config.vocab_size)
+    divisor = model.architecture.divisor(model.config)
+    asked, width = options.width, model.width
+    if options.energy is None and options.params is None:
+        asked = residual_share(options.width, options.ff_width)
+        width = choose_width(asked, model.width, divisor)
+        check_config(model.config, width)
+    inner = choose_inner_width(options.ff_width, model)
+    if isinstance(options.targets, Tensor):
+        check_kept(options.targets, model.width, width)
+    if statistics is None:
+        windows, statistics = calibrate(model, windows, options)
+    if not model.architecture.fixed_residual:
+        _check_statistics(statistics, options)
+    if options.energy is not None:
+        width = width_for_energy(statistics, options.energy, divisor)
+        logger.info("width %d -> %d (energy %g)", model.width, width, options.energy)
+    seconds = dict.fromkeys(STAGES, 0.0)
+    split = None
+    if options.params is not None:
+        start = time.perf_counter()
+        split = split_budget(model, windows, statistics, divisor, options)
+        width, inner = split.width, choose_inner_width(split.inner, model)
+        seconds["budget"] = time.perf_counter() - start
+    for stage in ("own text", "calibration"):
+        seconds[stage] = statistics.seconds.get(stage, 0.0)
+    seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
+    made = _narrowed(model, windows, statistics, width, inner, options, seconds)
+    report = _report(model, made.model, statistics, options, seconds)
+    report["width"] |= {"asked": asked, "multiple_of": divisor}
+    report["budget"] = None
+    if split is not None:
+        count = {"asked": options.params, "count": options.params_count}
+        report["budget"] = count | split.details()
+    report["map"] = made.map.details
+    if options.figures and made.bases:
+        moment = cast(Tensor, statistics.moment)
+        shown = made.bases if len(made.bases) > 1 else made.bases * len(moment)
+        report["figures"] = maps.figures_of(shown, moment, made.map.details)
+    return made.model, report
+
+
+def _narrowed(
+    model: CausalLM,
+    windows: Tensor,
+    statistics: Statistics,
+    width: int,
+    inner: int | None,
+    options: Options,
+    seconds: dict[str, float],
+) -> Narrowed:
+    if model.architecture.fixed_residual:
+        start = time.perf_counter()
+        narrow = narrow_feed_forwards(model, windows, inner, options)
+        narrow.finish()
+        seconds["refit"] = time.perf_counter() - start
+        return Narrowed(narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), [])
+    check_config(model.config, width)
+    made = options.method.narrow(model, windows, statistics, width, inner, options, seconds)
+    start = time.perf_counter()
+    made.model.finish()
+    seconds["absorption"] += time.perf_counter() - start
+    return made
+
+
+def _report(
+    model: CausalLM,
+    narrow: CausalLM,
+    statistics: Statistics,
+    options: Options,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    old, new = model.inner_width, narrow.inner_width
+    fixed = model.architecture.fixed_residual
+    return {
+        "method": "feed-forward" if fixed else options.method.name,
+        "scope": options.method.scope,
+        "refit": {"ridge": options.ridge} if options.refit else None,
+        "width": {"energy": options.energy, "old": model.width, "new": narrow.width},
+        "feed_forward": {
+            "asked": options.ff_width,
+            "old": old,
+            "new": new,
+            "method": options.ff_method.name if new < old else None,
+        },
+        "tied": narrow.tied,
+        "plain_checkpoint": options.method.plain,
+        "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},
+        "calibration": {
+            "tokens": statistics.tokens,
+            "locations": len(statistics.locations),
+            "self_windows": statistics.own_windows,
+        },
+        "seconds": seconds,
+        "device": str(model.device),
+        "backend": choose(options.backend, model.device),
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+    }
+
+
+def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
+    """Return the tokens, with those the model writes itself, and what any of the options needs.
+
+    tokens: int64 (windows, length). The first options say how many windows are written.
+    """
+    start = time.perf_counter()
+    # Every token that an offloaded model writes would read all weights from their files.
+    own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
+    if own and distributed.rank() == 0:
+        written = sample(model, own, tokens.shape[1], wanted[0].seed)
+        tokens = torch.cat([tokens, written.to(tokens.device)])
+    tokens = distributed.from_first(tokens)
+    if len(tokens) < distributed.size():
+        raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
+    took = time.perf_counter() - start
+    if model.architecture.fixed_residual:
+        statistics = Statistics.none(tokens.numel(), model.width)
+    else:
+        needs = frozenset().union(*(options.needs for options in wanted))
+        statistics = collect(
+            model,
+            tokens,
+            cost="cost" in needs,
+            moment="moment" in needs,
+            apart="apart" in needs,
+            batch_windows=wanted[0].batch_windows,
+            backend=wanted[0].backend,
+        )
+    statistics.own_windows = own
+    statistics.seconds["own text"] = took
+    return tokens, statistics
+
+
+def _check_statistics(statistics: Statistics, options: Options) -> None:
+    for name in ("cost", "moment"):
+        if name in options.needs and getattr(statistics, name) is None:
+            raise ValueError(f"statistics: collected without {name}, which these options need")
+    if "apart" in options.needs and not statistics.apart:
+        raise ValueError("statistics: locations were not kept apart, which these options need")

@@ -1,0 +1,235 @@
+"""Least squares on the calibration tokens, layer by layer: what narrowing broke, as far as it goes.
+
+Two copies of the tokens are carried: through the dense model and through the narrowed one, whose
+earlier layers are already corrected. With s = sqrt(k / D), in each layer in order:
+
+readers   u is what a narrowed norm delivers, v what the dense norm delivers;
+          A = argmin |u A - v|^2 + lam |A - A0|^2,   A0 = Q' diag(w) / s (what absorption used),
+          and every dense reader W becomes W A'.
+writer    of the feed-forward: h is what it reads, x the narrowed stream before it, x_d the dense
+          stream after it;
+          B = argmin |h B + (x - s x_d Q) / m|^2 + lam |B - B0|^2,   B0 what absorption left and m
+          what the model multiplies the writer's output by (1 in most),
+          and the writer becomes B'. It steers the stream back to the projected dense one, which
+          is what a tied head was chosen for (dotresize.narrow.tied_head).
+
+Attention's writers stay as they are: kinds of text left out of the calibration asked for that in
+nearly every layer. lam is ridge times the mean diagonal of the Gram matrix, three times that for
+writers. The ridge was chosen by the perplexity of kinds of text left out (benchmarks);
+choosing it in every solve by the squared error on them asks for ten times as much, and is worse
+in perplexity on all text. No parameter is added.
+
+Where every location has a map of its own (baselines/sliced.py), Q is that of the location which is
+read or written, and x has passed its adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dotresize.calibration.activation_cache import ActivationCache
+from dotresize.calibration.residual_stream import Streams, captured, inner_neurons, norms_of
+from dotresize.least_squares import FLOAT, NormalEquations, product
+from dotresize.models import Sublayer
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.linear import keep_outputs, linear_of, rows_of, set_rows
+from dotresize.narrow.absorb import matmul_in_blocks
+from dotresize.narrow.options import Options
+
+# A feed-forward's writer has three times the inputs of a reader, and fewer that matter.
+WRITER_RIDGES = 3.0
+
+
+class Residual:
+    """How the residual passes a narrowed layer: as it is. A method with adapters says otherwise."""
+
+    def body(self, layer: nn.Module) -> nn.Module:
+        """Return the decoder layer itself."""
+        return layer
+
+    def past_feed_forward(self, layer: nn.Module, middle: Tensor) -> Tensor:
+        """Return what the connection around the feed-forward makes of the stream before it."""
+        return middle
+
+
+@torch.no_grad()
+def correct(
+    dense: CausalLM,
+    narrow: CausalLM,
+    q: Tensor | list[Tensor],
+    tokens: Tensor,
+    inner: int | None,
+    options: Options,
+    residual: Residual | None = None,
+) -> None:
+    """Correct ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
+
+    Args:
+        dense: the original model.
+        narrow: ``absorb(dense, q)``, perhaps with adapters.
+        q: (D, k) float64, orthonormal columns, or one for each residual location.
+        tokens: int64 (windows, length).
+        inner: neurons that each feed-forward block keeps, or None for all.
+        options: whether weights are corrected (``refit``), by which ``ridge``, and how the neurons
+            are chosen (``ff_method``).
+        residual: how it passes the narrowed layers.
+
+    A head of its own is a reader of the final norm and is corrected as such; a tied one has been
+    chosen before (narrow/tied_head.py).
+    """
+    walk = _Walk(dense, narrow, q, tokens, inner, options, residual or Residual())
+    names = dense.layers
+    for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
+        with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
+            walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
+    if inner is not None:
+        setattr(narrow.config, walk.architecture.inner, inner)
+    if options.refit and not narrow.tied:
+        walk.head(dense, narrow)
+
+
+class _Walk:
+    """Both models' streams, moved through the layers side by side."""
+
+    def __init__(
+        self,
+        dense: CausalLM,
+        narrow: CausalLM,
+        q: Tensor | list[Tensor],
+        tokens: Tensor,
+        inner: int | None,
+        options: Options,
+        residual: Residual,
+    ) -> None:
+        self.architecture = dense.architecture
+        self._options, self._inner_width, self._residual = options, inner, residual
+        self._dense = Streams(dense, tokens, options.batch_windows)
+        place = self._dense.place
+        self._narrow = Streams(narrow, tokens, options.batch_windows, place)
+        count = len(self._dense)
+        # What the dense norms deliver, and what the narrowed stream lacks, per batch.
+        self._delivered = [ActivationCache(count, place) for _ in self.architecture.sublayers]
+        self._middle, self._inner = ActivationCache(count, place), ActivationCache(count, place)
+        self._multiplier = self.architecture.multiplier(dense.config)
+        self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
+        locations = 2 * len(dense.layers) + 1
+        self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
+
+    def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
+        """qs: of the locations that attention and feed-forward read, and of the next one."""
+        attention, feed_forward = self.architecture.sublayers
+        body = self._residual.body(layer)
+        dense_norms = norms_of(self.architecture, dense_layer)
+        norms = norms_of(self.architecture, body)
+        self._run_dense(dense_layer, dense_norms)
+        self._readers(
+            self._narrow.stream, self._delivered[0], dense_norms[0], norms[0], qs[0],
+            _pairs(dense_layer, body, attention.readers),
+        )  # fmt: skip
+        for i in range(len(self._narrow)):
+            self._middle[i] = self._narrow.until(layer, norms[1], i)
+        self._readers(
+            self._middle, self._delivered[1], dense_norms[1], norms[1], qs[1],
+            _pairs(dense_layer, body, feed_forward.readers),
+        )  # fmt: skip
+        if feed_forward.experts:
+            for i in range(len(self._narrow)):
+                self._narrow.stream[i] = self._narrow.run(layer, i)
+            return
+        for i, x in enumerate(self._middle):
+            self._inner[i] = inner_neurons(body, feed_forward, x)
+            self._middle[i] = self._residual.past_feed_forward(layer, x)
+        kept = self._write(body, feed_forward, qs[2])
+        writer = linear_of(body, feed_forward.writer)
+        for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
+            written = writer(h if kept is None else h[..., kept])
+            self._narrow.stream[i] = x + self._multiplier * written
+
+    def head(self, dense: CausalLM, narrow: CausalLM) -> None:
+        """Refit a head that has weights of its own."""
+        names = self.architecture.final_norm, self.architecture.head
+        with (
+            dense.resident(*names) as (dense_norm, dense_head),
+            narrow.resident(*names) as (norm, head),
+        ):
+            for i, x in enumerate(self._dense.stream):
+                self._delivered[0][i] = dense_norm(x)
+            heads = _pairs(dense_head, head, ("weight",))
+            stream, delivered = self._narrow.stream, self._delivered[0]
+            self._readers(stream, delivered, dense_norm, norm, self.qs[-1], heads)
+
+    def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
+        for i in range(len(self._dense)):
+            with captured(norms) as seen:
+                self._dense.stream[i] = self._dense.run(layer, i)
+            for delivered, output in zip(self._delivered, seen, strict=True):
+                delivered[i] = output
+
+    def _readers(
+        self,
+        stream: ActivationCache,
+        delivered: ActivationCache,
+        dense_norm: nn.Module,
+        norm: nn.Module,
+        q: Tensor,
+        readers: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        if not self._options.refit:
+            return
+        prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
+        equations = NormalEquations(prior)
+        for x, v in zip(stream, delivered, strict=True):
+            equations.add(norm(x), v)
+        equations.total()
+        a = equations.solve(self._options.ridge)
+        for dense_reader, reader in readers:
+            matmul_in_blocks(dense_reader, a.mT, out=reader)
+
+    def _write(self, layer: nn.Module, part: Sublayer, q: Tensor) -> Tensor | None:
+        """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
+        if not self._options.refit and self._inner_width is None:
+            return None
+        writer = linear_of(layer, part.writer)
+        prior = rows_of(writer).to(FLOAT)
+        bias = 0.0 if writer.bias is None else writer.bias.float()
+        project = (self._stream_scale * q).float()
+        equations = NormalEquations(prior)
+        for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
+            missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
+            equations.add(h, missing / self._multiplier - bias)
+        return solve_writer(layer, part, equations, self._inner_width, self._options)
+
+
+def solve_writer(
+    layer: nn.Module,
+    part: Sublayer,
+    equations: NormalEquations,
+    inner: int | None,
+    options: Options,
+) -> Tensor | None:
+    """Choose a feed-forward's neurons and solve its writer, in place.
+
+    Returns which neurons stay, int64 (inner,); None for all.
+    """
+    equations.total()
+    rows = equations.prior
+    kept = None
+    if inner is not None:
+        gram = equations.gram
+        cross = equations.cross if options.refit else gram @ rows
+        kept, rows = options.ff_method.choose(gram, cross, rows, inner)
+        equations.restrict(kept, rows)
+        for name in part.readers:
+            keep_outputs(linear_of(layer, name), kept, part.stacked)
+    if options.refit:
+        rows = equations.solve(WRITER_RIDGES * options.ridge)
+    set_rows(linear_of(layer, part.writer), rows)
+    return kept
+
+
+def _pairs(
+    dense: nn.Module, narrow: nn.Module, names: tuple[str, ...]
+) -> list[tuple[Tensor, Tensor]]:
+    return [(dense.get_parameter(name), narrow.get_parameter(name)) for name in names]

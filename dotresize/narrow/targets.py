@@ -1,0 +1,61 @@
+"""The neurons that a width map is built around: the largest ones, or a pruner's choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from dotresize.calibration.statistics import Statistics
+from dotresize.narrow.maps import largest
+
+# Union, as aliases are evaluated: Python 3.10 cannot join a Callable and None with a bar.
+Targets = Union[Tensor, Callable[[Statistics, int], Tensor], None]  # noqa: UP007
+
+
+def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
+    """int64 (k,), ascending: what ``targets`` says, or the k largest mean magnitudes.
+
+    Raises ValueError where it is not k different neurons of the model.
+    """
+    width = statistics.importance.shape[1]
+    if targets is None:
+        return largest(statistics.importance.mean(0), k)
+    kept = targets(statistics, k) if callable(targets) else targets
+    check_kept(kept, width, k)
+    return kept.to(statistics.importance.device).sort().values
+
+
+def check_kept(kept: Tensor, width: int, k: int) -> None:
+    """ValueError unless ``kept`` is k different neurons out of ``width``."""
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.dim() != 1:
+        raise ValueError("targets: must be a one-dimensional int64 tensor of neurons")
+    kept = kept.sort().values
+    if len(kept) != k:
+        raise ValueError(f"targets: {len(kept)} neurons are named, the new width is {k}")
+    if int(kept[0]) < 0 or int(kept[-1]) >= width:
+        wrong = int(kept[0]) if int(kept[0]) < 0 else int(kept[-1])
+        raise ValueError(f"targets: neuron {wrong} is not one of the model's {width}")
+    if (kept[1:] == kept[:-1]).any():
+        twice = int(kept[1:][kept[1:] == kept[:-1]][0])
+        raise ValueError(f"targets: neuron {twice} is named twice")
+
+
+def read_targets(path: str | Path) -> Tensor:
+    """Kept neurons from a JSON list of numbers, counted from 0; int64 (k,)."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"targets {path}: no such file")
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, list) or not numbers or not all(type(i) is int for i in numbers):
+        raise ValueError(f"targets {path}: must be a JSON list of neuron numbers, such as [0, 2]")
+    if not all(abs(i) < 2**62 for i in numbers):
+        raise ValueError(f"targets {path}: must be a JSON list of neuron numbers, such as [0, 2]")
+    return torch.tensor(numbers, dtype=torch.int64)

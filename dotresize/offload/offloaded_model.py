@@ -1,0 +1,209 @@
+"""Model directories whose weights stay in their files: opened, narrowed a part at a time, written.
+
+The weights of a derived model are made when a part is first held, out of the dense model's part,
+and written when it is let go, corrected: every part becomes a shard as soon as it is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dotresize.models.causal_lm import CausalLM, PartMaker, fill
+from dotresize.offload.headers import INDEX, check_stored, shards
+from dotresize.offload.skeleton import empty, skeleton
+from dotresize.offload.stored_weights import StoredNames, StoredWeights
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE = 2**20
+
+
+def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> CausalLM:
+    """Return the model of a directory, its weights left in their files.
+
+    On a CPU, weights in half precision compute in float32: most CPUs have no other fast products.
+
+    Args:
+        work: folder for the shards of what becomes of it.
+
+    Raises:
+        ValueError: the files disagree with the config, or hold other names than transformers gives
+            the weights.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised, which only a model held in memory may be")
+    if not shards(folder):
+        raise ValueError("has no safetensors files")
+    check_stored(folder, config)
+    module = skeleton(transformers.AutoModelForCausalLM, config, device)
+    if (folder / "generation_config.json").is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model = Offloaded.opened(module, shards(folder), device, work)
+    model.architecture.check(module)
+    weights: StoredWeights = model.store.weights  # type: ignore[attr-defined]
+    reached = tuple(f"{name}." for name in model.parts)
+    for name, weight in module.named_parameters():
+        weights.check(name, weight.shape)
+        if not name.startswith(reached):
+            raise ValueError(f"{name} is of no part that --memory knows; leave --memory out")
+    return model
+
+
+class Offloaded:
+    """A store of safetensors files; parts are in memory while somebody holds them.
+
+    Attributes:
+        weights: the files.
+        work: a folder for files made out of these.
+    """
+
+    whole = False
+
+    def __init__(self, module: Any, weights: StoredWeights, work: Path, activations: str) -> None:
+        self._module = module
+        self._held: Counter[str] = Counter()
+        self.weights = weights
+        self.work = work
+        self.activations: str | None = activations
+        _give_large_blocks_back()
+
+    @classmethod
+    def opened(cls, module: Any, paths: list[Path], device: torch.device, work: Path) -> CausalLM:
+        """Return the model of a skeleton whose weights lie in some files."""
+        names = StoredNames(CausalLM.in_memory(module))
+        weights = StoredWeights(paths, device, names, widen=device.type == "cpu")
+        return CausalLM(module, cls(module, weights, work, "disk"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def computed_bytes(self) -> int:
+        return self.weights.computed(next(iter(self.weights.where))).itemsize
+
+    @contextmanager
+    def resident(self, names: tuple[str, ...]) -> Iterator[list[Any]]:
+        parts = [self._module.get_submodule(name) for name in names]
+        taken: list[tuple[str, nn.Module]] = []
+        try:
+            for name, part in zip(names, parts, strict=True):
+                if not self._held[name]:
+                    self._load(name, part)
+                self._held[name] += 1
+                taken.append((name, part))
+            yield parts
+        finally:
+            for name, part in taken:
+                self._held[name] -= 1
+                if not self._held[name]:
+                    self._release(name, part)
+                    empty(part)
+            if not self._held.total():
+                self._module.tie_weights()  # a tied head has its own weight only while it is used
+
+    def _load(self, name: str, part: nn.Module) -> None:
+        self.weights.load(name, part)
+
+    def _release(self, name: str, part: nn.Module) -> None:
+        """Nothing: what was read stays as it is in the files."""
+
+    def derived(self, maker: PartMaker) -> CausalLM:
+        module = skeleton(type(self._module), maker.config, self.device)
+        module.generation_config = copy.deepcopy(self._module.generation_config)
+        return CausalLM(module, _Growing(module, maker, self))
+
+    def copied(self) -> CausalLM:
+        """The same weights; changes to a part that is held stay."""
+        return self.derived(_SameParts(CausalLM(self._module, self)))
+
+    def finish(self) -> None:
+        model = CausalLM(self._module, self)
+        for name in model.parts:
+            with model.resident(name):
+                pass
+
+    def save(self, folder: Path) -> None:
+        """By hard links where the file system has them."""
+        module, files = self._module, self.weights
+        module.config.architectures = [type(module).__name__]
+        module.config.save_pretrained(folder)
+        module.generation_config.save_pretrained(folder)
+        where = {name: path.name for name, path in files.where.items()}
+        size = sum(path.stat().st_size for path in files.paths)
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for path in files.paths:
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
+
+
+class _SameParts:
+    """The parts of a model as they are; see ``PartMaker``."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model, self.tied, self.config = model, model.tied, copy.deepcopy(model.config)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        if self.tied and name == self._model.architecture.head:
+            return {}
+        with self._model.resident(name) as part:
+            return {key: weight.clone() for key, weight in part.named_parameters()}
+
+
+class _Growing(Offloaded):
+    """The store of a model that is still being made, a shard for every part."""
+
+    def __init__(self, module: Any, maker: PartMaker, dense: Offloaded) -> None:
+        model = CausalLM(module, self)
+        names = StoredNames(model)
+        weights = StoredWeights([], dense.device, names, widen=dense.weights.widen)
+        assert dense.activations is not None
+        super().__init__(module, weights, dense.work, dense.activations)
+        self._maker, self._dense = maker, dense.weights
+        self._parts = model.parts[: -1 if maker.tied else None]
+
+    def _load(self, name: str, part: nn.Module) -> None:
+        if all(f"{name}.{key}" in self.weights for key, _ in part.named_parameters()):
+            super()._load(name, part)
+        else:
+            fill(part, self._maker.part(name))
+
+    def _release(self, name: str, part: nn.Module) -> None:
+        weights = {f"{name}.{key}": weight for key, weight in part.named_parameters()}
+        if not weights or all(key in self.weights for key in weights):
+            return
+        number = self._parts.index(name) + 1
+        path = self.work / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
+        stored: dict[str, Tensor] = {}
+        for key, weight in weights.items():
+            value = weight.detach().to("cpu", self._dense.dtype(key)).contiguous()
+            stored |= self.weights.names.split(key, value)
+        save_file(stored, path, metadata={"format": "pt"})
+        self.weights.add(path)
+
+
+def _give_large_blocks_back() -> None:
+    """Have the C library return freed blocks to the system, which it keeps below 32 MB.
+
+    Layer upon layer would add up otherwise. This holds for the whole process.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -1,0 +1,48 @@
+"""Models whose parameters have shapes, and no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dotresize.models.causal_lm import fill
+
+
+def empty(part: nn.Module) -> None:
+    """Leave the shapes of a part's parameters, without their memory."""
+    fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})
+
+
+def skeleton(kind: Any, config: Any, device: torch.device) -> Any:
+    """Return a model of class ``kind`` whose parameters have no memory; its buffers are real.
+
+    kind: a transformers model class, or an Auto class.
+    """
+    make = getattr(kind, "from_config", kind)
+    with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
+        model = make(config)
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
