@@ -22,6 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 BACKENDS = ("torch", "cpp", "triton")
 
 
+# Seconds that another process may take before it is taken to hang, on a machine however busy.
+PATIENCE = 900
+
+
 def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "triton" and ON_GPU else "cpu")
 
@@ -161,7 +165,7 @@ def run_python():
     import subprocess
     import sys
 
-    def run(code: str, *arguments: str, timeout: int = 300, **environment: str):
+    def run(code: str, *arguments: str, **environment: str):
         clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
@@ -169,7 +173,7 @@ def run_python():
             env=clean | environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE,
             check=False,
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of, fails
+from conftest import PATIENCE, copy_of, fails
 
 from dotresize.cli import main
 
@@ -164,7 +164,7 @@ def test_no_room_while_saving(arguments):
     limit = (16 * 1024, 16 * 1024)
     arguments += ["--windows", "2", "--self-windows", "0"]  # what lies on disk meanwhile does fit
     process = start(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, error
     assert "Traceback" not in error
     assert error.strip().splitlines()[-1].startswith("dotresize: ")
@@ -189,7 +189,7 @@ def test_no_room_for_the_tokenizer(arguments, tmp_path, model_directory):
     arguments[1] = str(fat)
     limit = (300_000, 300_000)
     process = start(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, error
     assert "Traceback" not in error
     assert "File too large" in error
@@ -205,7 +205,7 @@ def test_interrupted(arguments, how):
         assert "width 24 -> 16" in process.stderr.readline()
         time.sleep(0.5)
         process.send_signal(how)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 1, error
@@ -218,7 +218,7 @@ def test_interrupted(arguments, how):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_backend_that_cannot_run(arguments):
     process = start([*arguments, "--backend", "triton"])
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert error == (
         "dotresize: backend 'triton' cannot run here: no CUDA or ROCm device is visible to torch\n"

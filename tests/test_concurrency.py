@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import ON_GPU, device_of
+from conftest import ON_GPU, PATIENCE, device_of
 from torch.utils.data import DataLoader, Dataset
 
 from dotresize import assignment, l1_cost, sinkhorn
@@ -52,7 +52,7 @@ class Problems(Dataset):
 def test_forked_loader_workers():
     expected = [work(seed) for seed in range(4)]  # the parent's threads have run before the fork
     loader = DataLoader(
-        Problems(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+        Problems(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=PATIENCE
     )
     assert all(same(a, b) for a, b in zip(expected, loader, strict=True))
 
@@ -73,5 +73,5 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_bare_fork_after_threads_have_run(run_python):
-    done = run_python(FORKED, timeout=60)
+    done = run_python(FORKED)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import fails
+from conftest import PATIENCE, fails
 from safetensors.torch import load_file
 
 from dotresize import distributed
@@ -24,7 +24,7 @@ def together(words: list[str]) -> subprocess.CompletedProcess:
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
 

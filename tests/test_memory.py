@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of, fails, tiny_model
+from conftest import PATIENCE, copy_of, fails, tiny_model
 from test_cli import start
 from test_offload import opened, stored
 
@@ -137,7 +137,7 @@ def test_the_peak_of_experts(by_parts, model_directory, tmp_path):
     by_parts[1] = str(folder)
     by_parts[by_parts.index("--width") + 1] = "408"
     process = start(by_parts)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert process.wait(timeout=PATIENCE) == 0, process.stderr.read()
     report = json.loads((Path(by_parts[2]) / "dotresize.json").read_text())
     predicted, met = (report[f"{name}_memory_bytes"]["host"] for name in ("predicted", "peak"))
     assert 0.6 * predicted < met <= predicted

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import fails
+from conftest import PATIENCE, fails
 
 from dotresize.cli import main
 
@@ -71,7 +71,7 @@ def test_a_browser_finds_no_error(page, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
     assert "CONSOLE" not in done.stderr, done.stderr

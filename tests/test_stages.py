@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import copy_of, fails
+from conftest import PATIENCE, copy_of, fails
 from test_cli import start
 
 from dotresize.cli import comparison, main
@@ -78,7 +78,7 @@ def test_killed_at_some_moments(arguments, tmp_path):
         if "width 24 -> 16" in process.stderr.readline():
             time.sleep(wait)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     assert main(words) == 0
     assert weights(Path(arguments[2])) == weights(Path(whole[2]))
     assert not Path(f"{arguments[2]}.partial").exists()
