@@ -46,14 +46,6 @@ std::vector<SinkhornProblem> problems(int64_t batch, uintptr_t table, uintptr_t 
   return all;
 }
 
-// The sweep's exponential alone, for its tests: out[i] = 2^(z[i] + shift); sizes are whole vectors.
-template <typename T>
-void exp2(int64_t count, double shift, uintptr_t z, uintptr_t out) {
-  const auto& level = sinkhorn_kernels<T>();
-  const std::vector<T> zeros(count, T(0));
-  level.row_exp2(count, static_cast<T>(shift), at<const T>(z), zeros.data(), at<T>(out));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
@@ -110,12 +102,6 @@ PYBIND11_MODULE(_cpp, module) {
       py::call_guard<py::gil_scoped_release>(), py::arg("n"), py::arg("m"), py::arg("cost"),
       py::arg("stride"), py::arg("reg"), py::arg("f"), py::arg("g"), py::arg("out"),
       py::arg("use_float64"), py::arg("num_threads"));
-  module.def(
-      "exp2",
-      [](int64_t count, double shift, uintptr_t z, uintptr_t out, bool use_float64) {
-        use_float64 ? exp2<double>(count, shift, z, out) : exp2<float>(count, shift, z, out);
-      },
-      py::arg("count"), py::arg("shift"), py::arg("z"), py::arg("out"), py::arg("use_float64"));
   module.def(
       "sinkhorn",
       [](int64_t batch, uintptr_t table, uintptr_t reg, uintptr_t tol, uintptr_t momentum,

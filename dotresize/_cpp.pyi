@@ -69,7 +69,6 @@ def plan(
     use_float64: bool,
     num_threads: int,
 ) -> None: ...
-def exp2(count: int, shift: float, z: int, out: int, use_float64: bool) -> None: ...
 def assignment(
     batch: int,
     n: int,

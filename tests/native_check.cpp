@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "assignment.hpp"
@@ -138,26 +140,54 @@ void check_half() {
   }
 }
 
+// What the sweep makes of z: 2^(z + shift).
+template <typename T>
+std::vector<T> exp2_of(std::vector<T> z, double shift) {
+  const size_t count = z.size();
+  z.resize((count + 63) / 64 * 64);  // whole vectors
+  std::vector<T> zeros(z.size()), out(z.size());
+  sinkhorn_kernels<T>().row_exp2(z.size(), static_cast<T>(shift), z.data(), zeros.data(),
+                                 out.data());
+  out.resize(count);
+  return out;
+}
+
 template <typename T>
 void check_exp2(double smallest, double accepted) {
-  constexpr int64_t count = 64 * 256;
-  std::vector<T> z(count), zeros(count), out(count);
+  const std::string type = sizeof(T) == 4 ? "exp2 float32, " : "exp2 float64, ";
   double worst = 0;
-  for (const double shift : {0.0, 17.0, -300.0}) {
-    for (T& v : z) v = static_cast<T>(uniform() * 120 + smallest + 2 - shift);
-    sinkhorn_kernels<T>().row_exp2(count, static_cast<T>(shift), z.data(), zeros.data(),
-                                   out.data());
-    for (int64_t i = 0; i < count; ++i) {
-      const long double truth = std::exp2(static_cast<long double>(z[i]) + shift);
+  for (const double shift : {0.0, 7.0, 17.0, -31.0, -300.0, 1048576.0}) {
+    std::vector<T> z(64 * 256);
+    for (T& v : z) v = static_cast<T>(uniform() * (124 - smallest) + smallest - shift);
+    const std::vector<T> out = exp2_of(z, shift);
+    for (size_t i = 0; i < z.size(); ++i) {
+      const long double exponent = static_cast<long double>(z[i]) + shift;  // of z as rounded
+      if (exponent < smallest) continue;
+      const long double truth = std::exp2(exponent);
       const T rounded = static_cast<T>(truth);
       const long double ulp = std::nextafter(rounded, T(INFINITY)) - rounded;
       worst = std::max(worst, static_cast<double>(std::abs(out[i] - truth) / ulp));
     }
   }
-  report(sizeof(T) == 4 ? "exp2 float32, ulp" : "exp2 float64, ulp", worst, accepted);
-  std::fill(z.begin(), z.end(), -static_cast<T>(INFINITY));
-  sinkhorn_kernels<T>().row_exp2(count, T(0), z.data(), zeros.data(), out.data());
-  report("exp2(-inf)", static_cast<double>(*std::max_element(out.begin(), out.end())), 0.0);
+  report((type + "ulp").c_str(), worst, accepted);
+  double low = 0, high = 0, one = 0, below = 0;
+  for (const double shift : {0.0, 900.0, -900.0}) {
+    const T inf = static_cast<T>(INFINITY), largest = std::numeric_limits<T>::max();
+    for (const T v : exp2_of<T>({-inf, -largest, T(-1e6), T(-1e5)}, shift)) {
+      low = std::max(low, static_cast<double>(v));
+    }
+    // Saturated, and finite: a sum of it is seen to be too large.
+    const std::vector<T> top = exp2_of<T>({inf, largest, T(1e6), T(1e5)}, shift);
+    for (const T v : top) high += v != top[0] || !(v > T(1e37)) || !(v < inf);
+    one = std::max(one, std::abs(static_cast<double>(exp2_of<T>({T(-shift)}, shift)[0]) - 1));
+    std::vector<T> z(50);
+    for (size_t i = 0; i < z.size(); ++i) z[i] = static_cast<T>(-1100 + 77.0 * i / 49 - shift);
+    for (const T v : exp2_of(z, shift)) below += !(v >= 0 && v <= std::numeric_limits<T>::min());
+  }
+  report((type + "far below").c_str(), low, 0.0);
+  report((type + "far above, wrong").c_str(), high, 0.0);
+  report((type + "of 0").c_str(), one, 0.0);
+  report((type + "subnormal, wrong").c_str(), below, 0.0);
 }
 
 template <typename T>

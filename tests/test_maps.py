@@ -8,9 +8,14 @@ import torch
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.baselines.magnitude import selected
 from dotresize.narrow.choose_width import choose_width
-from dotresize.narrow.maps import align, largest, level, transport
+from dotresize.narrow.maps import WidthMap, align, largest, level
 from dotresize.narrow.principal import pca
+from dotresize.narrow.transport import transports
 from dotresize.ops.l1_cost import l1_cost
+
+
+def transport(cost: torch.Tensor, selection: torch.Tensor, **choices) -> WidthMap:
+    return transports(cost[None], [selection], **choices)[0]
 
 
 def orthonormal(q: torch.Tensor) -> bool:

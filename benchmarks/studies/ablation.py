@@ -26,8 +26,9 @@ from dotresize.baselines.magnitude import selected
 from dotresize.calibration.statistics import Statistics
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.choose_width import choose_width
-from dotresize.narrow.maps import align, largest, transport
+from dotresize.narrow.maps import align, largest
 from dotresize.narrow.principal import pca
+from dotresize.narrow.transport import transports
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 
 from ..rows import append, read, where
@@ -75,7 +76,7 @@ class Maps:
 
     def transport(self, cost: Tensor | None = None, **choices: Any) -> Tensor:
         cost = self.cost if cost is None else cost
-        return transport(cost, self.selection, **({"reg": REG} | choices)).q
+        return transports(cost[None], [self.selection], **({"reg": REG} | choices))[0].q
 
     def planned(
         self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, sign: Any = 1.0

@@ -19,6 +19,7 @@ from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import correct
 from dotresize.narrow.targets import kept_set
 from dotresize.narrow.tied_head import choose_table
+from dotresize.narrow.transport import transports
 
 
 class OneMap(WidthMethod):
@@ -94,7 +95,7 @@ class PrincipalDirections(OneMap):
 
 
 class Transport(OneMap):
-    """Entropic optimal transport of all neurons onto the kept ones (narrow/maps.py)."""
+    """Entropic optimal transport of all neurons onto the kept ones (narrow/transport.py)."""
 
     name = "dot"
     takes_targets = True
@@ -105,7 +106,7 @@ class Transport(OneMap):
     ) -> list[maps.WidthMap]:
         if not statistics:
             return []
-        return maps.transports(
+        return transports(
             torch.cat([cast(Tensor, own.cost) for own in statistics]),
             selections,
             reg=options.reg,
