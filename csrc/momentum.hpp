@@ -16,7 +16,7 @@
 
 namespace dotresize {
 
-// Both also in dotresize/acceleration.py.
+// Both also in dotresize/ops/constants.py.
 constexpr double kFastEnough = 0.4;
 // Beyond this an exponent in units of log 2 is no better than 2^-10.
 template <typename T>

@@ -8,6 +8,12 @@ from pathlib import Path
 import dotresize
 
 ROOT = Path(__file__).parent.parent
+_TEXTS = {".md", ".py", ".cpp", ".hpp"}
+# A file in a folder of this repository.
+_NAMED = re.compile(
+    r"(?<![\w/.])((?:dotresize|kernels|csrc|benchmarks|tests|examples|docs|ops|ot|models|offload"
+    r"|calibration|narrow|merging|baselines|cli)/[\w/]*\w\.(?:py|cpp|hpp|md|svg|jsonl))\b"
+)
 
 
 def test_kernels_folder_does_not_shadow_hugging_face(run_python):
@@ -68,6 +74,33 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
     for page in TABLES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert with_tables(page, text) == text
+
+
+def test_files_that_pages_name_exist():
+    """Paths and modules of this repository, wherever a page, a docstring or a comment names one."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    folders = ("dotresize", "kernels", "csrc", "benchmarks")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    texts = {p: p.read_text("utf-8") for p in [*pages, *sources] if p.suffix in _TEXTS}
+    named = [(path, name) for path, text in texts.items() for name in _NAMED.findall(text)]
+    assert len(named) > 60
+    missing = [
+        (path.name, name)
+        for path, name in named
+        if not any((f / name).exists() for f in (ROOT, ROOT / "dotresize", path.parent))
+    ]
+    assert missing == []
+
+
+def test_commands_that_pages_name_exist():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / "benchmarks").rglob("*.py")]
+    commands = {
+        m for p in pages for m in re.findall(r"-m (benchmarks[\w.]*)", p.read_text("utf-8"))
+    }
+    assert len(commands) > 10
+    for command in commands:
+        path = ROOT / command.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), command
 
 
 def test_files_stay_readable():

@@ -6,14 +6,17 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, copy_of, fails
 from test_cli import start
 
-from dotresize.cli import comparison, main
-from dotresize.cli.resume import Stages
+from dotresize.cli import _parser, comparison, main
+from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, settings
+from dotresize.cli.resume import Stages, refuse_changes
+from dotresize.narrow.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +110,22 @@ def test_a_folder_that_is_not_ours_is_left_alone(content, arguments, capsys):
     assert "is not what an unfinished run leaves" in fails([*arguments, "--resume"], capsys)
     assert (folder / "notes.txt").read_text() == "mine"
     shutil.rmtree(folder)
+
+
+def test_every_option_is_compared(arguments):
+    """What decides the weights follows from the fields of dataclasses: none can be forgotten."""
+    args = _parser().parse_args(arguments)
+    recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
+    assert {"method", "scope", "ridge", "no_refit", "seed", "windows", "recover"} <= recorded.keys()
+    unrecorded = {
+        field.metadata.get("flag", field.name)
+        for kind in (Options, TextChoices, RecoveryChoices)
+        for field in fields(kind)
+    } - recorded.keys()
+    assert unrecorded == {"backend", "batch_windows", "figures"}
+    other = _parser().parse_args([*arguments, "--factor", "qr"])
+    with pytest.raises(ValueError, match=r"made with another factor \(polar then, qr now\)"):
+        refuse_changes(Path("out"), settings(other, Options), recorded)
 
 
 def test_a_name_that_ends_in_a_slash(arguments):

@@ -1,7 +1,7 @@
 """A pytest plugin: POT's own tests call ``dotresize.ot`` where they mean POT's solvers.
 
-Given to pytest by ``benchmarks/pot_tests.py``, which says what is run. Every test that reaches a
-function of ``dotresize.ot`` becomes a JSON line in the file that POT_TESTS_OUT names.
+Given to pytest by ``benchmarks/checks/pot_tests.py``, which says what is run. Every test that
+reaches a function of ``dotresize.ot`` becomes a JSON line in the file that POT_TESTS_OUT names.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.one_map import OneMap
-from dotresize.narrow.options import Narrowed, Options, WidthMethod
+from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.refit import correct
 from dotresize.narrow.targets import kept_set
 
@@ -37,34 +37,21 @@ class Located(WidthMethod):
             )
 
     @abstractmethod
-    def located_maps(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        options: Options,
-    ) -> list[maps.WidthMap]:
+    def located_maps(self, given: Calibrated, width: int) -> list[maps.WidthMap]:
         """Return the map of each location, in order."""
 
     def narrow(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        inner: int | None,
-        options: Options,
-        seconds: dict[str, float],
+        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
     ) -> Narrowed:
         start = time.perf_counter()
-        located = self.located_maps(model, tokens, statistics, width, options)
+        located = self.located_maps(given, width)
         qs = [width_map.q for width_map in located]
-        narrow = slice_model(model, qs)
+        narrow = slice_model(given.model, qs)
         seconds["factorisation"] = time.perf_counter() - start
-        if options.refit:
+        if given.options.refit:
             start = time.perf_counter()
-            correct(model, narrow, qs, tokens, None, options, AdaptedResidual())
+            residual = AdaptedResidual()
+            correct(given.model, narrow, qs, given.tokens, None, given.options, residual)
             seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, located[0], qs)
 
@@ -89,18 +76,11 @@ class PerLocation(Located):
         if self.name == "magnitude":
             raise ValueError(f"{self.spelled}: must be of pca or dot")
 
-    def located_maps(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        options: Options,
-    ) -> list[maps.WidthMap]:
-        each = [statistics.at(i) for i in range(len(statistics.locations))]
-        chosen = [kept_set(options.targets, own, width) for own in each]
-        located = self._shared(each, chosen, options)
-        if model.architecture.layer_norm:
+    def located_maps(self, given: Calibrated, width: int) -> list[maps.WidthMap]:
+        each = [given.statistics.at(i) for i in range(len(given.statistics.locations))]
+        chosen = [kept_set(given.options.targets, own, width) for own in each]
+        located = self._shared(each, chosen, given.options)
+        if given.model.architecture.layer_norm:
             located = [replace(found, q=maps.level(found.q)) for found in located]
         return located
 
@@ -136,16 +116,10 @@ class SliceGPT(Located):
     name = "slicegpt"
     needs = frozenset({"apart"})
 
-    def located_maps(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        options: Options,
-    ) -> list[maps.WidthMap]:
-        qs = sequential_pca(model, tokens, width, batch_windows=options.batch_windows)
-        selection = kept_set(options.targets, statistics, width)
+    def located_maps(self, given: Calibrated, width: int) -> list[maps.WidthMap]:
+        batch = given.options.batch_windows
+        qs = sequential_pca(given.model, given.tokens, width, batch_windows=batch)
+        selection = kept_set(given.options.targets, given.statistics, width)
         return [maps.WidthMap(q, selection) for q in qs]
 
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from dotresize.accounting import count_parameters
-from dotresize.calibration.statistics import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import resized
-from dotresize.narrow.options import Options
+from dotresize.narrow.options import Calibrated
 
 logger = logging.getLogger("dotresize")
 
@@ -74,19 +73,18 @@ class Split:
         }
 
 
-def split_budget(
-    model: CausalLM, tokens: Tensor, statistics: Statistics, divisor: int, options: Options
-) -> Split:
+def split_budget(given: Calibrated, divisor: int) -> Split:
     """Return the widths that share ``options.params`` of the model's parameters best.
 
-    tokens: int64 (windows, length); divisor: of the residual width.
+    divisor: of the residual width.
     """
+    model, options = given.model, given.options
 
-    def narrowed(width: int, inner: int, some: Tensor) -> CausalLM:
-        return options.method.probe(model, some, statistics, width, inner, options)
+    def narrowed(width: int, inner: int, tokens: Tensor) -> CausalLM:
+        return options.method.probe(given._replace(tokens=tokens), width, inner)
 
     assert options.params is not None
-    laws = measure(model, tokens, divisor, narrowed)
+    laws = measure(model, given.tokens, divisor, narrowed)
     split = best_split(
         model, options.params, options.params_count, divisor, *laws, untied=options.untie
     )

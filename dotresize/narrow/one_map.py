@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow import maps
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.choose_width import choose_inner_width
-from dotresize.narrow.options import Narrowed, Options, WidthMethod
+from dotresize.narrow.maps import WidthMap, align, level
+from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import correct
 from dotresize.narrow.targets import kept_set
@@ -28,54 +28,43 @@ class OneMap(WidthMethod):
     @abstractmethod
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options
-    ) -> list[maps.WidthMap]:
+    ) -> list[WidthMap]:
         """Return a map for each of several statistics of one location.
 
         selections: int64 (k,) each, the kept neurons.
         """
 
     def narrow(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        inner: int | None,
-        options: Options,
-        seconds: dict[str, float],
+        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
     ) -> Narrowed:
-        selection = kept_set(options.targets, statistics, width)
-        width_map = self.maps([statistics.mean()], [selection], options)[0]
+        width_map = self._map(given, width)
         seconds.update(width_map.seconds)
         start = time.perf_counter()
-        q = basis(model, width_map, options)
-        narrow = absorb(model, q, untie=options.untie)
+        q = basis(given.model, width_map, given.options)
+        narrow = absorb(given.model, q, untie=given.options.untie)
         seconds["absorption"] = time.perf_counter() - start
-        if options.refit or inner is not None:
+        if given.options.refit or inner is not None:
             start = time.perf_counter()
-            correct_weights(model, narrow, q, tokens, statistics, inner, options)
+            correct_weights(given, narrow, q, inner)
             seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, width_map, [q])
 
-    def probe(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        inner: int,
-        options: Options,
-    ) -> CausalLM:
-        mean = statistics.mean()
-        q = torch.eye(model.width, dtype=torch.float64, device=mean.importance.device)
+    def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
+        model, options = given.model, given.options
+        device = given.statistics.importance.device
+        q = torch.eye(model.width, dtype=torch.float64, device=device)
         if width < model.width:
-            selection = kept_set(options.targets, statistics, width)
-            q = basis(model, self.maps([mean], [selection], options)[0], options)
+            q = basis(model, self._map(given, width), options)
         narrow = absorb(model, q, untie=options.untie)
         fewer = choose_inner_width(inner, model)
         if options.refit or fewer is not None:
-            correct_weights(model, narrow, q, tokens, statistics, fewer, options)
+            correct_weights(given, narrow, q, fewer)
         return narrow
+
+    def _map(self, given: Calibrated, width: int) -> WidthMap:
+        """Return the map of the mean over locations, all of which weigh alike."""
+        selection = kept_set(given.options.targets, given.statistics, width)
+        return self.maps([given.statistics.mean()], [selection], given.options)[0]
 
 
 class PrincipalDirections(OneMap):
@@ -87,7 +76,7 @@ class PrincipalDirections(OneMap):
 
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options
-    ) -> list[maps.WidthMap]:
+    ) -> list[WidthMap]:
         return [
             pca(cast(Tensor, own.moment)[0], selection, own.importance[0])
             for own, selection in zip(statistics, selections, strict=True)
@@ -103,7 +92,7 @@ class Transport(OneMap):
 
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options
-    ) -> list[maps.WidthMap]:
+    ) -> list[WidthMap]:
         if not statistics:
             return []
         return transports(
@@ -116,7 +105,7 @@ class Transport(OneMap):
         )
 
 
-def basis(model: CausalLM, width_map: maps.WidthMap, options: Options) -> Tensor:
+def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     """Return the basis of a map's span that absorption takes, (D, k).
 
     Any gives an untied model the same function; a tied one needs the one nearest to the axes (see
@@ -124,21 +113,14 @@ def basis(model: CausalLM, width_map: maps.WidthMap, options: Options) -> Tensor
     """
     q = width_map.q
     if model.tied and not options.untie:
-        q = maps.align(q, width_map.selection)
-    return maps.level(q) if model.architecture.layer_norm else q
+        q = align(q, width_map.selection)
+    return level(q) if model.architecture.layer_norm else q
 
 
-def correct_weights(
-    model: CausalLM,
-    narrow: CausalLM,
-    q: Tensor,
-    tokens: Tensor,
-    statistics: Statistics,
-    inner: int | None,
-    options: Options,
-) -> None:
+def correct_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> None:
     """Refit what absorption made, and narrow its feed-forwards, in place."""
+    model, options = given.model, given.options
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
     if options.refit and narrow.tied and norm_has_weight:
-        choose_table(model, narrow, q, cast(Tensor, statistics.final), ridge=options.ridge)
-    correct(model, narrow, q, tokens, inner, options)
+        choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=options.ridge)
+    correct(model, narrow, q, given.tokens, inner, options)

@@ -23,6 +23,15 @@ RIDGE = 0.1
 COUNTS = ("total", "non_embedding")
 
 
+class Calibrated(NamedTuple):
+    """What a method narrows: a calibrated model, and the choices about it."""
+
+    model: CausalLM
+    tokens: Tensor  # int64 (windows, length), on which weights are corrected
+    statistics: Statistics
+    options: Options
+
+
 class Narrowed(NamedTuple):
     """What a method made of a model."""
 
@@ -60,29 +69,14 @@ class WidthMethod(ABC):
 
     @abstractmethod
     def narrow(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        inner: int | None,
-        options: Options,
-        seconds: dict[str, float],
+        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
     ) -> Narrowed:
         """Return the model at a residual width, and at an inner width unless that is None.
 
-        tokens: int64 (windows, length); seconds: the times of its stages are added here.
+        seconds: the times of its stages are added here.
         """
 
-    def probe(
-        self,
-        model: CausalLM,
-        tokens: Tensor,
-        statistics: Statistics,
-        width: int,
-        inner: int,
-        options: Options,
-    ) -> CausalLM:
+    def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
         """Return the model at both widths, to measure what they cost; see narrow/budget.py."""
         raise ValueError(f"{self.spelled}: has no probe for a parameter budget; give width")
 

@@ -26,7 +26,7 @@ from dotresize.narrow.choose_width import (
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
-from dotresize.narrow.options import Narrowed, Options
+from dotresize.narrow.options import Calibrated, Narrowed, Options
 from dotresize.narrow.targets import check_kept
 from dotresize.ops.backends import choose
 
@@ -63,17 +63,18 @@ def narrow_model(
     if options.energy is not None:
         width = width_for_energy(statistics, options.energy, divisor)
         logger.info("width %d -> %d (energy %g)", model.width, width, options.energy)
+    given = Calibrated(model, windows, statistics, options)
     seconds = dict.fromkeys(STAGES, 0.0)
     split = None
     if options.params is not None:
         start = time.perf_counter()
-        split = split_budget(model, windows, statistics, divisor, options)
+        split = split_budget(given, divisor)
         width, inner = split.width, choose_inner_width(split.inner, model)
         seconds["budget"] = time.perf_counter() - start
     for stage in ("own text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
-    made = _narrowed(model, windows, statistics, width, inner, options, seconds)
+    made = _narrowed(given, width, inner, seconds)
     report = _report(model, made.model, statistics, options, seconds)
     report["width"] |= {"asked": asked, "multiple_of": divisor}
     report["budget"] = None
@@ -89,25 +90,21 @@ def narrow_model(
 
 
 def _narrowed(
-    model: CausalLM,
-    windows: Tensor,
-    statistics: Statistics,
-    width: int,
-    inner: int | None,
-    options: Options,
-    seconds: dict[str, float],
+    given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
 ) -> Narrowed:
+    model, options = given.model, given.options
     if model.architecture.fixed_residual:
         start = time.perf_counter()
-        narrow = narrow_feed_forwards(model, windows, inner, options)
+        narrow = narrow_feed_forwards(model, given.tokens, inner, options)
         narrow.finish()
         seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), [])
     check_config(model.config, width)
-    made = options.method.narrow(model, windows, statistics, width, inner, options, seconds)
-    start = time.perf_counter()
-    made.model.finish()
-    seconds["absorption"] += time.perf_counter() - start
+    made = options.method.narrow(given, width, inner, seconds)
+    if not made.model.store.whole:
+        start = time.perf_counter()
+        made.model.finish()
+        seconds["absorption"] += time.perf_counter() - start
     return made
 
 

@@ -19,8 +19,8 @@ writers. The ridge was chosen by the perplexity of kinds of text left out (bench
 choosing it in every solve by the squared error on them asks for ten times as much, and is worse
 in perplexity on all text. No parameter is added.
 
-Where every location has a map of its own (baselines/sliced.py), Q is that of the location which is
-read or written, and x has passed its adapter.
+Where every location has a map of its own (baselines/adapters.py), Q is that of the location which
+is read or written, and x has passed its adapter.
 """
 
 from __future__ import annotations
