@@ -4,13 +4,13 @@ import importlib
 from typing import Any
 
 from dotresize import ot
-from dotresize.narrow.maps import Factors, factorize, transport_map
 from dotresize.ops.assignment import AssignmentCertificate, assignment
 from dotresize.ops.backends import BackendError, backends
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 from dotresize.ops.l1_cost import CostStatistics, l1_cost
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ops.sinkhorn_result import SinkhornResult
+from dotresize.ops.transport_map import Factors, factorize, transport_map
 
 __version__ = "0.1.0"
 

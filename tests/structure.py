@@ -90,7 +90,7 @@ def between_rooms(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     """Return the groups of modules that import each other, directly or through others."""
-    reach = {name: _reached(arrows, name) for name in arrows}
+    reach = {name: reached(arrows, name) for name in arrows}
     groups = {
         tuple(sorted(other for other in reach[name] if name in reach[other]))
         for name in arrows
@@ -99,7 +99,8 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
     return sorted(map(list, groups))
 
 
-def _reached(arrows: dict[str, set[str]], start: str) -> set[str]:
+def reached(arrows: dict[str, set[str]], start: str) -> set[str]:
+    """Return the modules that one of them imports, directly or through others."""
     seen: set[str] = set()
     left = [start]
     while left:

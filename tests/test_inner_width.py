@@ -34,7 +34,7 @@ def parts(model):
 
 
 def test_there_are_some():
-    assert KINDS == ["gemma2", "gemma3_text", "gpt2", "olmo2", "olmo3", "opt"]
+    assert {"gemma2", "gpt2", "olmo2", "opt"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

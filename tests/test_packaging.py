@@ -73,7 +73,7 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
 
     for page in TABLES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        assert with_tables(page, text) == text
+        assert with_tables(page, text) == text, f"{page}: run python -m benchmarks.tables"
 
 
 def test_files_that_pages_name_exist():

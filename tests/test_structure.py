@@ -32,6 +32,16 @@ def test_an_arrow_against_the_direction_would_be_seen():
     assert structure.circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == [["a", "b"]]
 
 
+def test_who_wants_the_solvers_imports_no_compressor():
+    reached = structure.reached(structure.graph(), "dotresize")
+    assert {structure.room_of(name) for name in reached} <= {
+        "ops",
+        "ot",
+        "kernels",
+        "ops.constants",
+    }
+
+
 def test_rooms_at_the_top():
     assert len(structure.rooms()) <= 17, structure.rooms()
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dotresize.least_squares import FLOAT
 from dotresize.narrow.feed_forward import recombined
-from dotresize.narrow.maps import largest, transport_map
+from dotresize.narrow.maps import largest
 from dotresize.narrow.options import FeedForwardMethod
 from dotresize.ops.sinkhorn import sinkhorn
+from dotresize.ops.transport_map import transport_map
 
 # Of the mean diagonal of G.
 NYSTROM_RIDGE = 1e-4

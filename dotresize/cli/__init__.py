@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             from dotresize.benchmarks import command
 
             return command.run(args)
+        # Here: transformers is slow to import, and the mistakes above are not.
         from dotresize.cli import commands
 
         return commands.run(args)

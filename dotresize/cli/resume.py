@@ -202,7 +202,16 @@ def already_done(out: str, settings: dict[str, Any]) -> bool:
 def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Raise ValueError naming the first setting that was another when ``made`` was written."""
     for name, value in settings.items():
-        if value != before.get(name):
+        if name not in before:
             raise ValueError(
-                f"output {made}: made with another {name} ({before.get(name)} then, {value} now)"
+                f"output {made}: its record says nothing of {name}, as an earlier version made it; "
+                "it cannot be resumed"
             )
+        if value != before[name]:
+            then, now = (_shortened(v) for v in (before[name], value))
+            raise ValueError(f"output {made}: made with another {name} ({then} then, {now} now)")
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

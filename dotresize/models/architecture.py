@@ -17,7 +17,8 @@ class Sublayer:
 
     Names are relative to the decoder layer. Readers are of shape (..., outputs, inputs) with the
     residual on the last axis, the writer has it on the last but one; what it writes is added to
-    the residual. Leading axes are experts.
+    the residual. Leading axes are experts. Of a feed-forward with a gate the last reader is the
+    half that is not gated; one without has one reader. Biases are found beside the weights.
 
     Attributes:
         stacked: equal parts that a feed-forward's readers hold one above the other, each with a

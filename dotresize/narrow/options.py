@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow import maps
+from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.targets import Targets
+from dotresize.ops.transport_map import FACTORS
 
 # Weight of the uncorrected weights in the refit.
 RIDGE = 0.1
@@ -36,7 +37,7 @@ class Narrowed(NamedTuple):
     """What a method made of a model."""
 
     model: CausalLM
-    map: maps.WidthMap  # of several, the first
+    map: WidthMap  # of several, the first
     bases: list[Tensor]  # (D, k) float64: one for all residual locations, one for each, or none
 
 
@@ -176,7 +177,7 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for the first choice that would be refused whatever the model."""
-        check_word("factor", self.factor, maps.FACTORS)
+        check_word("factor", self.factor, FACTORS)
         check_word("params_count", self.params_count, COUNTS)
         self._check_numbers()
         if self.energy is not None and self.width is not None:

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dotresize.narrow.maps import WidthMap, factorize, transport_map
+from dotresize.narrow.maps import WidthMap
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ops.sinkhorn_result import SinkhornResult
+from dotresize.ops.transport_map import factorize, transport_map
 
 # Of the costs that are solved together.
 BATCH_BYTES = 2**30

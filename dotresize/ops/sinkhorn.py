@@ -14,8 +14,8 @@ from torch import Tensor
 from dotresize.ops.constants import ANDERSON, MOMENTUM, PLAIN, SinkhornBatch
 from dotresize.ops.sinkhorn_checks import Settings, checked, per_problem, rescaled
 from dotresize.ops.sinkhorn_launch import STORAGES, solve
-from dotresize.ops.sinkhorn_problem import SolvedProblem
 from dotresize.ops.sinkhorn_result import SinkhornResult
+from dotresize.ops.solved_problem import SolvedProblem
 
 ACCELERATIONS = {"none": PLAIN, "momentum": MOMENTUM, "anderson": ANDERSON}
 # Problems on the way to a small reg are left at this marginal error, relative to their mass.

@@ -8,7 +8,7 @@ from torch import Tensor
 from dotresize.ops import reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import ANDERSON, MOMENTUM, SinkhornBatch, SinkhornSolution
-from dotresize.ops.sinkhorn_problem import STATUS_WORDS, SolvedProblem
+from dotresize.ops.solved_problem import STATUS_WORDS, SolvedProblem
 
 STORAGES = ("exact", "u16")
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dotresize.ops.sinkhorn_problem import SolvedProblem
+from dotresize.ops.solved_problem import SolvedProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class SinkhornResult:
 
     If the cost requires a gradient, the plan and both values pass one back to it (and a single
     problem's values are tensors): through the fixed point, exact to the marginal error, at the
-    price of one (m, m) solve in float64 for the plan and none for ``value`` (sinkhorn_problem.py).
+    price of one (m, m) solve in float64 for the plan and none for ``value`` (solved_problem.py).
     The potentials are constants.
     """
 
