@@ -204,8 +204,8 @@ def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any])
     for name, value in settings.items():
         if name not in before:
             raise ValueError(
-                f"output {made}: its record says nothing of {name}, as an earlier version made it; "
-                "it cannot be resumed"
+                f"output {made}: its record says nothing of {name}, as another command or version "
+                "made it; it cannot be resumed"
             )
         if value != before[name]:
             then, now = (_shortened(v) for v in (before[name], value))
