@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) $(shell find dotresize kernels benchmarks -name "*.py")
 PIP := $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 # Made last, so that a half-made environment is made again.
 $(VENV)/made.stamp:
@@ -33,8 +34,17 @@ $(VENV)/demo.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m benchmarks.demo
 
+# Built anew only where a source is newer: the tests install it where there is no compiler.
+wheel: dist/wheel.stamp
+
+dist/wheel.stamp: $(VENV)/made.stamp setup.py pyproject.toml $(SOURCES)
+	rm -rf dist build
+	$(BIN)/pip wheel --disable-pip-version-check --no-deps -w dist .
+	rm -rf build
+	@touch $@
+
 # One thread a process: those that share cores wait for each other at every barrier.
-test: $(VENV)/test.stamp lint
+test: $(VENV)/test.stamp lint wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp
@@ -44,4 +54,4 @@ lint: $(VENV)/test.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp tests/*.cpp
 
 clean:
-	rm -rf $(VENV) build demo-output dotresize/*.so *.egg-info
+	rm -rf $(VENV) build dist demo-output dotresize/*.so *.egg-info

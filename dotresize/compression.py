@@ -65,7 +65,7 @@ def compress(
     Args:
         model: a transformers model of a supported architecture, on any device; not changed.
         tokens: int64 (windows, length), calibration text without padding, or an iterable of such.
-        statistics: what ``narrow.pipeline.calibrate`` returned with these tokens, to share one
+        statistics: what ``narrow.calibrate.calibrate`` returned with these tokens, to share one
             calibration between several calls; the model then writes nothing itself.
         choices: the fields of ``narrow.options.Options``, which describes them (width, energy,
             params, ff_width, method, refit, ...), the methods by their names; and ``scope``:

@@ -17,8 +17,9 @@ from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.options import Options
-from dotresize.narrow.pipeline import calibrate, narrow_model
+from dotresize.narrow.pipeline import narrow_model
 from dotresize.recovery import recover
 
 COMPARED = ("magnitude", "pca", "dot")

@@ -38,15 +38,17 @@ from dotresize.cli.texts import (
     recovery_windows,
 )
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import (
+    DEFAULT_SIZE,
     check_config,
     check_residual,
     choose_inner_width,
     choose_width,
+    default_size,
     residual_share,
 )
 from dotresize.narrow.options import Options
-from dotresize.narrow.pipeline import calibrate
 from dotresize.narrow.targets import check_kept
 from dotresize.offload.memory_plan import shown
 from dotresize.ops.backends import choose
@@ -72,6 +74,8 @@ def compress(args: argparse.Namespace) -> int:
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
     recorded["by_parts"] = args.memory is not None  # how much of it changes no weight
     recorded["model_files"] = files_of(args.model)
+    if not options.sized:  # what that means may change from version to version
+        recorded["default_size"] = DEFAULT_SIZE
     targets = [args.targets] if args.targets is not None else []
     recorded["text_sha256"] = digests([*choices.files, *targets])
 
@@ -97,7 +101,7 @@ def compress(args: argparse.Namespace) -> int:
             args.model, device, to_narrow=True, work=work
         )
         check_weights(model.module)
-        wanted = replace(options, figures=args.report is not None)
+        wanted = default_size(model, replace(options, figures=args.report is not None))
         streams, tokens, texts = _inputs(choices, wanted, model, tokenizer)
         plan = None
         if work is not None:

@@ -1,10 +1,14 @@
-"""One parameter budget, split over residual and feed-forward width by measured sensitivity.
+"""One parameter budget, spent on the residual and the feed-forward width by measured sensitivity.
 
-Each width alone is narrowed by two amounts, by the same method and refit but on fewer windows, and
-the loss measured on others, which the map has seen and the refit has not. A power law through the
-two points, excess(x) = a x^p for a removed share x, predicts every other amount; of all pairs of
-widths that fit the budget, the one with the smallest predicted sum is taken. Without the refit the
-residual would look dearer than it is: the refit makes up for more of it than of the feed-forward.
+Each width alone is narrowed until the model fits the budget, and half as far, by the same method
+and refit but on fewer windows, and the loss measured on windows that neither map nor refit has
+seen. A power law through the two points, excess(x) = a x^p for a removed share x, says what lies
+between: no pair of widths within the budget asks for more than was measured. Of all these pairs the
+one with the smallest predicted sum is measured as well, if it narrows both widths, and taken if it
+is better than either width alone by ``MARGIN``: less than that would hang on the windows.
+
+Without the refit the residual would look dearer than it is: the refit makes up for more of it than
+of the feed-forward. A map that has seen the windows it is measured on looks cheaper than it is.
 """
 
 from __future__ import annotations
@@ -22,17 +26,23 @@ from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import resized
+from dotresize.narrow.calibrate import collect_for
 from dotresize.narrow.options import Calibrated
 
 logger = logging.getLogger("dotresize")
 
-# Removed shares that are tried: far enough apart for a slope, near what a user asks for.
-PROBES = (0.08, 0.2)
-# Windows on which the loss is measured, and on which the models for that are narrowed.
-WINDOWS = 4
+# Windows on which the loss is measured, at most and of all, and those that models are narrowed on.
+WINDOWS = 8
+WINDOW_SHARE = 1 / 3
 CUT_WINDOWS = 12
 # Feed-forward widths are a multiple of this: matrix products want that.
 INNER_STEP = 16
+# By what share of the excess both widths together must be better than one of them alone.
+MARGIN = 0.05
+# Of a law; outside, two points say more of the windows than of the model.
+POWERS = (0.25, 6.0)
+# No width is narrowed further than to this share to be measured.
+LEAST = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,30 +57,83 @@ class Law:
 
     @classmethod
     def through(cls, shares: tuple[float, float], excesses: tuple[float, float]) -> Law:
-        """The law through two points; excesses are taken as at least a thousandth."""
+        """Return the law through two points; excesses are taken as at least a thousandth."""
         low, high = (max(excess, 1e-3) for excess in excesses)
-        p = max(1.0, math.log(high / low) / math.log(shares[1] / shares[0]))
+        p = math.log(high / low) / math.log(shares[1] / shares[0])
+        p = min(max(p, POWERS[0]), POWERS[1])
         return cls(high / shares[1] ** p, p)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Widths that fit a budget, and why these."""
+    """Widths that fit a budget, and why these.
+
+    Attributes:
+        width, inner: residual and feed-forward width.
+        predicted: excess by the laws; None where only one width can be narrowed.
+        laws: of each width, by what is narrowed: "residual", "feed_forward".
+        measured: excess of the widths that were tried, (width, inner) each.
+    """
 
     width: int
     inner: int
-    predicted: float
-    residual: Law
-    feed_forward: Law
+    predicted: float | None = None
+    laws: tuple[Law, Law] | None = None
+    measured: tuple[tuple[int, int, float], ...] = ()
 
     def details(self) -> dict[str, Any]:
+        """Return what the report says of it."""
+        names = ("residual", "feed_forward")
+        laws = zip(names, self.laws or (), strict=False)
         return {
             "predicted_excess": self.predicted,
-            "laws": {
-                name: {"a": law.a, "p": law.p}
-                for name, law in (("residual", self.residual), ("feed_forward", self.feed_forward))
-            },
+            "laws": {name: {"a": law.a, "p": law.p} for name, law in laws},
+            "measured": [
+                {"width": width, "ff_width": inner, "excess": excess}
+                for width, inner, excess in self.measured
+            ],
         }
+
+
+class Budget:
+    """What a share of a model's parameters leaves room for."""
+
+    def __init__(self, model: CausalLM, share: float, count: str, *, untied: bool = False) -> None:
+        """Count.
+
+        Args:
+            share: of the parameters to keep.
+            count: "total" (tied tensors once) or "non_embedding".
+            untied: whether a tied model's head gets weights of its own, which count.
+        """
+        self._model, self._share = model, share
+        self._parameters = parameters_at(model, count)
+        self.allowed = share * self._parameters(model.width, model.inner_width)
+        outputs = len(model.module.get_submodule(model.architecture.head).weight)
+        self._head = outputs if untied and model.tied and count == "total" else 0
+        self._divisor = model.architecture.divisor(model.config)
+
+    def inner_at(self, width: int) -> int:
+        """Return the largest feed-forward width that fits beside a residual width; 0 for none."""
+        parameters, inner = self._parameters, self._model.inner_width
+        slope = parameters(width, 1) - parameters(width, 0)
+        room = int((self.allowed - parameters(width, 0) - self._head * width) // slope)
+        return max(0, min(inner, room if room >= inner else room // INNER_STEP * INNER_STEP))
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs of widths that fit, the widest feed-forward for each residual width.
+
+        Raises ValueError where even the narrowest model has more parameters.
+        """
+        widths = range(self._divisor, self._model.width + 1, self._divisor)
+        found = [(k, m) for k in widths if (m := self.inner_at(k))]
+        if not found:
+            raise ValueError(f"params {self._share:g}: no pair of widths has so few parameters")
+        return found
+
+    def width_alone(self) -> int:
+        """Return the largest residual width that fits beside the whole feed-forward; 0 for none."""
+        return max((k for k, m in self.pairs() if m == self._model.inner_width), default=0)
 
 
 def split_budget(given: Calibrated, divisor: int) -> Split:
@@ -79,26 +142,64 @@ def split_budget(given: Calibrated, divisor: int) -> Split:
     divisor: of the residual width.
     """
     model, options = given.model, given.options
-
-    def narrowed(width: int, inner: int, tokens: Tensor) -> CausalLM:
-        return options.method.probe(given._replace(tokens=tokens), width, inner)
-
     assert options.params is not None
-    laws = measure(model, given.tokens, divisor, narrowed)
-    split = best_split(
-        model, options.params, options.params_count, divisor, *laws, untied=options.untie
-    )
+    split = _best(given, divisor)
     logger.info(
-        "params %g of %s: width %d -> %d, feed-forward width %d -> %d, predicted excess %.2f",
+        "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s",
         options.params,
         options.params_count.replace("_", "-"),
         model.width,
         split.width,
         model.inner_width,
         split.inner,
-        split.predicted,
+        "" if split.predicted is None else f", expected excess {split.predicted:.2f}",
     )
     return split
+
+
+def _best(given: Calibrated, divisor: int) -> Split:
+    model, options = given.model, given.options
+    assert options.params is not None
+    budget = Budget(model, options.params, options.params_count, untied=options.untie)
+    if model.architecture.fixed_residual:
+        inner = budget.inner_at(model.width)
+        if not inner:
+            raise ValueError(f"params {options.params:g}: no feed-forward width has so few")
+        return Split(model.width, inner)
+    if not model.architecture.has_inner_width:
+        width = budget.width_alone()
+        if not width:
+            raise ValueError(f"params {options.params:g}: no width has so few")
+        return Split(width, model.inner_width)
+    if (model.width, model.inner_width) in budget.pairs():
+        return Split(model.width, model.inner_width)
+    measured = measure(given, divisor, budget)
+    laws = measured.laws()
+    split = best_split(model, budget.pairs(), *laws)
+    alone = [m for m in measured.excesses if (m[0], m[1]) in budget.pairs()]
+    if alone:
+        best = min(alone, key=lambda found: found[2])
+        both = split.width < model.width and split.inner < model.inner_width
+        tried = measured.excess(split.width, split.inner) if both else math.inf
+        if tried > (1 - MARGIN) * best[2]:
+            split = Split(best[0], best[1], best[2])
+        else:
+            split = Split(split.width, split.inner, tried)
+    return Split(split.width, split.inner, split.predicted, laws, tuple(measured.excesses))
+
+
+def best_split(
+    model: CausalLM, pairs: list[tuple[int, int]], residual: Law, feed_forward: Law
+) -> Split:
+    """Return the pair of widths with the smallest predicted sum of excesses."""
+
+    def predicted(pair: tuple[int, int]) -> float:
+        width, inner = pair
+        shares = 1 - width / model.width, 1 - inner / model.inner_width
+        return sum(law(x) for law, x in zip((residual, feed_forward), shares, strict=True) if x)
+
+    width, inner = min(reversed(pairs), key=predicted)
+    return Split(width, inner, predicted((width, inner)))
 
 
 def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
@@ -128,80 +229,69 @@ def _counted(model: CausalLM, width: int, inner: int) -> dict[str, int]:
         return count_parameters(CausalLM.in_memory(type(model.module)(config)))
 
 
-def best_split(
-    model: CausalLM,
-    share: float,
-    count: str,
-    divisor: int,
-    residual: Law,
-    feed_forward: Law,
-    *,
-    untied: bool = False,
-) -> Split:
-    """Return the widths of least predicted excess among those within a share of the parameters.
+class Measured:
+    """Excesses of narrowed models on windows that neither their maps nor their refits have seen."""
 
-    untied: whether a tied model's head gets weights of its own, which count.
+    def __init__(self, given: Calibrated) -> None:
+        self._windows, cut = _split_windows(given.tokens)
+        statistics = collect_for(given.model, cut, given.options)
+        self._given = given._replace(tokens=cut, statistics=statistics)
+        self._dense = math.log(perplexity(given.model, self._windows, desc="budget"))
+        self.excesses: list[tuple[int, int, float]] = []
 
-    Raises ValueError where even the narrowest model has more.
-    """
-    parameters = parameters_at(model, count)
-    width, inner = model.width, model.inner_width
-    allowed = share * parameters(width, inner)
-    outputs = len(model.module.get_submodule(model.architecture.head).weight)
-    head = outputs if untied and model.tied and count == "total" else 0
-    best: Split | None = None
-    for k in range(divisor, width + 1, divisor):
-        slope = parameters(k, 1) - parameters(k, 0)
-        room = int((allowed - parameters(k, 0) - head * k) // slope)
-        m = min(inner, room if room >= inner else room // INNER_STEP * INNER_STEP)
-        if m < 1:
-            break
-        predicted = residual(1 - k / width) + feed_forward(1 - m / inner)
-        if best is None or predicted <= best.predicted:
-            best = Split(k, m, predicted, residual, feed_forward)
-    if best is None:
-        raise ValueError(f"params {share:g}: no pair of widths has so few parameters")
-    return best
+    def excess(self, width: int, inner: int) -> float:
+        """Return the excess at two widths, which is kept in ``excesses``."""
+        method = self._given.options.method
+        narrow = method.probe(self._given, width, inner)
+        found = math.log(perplexity(narrow, self._windows, desc="budget")) - self._dense
+        self.excesses.append((width, inner, found))
+        return found
+
+    def laws(self) -> tuple[Law, Law]:
+        """Return the law of each width, through what was measured of it alone."""
+        model = self._given.model
+        points: tuple[list[tuple[float, float]], ...] = ([], [])
+        for width, inner, excess in self.excesses:
+            if inner == model.inner_width:
+                points[0].append((1 - width / model.width, excess))
+            elif width == model.width:
+                points[1].append((1 - inner / model.inner_width, excess))
+        return _law(points[0]), _law(points[1])
 
 
-def measure(
-    model: CausalLM, tokens: Tensor, divisor: int, narrowed: Callable[[int, int, Tensor], CausalLM]
-) -> tuple[Law, Law]:
-    """Return the laws of the residual and of the feed-forward width.
+def _law(points: list[tuple[float, float]]) -> Law:
+    """Return the law through (removed share, excess); a single point has a line through it."""
+    if len(points) == 1:
+        share, excess = points[0]
+        return Law(max(excess, 1e-3) / share, 1.0)
+    (low, first), (high, second) = sorted(points)
+    return Law.through((low, high), (first, second))
 
-    Args:
-        tokens: int64 (windows, length); some are used.
-        divisor: of the residual width.
-        narrowed: (residual width, feed-forward width, tokens) -> the model narrowed to these.
-    """
-    windows, rest = _split_windows(tokens)
-    dense = math.log(perplexity(model, windows, desc="budget"))
-    laws = []
-    full = (model.width, model.inner_width)
-    for axis, step in enumerate((divisor, 1)):
-        shares: list[float] = []
-        excesses: list[float] = []
-        steps = 0
-        for probe in PROBES:
-            steps = max(steps + 1, round(probe * full[axis] / step))
-            removed = steps * step
-            if removed >= full[axis]:
-                raise ValueError(f"the model's width of {full[axis]} is too small to be probed")
-            width, inner = (n - removed * (i == axis) for i, n in enumerate(full))
-            narrow = narrowed(width, inner, rest)
-            found = math.log(perplexity(narrow, windows, desc="budget"))
-            shares.append(removed / full[axis])
-            excesses.append(found - dense)
-        laws.append(Law.through((shares[0], shares[1]), (excesses[0], excesses[1])))
-    return laws[0], laws[1]
+
+def measure(given: Calibrated, divisor: int, budget: Budget) -> Measured:
+    """Measure each width alone, as far as the budget asks, or ``LEAST`` allows, and half as far."""
+    model = given.model
+    measured = Measured(given)
+    alone = (budget.width_alone(), budget.inner_at(model.width))
+    for axis, (full, step) in enumerate(((model.width, divisor), (model.inner_width, 1))):
+        fewest = -(-LEAST * full // step) * step
+        removed = full - int(max(alone[axis], fewest, step))
+        if removed <= 0:
+            raise ValueError(f"the model's width of {full} is too small to be narrowed")
+        half = round(removed / 2 / step) * step
+        for less in sorted({half, removed} - {0}):
+            width, inner = model.width - less * (axis == 0), model.inner_width - less * (axis == 1)
+            measured.excess(width, inner)
+    return measured
 
 
 def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Windows to measure on and windows to solve on, spread evenly; a single one does both."""
     if len(tokens) == 1:
         return tokens, tokens
+    count = max(1, min(WINDOWS, int(WINDOW_SHARE * len(tokens))))
     held = torch.zeros(len(tokens), dtype=torch.bool)
-    held[_spread(len(tokens), min(WINDOWS, len(tokens) - 1))] = True
+    held[_spread(len(tokens), count)] = True
     rest = tokens[~held]
     return tokens[held], rest[_spread(len(rest), CUT_WINDOWS)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,11 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import resized
 from dotresize.narrow.options import Options
+
+logger = logging.getLogger("dotresize")
+
+# What is kept where nobody says how much.
+DEFAULT_SIZE = 0.8
 
 
 def choose_width(asked: float, width: int, divisor: int) -> int:
@@ -53,6 +60,17 @@ def choose_width(asked: float, width: int, divisor: int) -> int:
     return nearest
 
 
+def default_size(model: CausalLM, options: Options) -> Options:
+    """Return the options with the size that is meant where nobody asked for one; says which."""
+    if options.sized:
+        return options
+    by_width = not options.method.plain or options.targets is not None or not model.store.whole
+    logger.info("no size was asked for: %s %g", "width" if by_width else "params", DEFAULT_SIZE)
+    if by_width:
+        return replace(options, width=DEFAULT_SIZE)
+    return replace(options, params=DEFAULT_SIZE)
+
+
 def residual_share(asked: float | None, inner: float | None) -> float:
     """The residual width to aim at: as asked, else 0.8, or all of it if only the inner width is."""
     if asked is not None:
@@ -74,10 +92,12 @@ def choose_inner_width(asked: float | None, model: CausalLM) -> int | None:
 def check_residual(model: CausalLM, options: Options) -> None:
     """Raise ValueError where the options ask for more than the model's family lets be narrowed."""
     architecture, kind = model.architecture, model.config.model_type
-    asked = options.width not in (None, 1.0, model.width) or options.ff_width is None
+    inner = options.ff_width is not None or options.params is not None
+    asked = options.width not in (None, 1.0, model.width) or not inner
     if architecture.fixed_residual and (asked or options.energy is not None):
         raise ValueError(
-            f"width: {kind} keeps its residual ({architecture.fixed_residual}); give ff_width alone"
+            f"width: {kind} keeps its residual ({architecture.fixed_residual}); give ff_width or "
+            "params alone"
         )
     of_residual = {
         options.method.spelled.partition(" ")[0]: not options.method.default,
@@ -87,9 +107,8 @@ def check_residual(model: CausalLM, options: Options) -> None:
     for name, given in of_residual.items():
         if architecture.fixed_residual and given:
             raise ValueError(f"{name}: {kind} keeps its residual; leave {name} out")
-    inner = options.ff_width is not None or options.params is not None
-    if not architecture.has_inner_width and inner:
-        raise ValueError("ff_width, params: experts have no single inner width; give width")
+    if not architecture.has_inner_width and options.ff_width is not None:
+        raise ValueError("ff_width: experts have no single inner width; give width or params")
 
 
 def check_config(config: Any, width: int) -> None:

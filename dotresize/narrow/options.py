@@ -112,10 +112,12 @@ class Options:
 
     Attributes:
         width: residual width, a fraction up to 1, rounded to what loaders accept, or an exact
-            number of channels. 0.8 if nothing else says how narrow to get.
+            number of channels.
         energy: instead of width: the share of the activations' variance to keep.
         params: instead of both widths: the share of the parameters to keep, split over them by
-            measured sensitivity (narrow/budget.py).
+            measured sensitivity (narrow/budget.py). 0.8 if nothing else says how narrow to get;
+            where no budget can be measured (an offloaded model, a map for each location, given
+            targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
         method: "pca" (principal directions), "dot" (transport), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
@@ -161,6 +163,12 @@ class Options:
     backend: str = field(default="auto", metadata={"resume": False})
     batch_windows: int = field(default=4, metadata={"resume": False})
     figures: bool = field(default=False, metadata={"resume": False})
+
+    @property
+    def sized(self) -> bool:
+        """Whether anything is said of how narrow to get."""
+        asked = (self.width, self.energy, self.params, self.ff_width)
+        return any(value is not None for value in asked)
 
     @property
     def needs(self) -> frozenset[str]:

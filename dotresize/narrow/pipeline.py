@@ -9,19 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dotresize import distributed
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
-from dotresize.calibration.self_generated import sample
-from dotresize.calibration.statistics import Statistics, collect
+from dotresize.calibration.statistics import Statistics
 from dotresize.calibration.text import check_tokens
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.budget import split_budget
+from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import (
     check_config,
     check_residual,
     choose_inner_width,
     choose_width,
+    default_size,
     residual_share,
     width_for_energy,
 )
@@ -45,6 +45,7 @@ def narrow_model(
     options.check()
     model.architecture.check(model.module)
     check_weights(model.module)
+    options = default_size(model, options)
     check_residual(model, options)
     windows = check_tokens(tokens, model.config.vocab_size)
     divisor = model.architecture.divisor(model.config)
@@ -142,39 +143,6 @@ def _report(
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
     }
-
-
-def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
-    """Return the tokens, with those the model writes itself, and what any of the options needs.
-
-    tokens: int64 (windows, length). The first options say how many windows are written.
-    """
-    start = time.perf_counter()
-    # Every token that an offloaded model writes would read all weights from their files.
-    own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
-    if own and distributed.rank() == 0:
-        written = sample(model, own, tokens.shape[1], wanted[0].seed)
-        tokens = torch.cat([tokens, written.to(tokens.device)])
-    tokens = distributed.from_first(tokens)
-    if len(tokens) < distributed.size():
-        raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
-    took = time.perf_counter() - start
-    if model.architecture.fixed_residual:
-        statistics = Statistics.none(tokens.numel(), model.width)
-    else:
-        needs = frozenset().union(*(options.needs for options in wanted))
-        statistics = collect(
-            model,
-            tokens,
-            cost="cost" in needs,
-            moment="moment" in needs,
-            apart="apart" in needs,
-            batch_windows=wanted[0].batch_windows,
-            backend=wanted[0].backend,
-        )
-    statistics.own_windows = own
-    statistics.seconds["own text"] = took
-    return tokens, statistics
 
 
 def _check_statistics(statistics: Statistics, options: Options) -> None:

@@ -1,0 +1,55 @@
+"""Calibration: what the model writes itself, and the statistics that a method asks for."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from dotresize import distributed
+from dotresize.calibration.self_generated import sample
+from dotresize.calibration.statistics import Statistics, collect
+from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.options import Options
+
+
+def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
+    """Return the tokens, with those the model writes itself, and what any of the options needs.
+
+    tokens: int64 (windows, length). The first options say how many windows are written.
+    """
+    start = time.perf_counter()
+    # Every token that an offloaded model writes would read all weights from their files.
+    own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
+    if own and distributed.rank() == 0:
+        written = sample(model, own, tokens.shape[1], wanted[0].seed)
+        tokens = torch.cat([tokens, written.to(tokens.device)])
+    tokens = distributed.from_first(tokens)
+    if len(tokens) < distributed.size():
+        raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
+    took = time.perf_counter() - start
+    if model.architecture.fixed_residual:
+        statistics = Statistics.none(tokens.numel(), model.width)
+    else:
+        statistics = collect_for(model, tokens, *wanted)
+    statistics.own_windows = own
+    statistics.seconds["own text"] = took
+    return tokens, statistics
+
+
+def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics:
+    """Return the statistics of some tokens that any of the options needs.
+
+    tokens: int64 (windows, length). The first options say how they are collected.
+    """
+    needs = frozenset().union(*(options.needs for options in wanted))
+    return collect(
+        model,
+        tokens,
+        cost="cost" in needs,
+        moment="moment" in needs,
+        apart="apart" in needs,
+        batch_windows=wanted[0].batch_windows,
+        backend=wanted[0].backend,
+    )
