@@ -10,7 +10,14 @@ from dotresize import compress
 from dotresize.accounting import count_parameters
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.budget import Law, best_split, parameters_at
+from dotresize.narrow.budget import (
+    POWERS,
+    Budget,
+    Law,
+    Measured,
+    best_split,
+    parameters_at,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,9 +50,10 @@ def test_a_law_goes_through_its_points():
 
 def test_the_cheaper_width_is_cut_first():
     model = CausalLM.in_memory(tiny_model())
+    budget = Budget(model, 0.8, "non_embedding")
     dear, cheap = Law(10.0, 1.0), Law(0.1, 1.0)
-    residual_dear = best_split(model, 0.8, "non_embedding", 4, dear, cheap)
-    inner_dear = best_split(model, 0.8, "non_embedding", 4, cheap, dear)
+    residual_dear = best_split(model, budget.pairs(), dear, cheap)
+    inner_dear = best_split(model, budget.pairs(), cheap, dear)
     assert residual_dear.width == 24 > inner_dear.width
     assert residual_dear.inner < 40 == inner_dear.inner
     for split in (residual_dear, inner_dear):
@@ -54,9 +62,71 @@ def test_the_cheaper_width_is_cut_first():
 
 
 def test_a_budget_nothing_fits():
-    model, law = CausalLM.in_memory(tiny_model()), Law(1.0, 1.0)
     with pytest.raises(ValueError, match=r"params 0\.001: no pair of widths"):
-        best_split(model, 0.001, "total", 4, law, law)
+        Budget(CausalLM.in_memory(tiny_model()), 0.001, "total").pairs()
+
+
+def test_laws_that_hang_on_the_windows_are_held_in():
+    assert Law.through((0.1, 0.2), (0.3, 0.2)).p == POWERS[0]  # less for more removed: noise
+    assert Law.through((0.1, 0.2), (1e-9, 5.0)).p == POWERS[1]
+
+
+def probe_as(excess):
+    """Stands in for a measurement: the excess of two widths by a formula."""
+
+    def measured(self, width, inner):
+        found = excess(1 - width / 24, 1 - inner / 40)
+        self.excesses.append((width, inner, found))
+        return found
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("excess", "widths"),
+    [
+        (lambda x, y: 5 * x + y, (24, 16)),  # the cheaper width alone
+        (lambda x, y: x + 9 * y, (16, 40)),
+        # The laws see x and y alone and expect little of both; together they are dear.
+        (lambda x, y: 5 * x**3 + 5 * y**3 + 9 * min(x, y), (16, 40)),
+    ],
+    ids=["feed-forward", "residual", "not both"],
+)
+def test_what_is_taken_was_measured(excess, widths, tokens, monkeypatch):
+    monkeypatch.setattr(Measured, "excess", probe_as(excess))
+    model = tiny_model()
+    narrow, report = compress(model, tokens, params=0.7, params_count="non_embedding")
+    found = narrow.config.hidden_size, narrow.config.intermediate_size
+    tried = [(m["width"], m["ff_width"]) for m in report["budget"]["measured"]]
+    assert found in tried
+    assert found == widths, report["budget"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "qwen3_moe"])
+def test_a_budget_of_one_width(kind, tokens):
+    """Where only one width can be cut, the budget is that width, and nothing is measured."""
+    model = tiny_model(kind)
+    narrow, report = compress(model, tokens, params=0.85, self_windows=0)
+    dense, found = (count_parameters(CausalLM.in_memory(m))["total"] for m in (model, narrow))
+    assert 0.6 * dense < found <= 0.85 * dense
+    assert report["budget"]["measured"] == []
+    cut = report["width"] if kind in ("mixtral", "qwen3_moe") else report["feed_forward"]
+    assert cut["new"] < cut["old"]
+
+
+def test_without_a_size_it_is_a_budget(tokens, caplog):
+    caplog.set_level("INFO", logger="dotresize")
+    _, report = compress(tiny_model(), tokens, self_windows=0)
+    assert report["budget"]["asked"] == 0.8
+    assert "no size was asked for: params 0.8" in caplog.text
+    for choices in ({"method": "slicegpt"}, {"scope": "location"}):
+        _, report = compress(tiny_model(), tokens, self_windows=0, **choices)
+        assert report["budget"] is None
+        assert report["width"]["asked"] == 0.8
+    kept = torch.arange(20)
+    _, report = compress(tiny_model(), tokens, self_windows=0, method="dot", targets=kept)
+    assert report["width"]["new"] == 20
+    assert "no size was asked for: width 0.8" in caplog.text
 
 
 @pytest.mark.parametrize("untie", [False, True])

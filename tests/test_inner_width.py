@@ -106,7 +106,12 @@ def test_least_squares_is_nearer_to_what_the_dense_writers_write(kind, tokens):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"width": 0.8}, {"width": 16, "ff_width": 20}, {"energy": 0.9}, {"params": 0.8}],
+    [
+        {"width": 0.8},
+        {"width": 16, "ff_width": 20},
+        {"energy": 0.9},
+        {"width": 0.8, "ff_width": 0.7},
+    ],
 )
 def test_the_residual_is_refused_with_the_reason(options, tokens):
     with pytest.raises(ValueError, match=r"olmo2 keeps its residual \(a norm follows each"):

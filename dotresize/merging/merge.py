@@ -3,7 +3,7 @@
 Every window of k adjacent layers is merged in turn and judged by a metric, without tuning; the best
 one stays. Compute does not change, k - 1 feed-forwards' parameters are gone.
 
-Reference: Verma and Elbayad, Merging Feed-Forward Sublayers for Compressed Transformers,
+Reference: Verma, Murray and Duh, Merging Feed-Forward Sublayers for Compressed Transformers,
 arXiv 2501.06126.
 """
 

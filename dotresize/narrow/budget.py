@@ -13,6 +13,7 @@ of the feed-forward. A map that has seen the windows it is measured on looks che
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -205,9 +206,13 @@ def best_split(
 def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
     """Return a model's parameters as a function of residual width and feed-forward width.
 
-    Four models without memory of their own tell: the count is linear in each width.
+    Models without memory of their own tell, as the count is linear in each width: four of them, or
+    two where the residual width cannot change.
     count: "total" (tied tensors once) or "non_embedding" (without embedding and head).
     """
+    if model.architecture.fixed_residual:  # the config may refuse any other width
+        one, two = (_counted(model, model.width, m)[count] for m in (1, 2))
+        return lambda width, inner: one + (two - one) * (inner - 1)
     divisor = model.architecture.divisor(model.config)
     widths, inners = (divisor, 2 * divisor), (1, 2)
     (a, b), (c, d) = ([_counted(model, k, m)[count] for m in inners] for k in widths)
@@ -223,7 +228,8 @@ def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
 
 
 def _counted(model: CausalLM, width: int, inner: int) -> dict[str, int]:
-    config = resized(model.config, width)
+    same = width == model.width
+    config = copy.deepcopy(model.config) if same else resized(model.config, width)
     setattr(config, model.architecture.inner, inner)
     with torch.device("meta"):
         return count_parameters(CausalLM.in_memory(type(model.module)(config)))
