@@ -119,7 +119,8 @@ class Budget:
         parameters, inner = self._parameters, self._model.inner_width
         slope = parameters(width, 1) - parameters(width, 0)
         room = int((self.allowed - parameters(width, 0) - self._head * width) // slope)
-        return max(0, min(inner, room if room >= inner else room // INNER_STEP * INNER_STEP))
+        rounded = room // INNER_STEP * INNER_STEP or room  # few neurons are better than none
+        return max(0, min(inner, room if room >= inner else rounded))
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the pairs of widths that fit, the widest feed-forward for each residual width.
