@@ -54,7 +54,7 @@ const L1Kernels<float>& l1_kernels<float>() {
 
 template <>
 const L1Kernels<uint64_t>& l1_kernels<uint64_t>() {
-  return kernels().l1_octets;
+  return kernels().l1_u8;
 }
 
 template <>

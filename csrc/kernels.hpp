@@ -12,11 +12,11 @@ namespace dotresize {
 // error of a sum over 1e5 tokens near 7e-7; a single running sum reaches 5e-6 after 4e3.
 constexpr int64_t kTokenBlock = 256;
 
-// kOctets: a 64-bit word that holds eight tokens of a neuron as bytes, made by `quantize`.
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kOctets = 3 };
+// kU8: a 64-bit word that holds eight tokens of a neuron as bytes, made by `quantize`.
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kU8 = 3 };
 
 inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kOctets ? 8 : 2;
+  return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kU8 ? 8 : 2;
 }
 
 // Some rows of a matrix, and some of its columns, to be packed.
@@ -148,7 +148,7 @@ struct AssignmentKernels {
 struct Kernels {
   const char* name;
   L1Kernels<float> l1_float;
-  L1Kernels<uint64_t> l1_octets;
+  L1Kernels<uint64_t> l1_u8;
   // word i, byte k = clamp(floor((v_ki - low_k) per_step + dither_k), 0, 255); 0 for k >= tokens
   void (*quantize)(const TokenOctet& octet, int64_t count, uint64_t* out);
   SinkhornKernels<float> sinkhorn_f32;

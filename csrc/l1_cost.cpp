@@ -178,7 +178,7 @@ void l1_cost_packed(int64_t batch, int64_t rows, const Activations& x, const Act
 
 void l1_cost(int64_t batch, int64_t rows, const Activations& x, const Activations& y, float* out,
              const L1Options& options) {
-  if (x.dtype == Dtype::kOctets) {
+  if (x.dtype == Dtype::kU8) {
     l1_cost_packed<uint64_t>(batch, rows, x, y, out, options);
   } else {
     l1_cost_packed<float>(batch, rows, x, y, out, options);
@@ -207,12 +207,12 @@ int64_t l1_tile_alone(int64_t pairs, int num_threads) {
 
 void quantize(int64_t batch, const Activations& x, const Quantization& plan, uint64_t* out,
               int num_threads) {
-  const int64_t octets = ceil_div(plan.tokens, 8), steps = ceil_div(plan.tokens, kTokenBlock);
+  const int64_t words = ceil_div(plan.tokens, 8), steps = ceil_div(plan.tokens, kTokenBlock);
   const char* data = static_cast<const char*>(x.data);
   const int64_t problem_size = x.batch_stride * element_size(x.dtype);
 #pragma omp parallel for num_threads(num_threads)
-  for (int64_t k = 0; k < batch * octets; ++k) {
-    const int64_t b = k / octets, t = k % octets * 8, at = b * plan.tokens + t;
+  for (int64_t k = 0; k < batch * words; ++k) {
+    const int64_t b = k / words, t = k % words * 8, at = b * plan.tokens + t;
     const TokenOctet octet = {x.dtype,
                               data + b * problem_size,
                               x.token_stride,

@@ -10,7 +10,7 @@ namespace dotresize {
 // columns by `index` (batch, count), which is read in place and never gathered into a copy.
 struct Activations {
   const void* data;
-  Dtype dtype;           // kOctets: a row is eight tokens, as written by quantize
+  Dtype dtype;           // kU8: a row is eight tokens, as written by quantize
   int64_t batch_stride;  // in elements
   int64_t token_stride;  // in elements, from row to row
   int64_t count;         // neurons taking part
@@ -21,7 +21,7 @@ struct L1Options {
   int64_t mirrored;    // the first so many neurons of x are y's, in order: one half is computed
   bool accumulate;     // add to `out`; otherwise overwrite it
   double scale;        // the sum is divided by this
-  const float* steps;  // octets: the value of a byte's unit, (batch, blocks of kTokenBlock tokens)
+  const float* steps;  // u8: the value of a byte's unit, (batch, blocks of kTokenBlock tokens)
   int num_threads;
 };
 

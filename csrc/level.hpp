@@ -76,7 +76,7 @@ namespace {
 constexpr Kernels make_level(const char* name) {
   return {name,
           kFloatTile,
-          kOctetTile,
+          kU8Tile,
           quantize,
           kSinkhorn<float>,
           kSinkhorn<double>,

@@ -132,23 +132,23 @@ void tile_float(int64_t tokens, const float* x_panel, const float* y_panel, floa
 
 // One 64-bit lane holds eight tokens of one neuron, so that a sum of absolute differences over
 // eight bytes is one pair's and nothing has to be added across lanes.
-typedef uint64_t Octets __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int kOctetLanes = VECTOR_BYTES / 8;
-constexpr int kOctetVectorsY = 2;  // converted to float in pairs
-constexpr int kOctetPanelX = PANEL_X;
-constexpr int kOctetPanelY = kOctetVectorsY * kOctetLanes;
+typedef uint64_t U8Words __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int kU8Lanes = VECTOR_BYTES / 8;
+constexpr int kU8VectorsY = 2;  // converted to float in pairs
+constexpr int kU8PanelX = PANEL_X;
+constexpr int kU8PanelY = kU8VectorsY * kU8Lanes;
 
-inline Octets absolute_differences(Octets a, Octets b) {
+inline U8Words absolute_differences(U8Words a, U8Words b) {
 #if VECTOR_BYTES == 64
-  return (Octets)_mm512_sad_epu8((__m512i)a, (__m512i)b);
+  return (U8Words)_mm512_sad_epu8((__m512i)a, (__m512i)b);
 #elif VECTOR_BYTES == 32
-  return (Octets)_mm256_sad_epu8((__m256i)a, (__m256i)b);
+  return (U8Words)_mm256_sad_epu8((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-  return (Octets)_mm_sad_epu8((__m128i)a, (__m128i)b);
+  return (U8Words)_mm_sad_epu8((__m128i)a, (__m128i)b);
 #else
-  Octets sum = {};
+  U8Words sum = {};
   for (int byte = 0; byte < 8; ++byte) {
-    const Octets u = a >> (8 * byte) & 0xff, v = b >> (8 * byte) & 0xff;
+    const U8Words u = a >> (8 * byte) & 0xff, v = b >> (8 * byte) & 0xff;
     sum += u > v ? u - v : v - u;
   }
   return sum;
@@ -157,29 +157,29 @@ inline Octets absolute_differences(Octets a, Octets b) {
 
 // The sums of two vectors as floats, in the order of the neurons. Sums over a block stay below 2^16
 // and so leave the upper half of their lanes to another.
-inline Simd<float>::V to_floats(Octets even, Octets odd) {
+inline Simd<float>::V to_floats(U8Words even, U8Words odd) {
   return __builtin_convertvector((Simd<float>::I)(even | odd << 32), Simd<float>::V);
 }
 
-void tile_octets(int64_t octets, const uint64_t* x_panel, const uint64_t* y_panel, float step,
-                 float* tile, int64_t stride) {
-  Octets sum[kOctetPanelX][kOctetVectorsY] = {};
-  for (int r = 0; r < kOctetPanelX; ++r) __builtin_prefetch(tile + r * stride, 1);
-  for (int64_t t = 0; t < octets; ++t) {
-    Octets y[kOctetVectorsY];
+void tile_u8(int64_t words, const uint64_t* x_panel, const uint64_t* y_panel, float step,
+             float* tile, int64_t stride) {
+  U8Words sum[kU8PanelX][kU8VectorsY] = {};
+  for (int r = 0; r < kU8PanelX; ++r) __builtin_prefetch(tile + r * stride, 1);
+  for (int64_t t = 0; t < words; ++t) {
+    U8Words y[kU8VectorsY];
 #pragma GCC unroll 4
-    for (int v = 0; v < kOctetVectorsY; ++v) {
-      std::memcpy(&y[v], y_panel + t * kOctetPanelY + v * kOctetLanes, sizeof y[v]);
+    for (int v = 0; v < kU8VectorsY; ++v) {
+      std::memcpy(&y[v], y_panel + t * kU8PanelY + v * kU8Lanes, sizeof y[v]);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kOctetPanelX; ++r) {
-      const Octets x = Octets{} | x_panel[t * kOctetPanelX + r];
+    for (int r = 0; r < kU8PanelX; ++r) {
+      const U8Words x = U8Words{} | x_panel[t * kU8PanelX + r];
 #pragma GCC unroll 4
-      for (int v = 0; v < kOctetVectorsY; ++v) sum[r][v] += absolute_differences(x, y[v]);
+      for (int v = 0; v < kU8VectorsY; ++v) sum[r][v] += absolute_differences(x, y[v]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kOctetPanelX; ++r) {
+  for (int r = 0; r < kU8PanelX; ++r) {
     float* out = tile + r * stride;
     store(out, load(out) + step * to_floats(sum[r][0], sum[r][1]));
   }
@@ -187,11 +187,11 @@ void tile_octets(int64_t octets, const uint64_t* x_panel, const uint64_t* y_pane
 
 // The first vector of a panel of y has its even neurons, the second the odd ones: see to_floats.
 inline int64_t even_then_odd(int lane) {
-  return lane < kOctetLanes ? 2 * lane : 2 * (lane - kOctetLanes) + 1;
+  return lane < kU8Lanes ? 2 * lane : 2 * (lane - kU8Lanes) + 1;
 }
 
 template <int P, int64_t neuron(int)>
-void pack_octets(const Block& block, uint64_t* out) {
+void pack_u8(const Block& block, uint64_t* out) {
   const uint64_t* data = static_cast<const uint64_t*>(block.data);
   const int64_t *index = block.index, stride = block.stride;
   pack_panels<P, neuron>(block.rows, block.count, out, [=](int64_t t, int64_t i) {
@@ -218,9 +218,8 @@ void quantize(const TokenOctet& octet, int64_t count, uint64_t* out) {
 
 constexpr L1Kernels<float> kFloatTile = {kPanelX, kPanelY, pack<kPanelX>, pack<kPanelY>,
                                          tile_float};
-constexpr L1Kernels<uint64_t> kOctetTile = {kOctetPanelX, kOctetPanelY,
-                                            pack_octets<kOctetPanelX, in_order>,
-                                            pack_octets<kOctetPanelY, even_then_odd>, tile_octets};
+constexpr L1Kernels<uint64_t> kU8Tile = {kU8PanelX, kU8PanelY, pack_u8<kU8PanelX, in_order>,
+                                         pack_u8<kU8PanelY, even_then_odd>, tile_u8};
 
 }  // namespace
 }  // namespace dotresize

@@ -55,7 +55,7 @@ def check_weights(module: Any) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process has held at most, by device."""
+    """Return the bytes that this process has held at most, by device."""
     peak = {"host": _peak_resident()}
     if torch.cuda.is_available():
         peak["device"] = torch.cuda.max_memory_allocated()

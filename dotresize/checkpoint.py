@@ -114,7 +114,7 @@ def _own_format(folder: Path) -> Callable[[Path], CausalLM] | None:
 
 @contextlib.contextmanager
 def _one_line(source: str) -> Iterator[None]:
-    """Whatever a damaged file makes the readers raise (struct.error, ...) is bad input."""
+    """Raise ValueError in one line for whatever a damaged file makes the readers raise."""
     try:
         yield
     except Exception as error:
@@ -145,7 +145,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """A dequantised model still names its old format, and refuses to be saved for it."""
+    """Take the old format's name off a dequantised model, which could not be saved with it."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if getattr(model, "hf_quantizer", None) is not None:
@@ -154,7 +154,10 @@ def _forget_quantisation(model: Any) -> None:
 
 
 def check_output(out: str | Path) -> Path:
-    """ValueError unless ``out`` can become a new directory: absent or empty, parent writable."""
+    """Raise ValueError unless ``out`` can become a new directory.
+
+    It must be absent or empty, and its parent writable.
+    """
     path = Path(out)
     try:
         if path.is_symlink():

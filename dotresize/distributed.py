@@ -1,9 +1,9 @@
 """Several processes on one compression: ``torchrun --nproc-per-node 2 -m dotresize compress ...``.
 
-Every process has the whole model, or its shelf, and a share of the windows; sums over tokens are
-added up over the processes, which then solve the same problems (of many maps, a share each) and
-take the same decisions. The first process alone writes and speaks. In a single process nothing
-here does anything.
+Every process has the whole model, or its offloaded weights, and a share of the windows; sums over
+tokens are added up over the processes, which then solve the same problems (of many maps, a share
+each) and take the same decisions. The first process alone writes and speaks. In a single process
+nothing here does anything.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def end() -> None:
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_device() -> torch.device:
-    """The device of this process."""
+    """Return the device of this process."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def share(windows: Tensor) -> Tensor:
-    """This process's windows; none where there are fewer than processes."""
+    """Return this process's windows; none where there are fewer than processes."""
     return windows[rank() :: size()]
 
 
@@ -63,7 +63,7 @@ def total(*sums: Tensor | None) -> None:
 
 
 def from_first(value: Any, owner: int = 0) -> Any:
-    """An object as one process has it, on every process."""
+    """Return an object as one process has it, on every process."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -72,6 +72,6 @@ def from_first(value: Any, owner: int = 0) -> Any:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()

@@ -15,7 +15,7 @@ from dotresize.models.causal_lm import CausalLM
 
 
 def evaluation_windows(stream: Tensor, length: int, count: int | None = None) -> Tensor:
-    """Consecutive windows of a text's tokens, or ``count`` of them spread evenly over it.
+    """Return consecutive windows of a text's tokens, or ``count`` of them spread evenly over it.
 
     No token is in two windows. A text shorter than one window is one shorter window.
     """
@@ -72,7 +72,7 @@ def _logits(
 def _offloaded_logits(
     model: CausalLM, windows: Tensor, batch_windows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All windows pass a layer before the next one is read."""
+    """Yield logits of windows that all pass a layer before the next one is read."""
     streams = Streams(model, windows, batch_windows)
     for name in model.layers:
         with model.resident(name) as layer:

@@ -29,13 +29,13 @@ class NormalEquations:
     """Sums over tokens: products of a chunk in float32, added up in float64."""
 
     def __init__(self, prior: Tensor) -> None:
-        """prior: A0, (inputs, outputs) float64."""
+        """Begin with no token. prior: A0, (inputs, outputs) float64."""
         self.prior = prior
         self.gram = prior.new_zeros(len(prior), len(prior))
         self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
 
     def add(self, u: Tensor, v: Tensor) -> None:
-        """Tokens: u (..., inputs), v (..., outputs)."""
+        """Add tokens: u (..., inputs), v (..., outputs)."""
         u, v = u.flatten(0, -2), v.flatten(0, -2)
         self.gram += over_tokens(u, u)
         self.cross += over_tokens(u, v)
@@ -51,12 +51,14 @@ class NormalEquations:
         self.cross = self.cross[kept]
 
     def solve(self, ridge: float) -> Tensor:
-        """A, (inputs, outputs); the sums are spent with it."""
+        """Return A, (inputs, outputs); the sums are spent with it."""
         return solve(self.gram, self.cross, self.prior, ridge)
 
 
 def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """A of the module's header from its sums: gram (inputs, inputs); the others (inputs, outputs).
+    """Return A of the module's header from its sums.
+
+    gram: (inputs, inputs); cross, prior: (inputs, outputs).
 
     gram and cross are overwritten: a copy is the largest thing there is in a narrow memory.
     Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
@@ -74,19 +76,19 @@ _SINCE = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 
 
 def over_tokens(u: Tensor, v: Tensor) -> Tensor:
-    """u'v, float32: u (T, n), v (T, m), of any floating type."""
+    """Return u'v, float32: u (T, n), v (T, m), of any floating type."""
     return product(u.mT, v)
 
 
 def scaled_gram(x: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
-    """(s x)'(s x), float32: x (T, n), of any floating type; scale (T, 1) and s x, float32."""
+    """Return (s x)'(s x), float32: x (T, n) of any floating type, s (T, 1) and s x float32."""
     if _exact(x):
         return over_tokens(x, scaled * scale)
     return scaled.mT @ scaled
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, float32: (n, T), (T, m), of any floating type."""
+    """Return a @ b, float32: (n, T), (T, m), of any floating type."""
     if _exact(a) and a.dtype == b.dtype:
         return _multiply(a, b)
     if _exact(a) and a.dtype == torch.bfloat16:
@@ -97,14 +99,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> bool:
-    """Whether the device has matrix units for such a factor that add up in float32."""
+    """Return whether the device has matrix units for such a factor that add up in float32."""
     if not x.is_cuda or torch.version.hip or x.dtype not in _SINCE:
         return False
     return torch.cuda.get_device_capability(x.device) >= _SINCE[x.dtype]
 
 
 def split_in_three(x: Tensor) -> list[Tensor]:
-    """Three bfloat16 tensors whose exact sum is a float32 one (2^-110 < |x| < 2^127, or 0)."""
+    """Return three bfloat16 tensors whose exact sum is a float32 one.
+
+    That holds for 2^-110 < |x| < 2^127, and for 0.
+    """
     parts = []
     for _ in range(3):
         parts.append(x.bfloat16())
@@ -117,7 +122,7 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:
-    """One after the other, so that no more than two are held."""
+    """Return the sum of terms that are made one after the other, so that two are held at most."""
     total = next(terms)
     for term in terms:
         total += term

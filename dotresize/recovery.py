@@ -35,7 +35,7 @@ LEARNING_RATE = 2e-4
 
 
 def check(device: torch.device) -> None:
-    """ValueError where Trainer cannot run, or would train on another device."""
+    """Raise ValueError where Trainer cannot run, or would train on another device."""
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -223,7 +223,7 @@ class _Best:
 
 
 def _callback(bar: Any, best: _Best | None) -> Any:
-    """A callback of Trainer's that moves a bar, and looks for the best weights."""
+    """Return a callback of Trainer's that moves a bar, and looks for the best weights."""
     import transformers
 
     class Steps(transformers.TrainerCallback):
@@ -238,7 +238,7 @@ def _callback(bar: Any, best: _Best | None) -> Any:
 def _claim(
     folder: Path, model: Any, examples: list[dict[str, Tensor]], choices: dict[str, float]
 ) -> None:
-    """ValueError where the folder holds another run's state; else says whose it is from now on."""
+    """Claim a folder for a run; ValueError where it holds another run's state."""
     digest = hashlib.sha256()
     for example in examples:
         for name in sorted(example):
@@ -256,7 +256,7 @@ def _claim(
 
 
 def _last_state(folder: Path) -> str | None:
-    """The newest complete state in the working folder; those that were cut short are removed."""
+    """Return the newest complete state in the working folder; removes those that were cut short."""
     found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
     found.sort(key=lambda path: int(path.name.split("-")[1]))
     while found:
@@ -270,7 +270,7 @@ def _last_state(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Trainer seeds every random generator of the process."""
+    """Give the random generators of the process back, all of which Trainer seeds."""
     ours, numpys = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         try:

@@ -16,7 +16,7 @@ FIRST = 2  # iterations before that, even too: they compile the kernels
 
 
 def iterate(step: Callable[[int], None], total: int, watch: Watch) -> None:
-    """``step(0)``, ``step(1)``, ``step(0)``, ... in all ``total`` times, or until nothing runs."""
+    """Call ``step(0)``, ``step(1)``, ``step(0)``, ... ``total`` times, or until nothing runs."""
     graph = None
     done = 0
     while done < total and not watch.stopped():

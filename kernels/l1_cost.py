@@ -35,7 +35,7 @@ class L1Config:
     registers: int
 
     def constants(self, lanes: int = 32) -> dict[str, int]:
-        """The kernel's constants, on a device with so many lanes in a warp."""
+        """Return the kernel's constants, on a device with so many lanes in a warp."""
         return {
             "BM": self.block_m,
             "BN": self.block_n,
@@ -48,12 +48,12 @@ class L1Config:
         }
 
     def options(self, lanes: int = 32) -> dict[str, int]:
-        """What the compiler is told; AMD's takes no limit."""
+        """Return what the compiler is told; AMD's takes no limit."""
         limit = {} if lanes == 64 or torch.version.hip else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps(lanes)} | limit
 
     def num_warps(self, lanes: int = 32) -> int:
-        """Half as many of 64 lanes: a tile held twice would be computed twice."""
+        """Return the warps; half as many of 64 lanes, as a tile held twice is computed twice."""
         return self.warps[0] * self.warps[1] * 32 // lanes
 
 
@@ -104,7 +104,7 @@ def l1_cost(work: L1Operands, scale: Tensor | None = None) -> Tensor | None:
 
 
 def _readable(x: Tensor, block: int, kind: torch.dtype) -> bool:
-    """Whether a kernel can read tiles of x as it is: 16 bytes at a time, none past the end."""
+    """Return whether a kernel can read x as it is: 16 bytes at a time, none past the end."""
     n = x.shape[2]
     steps = (*x.stride()[:2], n)
     aligned = x.data_ptr() % 16 == 0 and all(step % ALIGNED == 0 for step in steps)
@@ -112,7 +112,10 @@ def _readable(x: Tensor, block: int, kind: torch.dtype) -> bool:
 
 
 def _operand(x: Tensor, index: Tensor | None, block: int, kind: torch.dtype) -> Tensor:
-    """x, or its neurons ``index``, as a kernel reads it; what is copied may have more neurons."""
+    """Return x, or its neurons ``index``, as a kernel reads it.
+
+    What is copied may have more neurons.
+    """
     if index is None and _readable(x, block, kind):
         return x
     n = x.shape[2] if index is None else index.shape[1]
@@ -126,7 +129,7 @@ def _operand(x: Tensor, index: Tensor | None, block: int, kind: torch.dtype) -> 
 def _launch(
     config: L1Config, work: L1Operands, scale: Tensor | None, *, symmetric: bool
 ) -> Tensor | None:
-    """x and y are what the kernel reads; both are there."""
+    """Launch the kernel; x and y are what it reads, and both are there."""
     x, y, out, divisor = work.x, work.y, work.out, work.divisor
     batch, n, m = out.shape
     lanes = _lanes(x)
@@ -175,7 +178,7 @@ def _lanes(x: Tensor) -> int:
 
 
 def choose_config(out: Tensor, *, packed: bool, device: torch.device) -> L1Config:
-    """The tile for one call: the small one where others would be too few, or mostly padding."""
+    """Return the tile for one call; the small one where others were too few, or mostly padding."""
     kind = "packed" if packed else "float32"
     processors = 1
     if device.type == "cuda":

@@ -47,7 +47,7 @@ def _store_statistics(p_statistics, low, high, mean):
 
 @jit
 def _fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
-    """A chunk of tokens on its way into shared memory; zeros past the last token."""
+    """Send a chunk of tokens into shared memory; zeros past the last token."""
     if ASYNC:
         async_load(buffer, p_values, mask=m_values)
     else:
@@ -56,7 +56,7 @@ def _fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
 
 @jit
 def _next_chunk(ASYNC: tl.constexpr, STAGES: tl.constexpr):
-    """Waits for the oldest chunk on its way."""
+    """Wait for the oldest chunk on its way."""
     if ASYNC:
         async_copy.wait_group(STAGES - 2)
 
@@ -100,7 +100,7 @@ def l1_cost_kernel(
     WARPS_M: tl.constexpr,
     WARPS_N: tl.constexpr,
 ):
-    """One tile of BM x BN pairs, T x T and repetitions of it in a thread.
+    """Compute one tile of BM x BN pairs, T x T and repetitions of it in a thread.
 
     read_n, read_m: neurons of a token that may be read, at least a tile, multiples of 16 and, up to
     padding, n and m. p_scale, with PACKED: (batch, groups) factors of the sums of CHUNK tokens.

@@ -88,7 +88,7 @@ class _Solver:
 
     def __init__(self, batch: SinkhornBatch, storage: str) -> None:
         costs, a, b, g, reg = batch.costs, batch.a, batch.b, batch.g, batch.reg
-        use_momentum = batch.pace == MOMENTUM
+        use_momentum = batch.acceleration == MOMENTUM
         # A cost that is stored anew is not read often enough to be copied first.
         self.costs = costs = costs if storage == "u16" else aligned(costs)
         first = costs[0]
@@ -199,7 +199,7 @@ class _Solver:
         self.shift_f = self.row_min.double() / t.rows_of(self.reg)
 
     def _store_linear(self, labels: Sequence[int]) -> None:
-        """16-bit copies of the costs, minima taken off; refused where that is too coarse."""
+        """Store 16-bit copies of the costs less their minima; ValueError if that is too coarse."""
         t = self.tables
         spans = torch.zeros(len(self.costs), dtype=self.kind, device=self.device)
         spans.scatter_reduce_(0, t.program[:, 0], self.largest, "amax")

@@ -41,7 +41,7 @@ MOMENTUM_LINE = tl.constexpr(8)  # a power of two: 32 bytes in float32
 def _shifted_sums(
     p_cost, p_f, p_row_min, b_cmin, stride, n, o_c, m_c, inv_reg, scale, BR: tl.constexpr
 ):
-    """log2 of sum_i exp2(f_i - (C_ij - r_i - c_j) / reg), with a maximum taken out. [BC]"""
+    """Return log2 of sum_i exp2(f_i - (C_ij - r_i - c_j) / reg), with a maximum taken out. [BC]"""
     b_max = tl.full(o_c.shape, -float("inf"), dtype=b_cmin.dtype)
     b_sum = tl.zeros(o_c.shape, dtype=b_cmin.dtype)
     for row in range(0, n, BR):
@@ -65,7 +65,7 @@ def _shifted_sums(
 
 @triton.jit
 def _factor(p_last, p_new, o_q, m_q, FAR: tl.constexpr):
-    """This iteration's over-relaxation, by what the last two left; see ops/acceleration.py.
+    """Return this iteration's over-relaxation, by what the last two left (ops/acceleration.py).
 
     Every block comes to the same answer, from the lines that all blocks of the problem have left.
     """
@@ -111,7 +111,7 @@ def sinkhorn_column_kernel(
     MOMENTUM: tl.constexpr,
     FAR: tl.constexpr,
 ):
-    """g_new = g + log b - log s, with mean 0 before it; and how far the sums s are from b."""
+    """Update g_new = g + log b - log s, centred before; store how far the sums s are from b."""
     i_b = tl.load(p_block + 2 * tl.program_id(0))
     first = tl.load(p_block + 2 * tl.program_id(0) + 1).to(tl.int32)
     if tl.load(p_status + i_b) == RUNNING:
@@ -186,7 +186,7 @@ def sinkhorn_status_kernel(
     COLUMN_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """What has not stopped by itself stops now: one program per problem."""
+    """Stop what has not stopped by itself: one program per problem."""
     i_b = tl.program_id(0).to(tl.int64)
     if tl.load(p_status + i_b) == RUNNING:
         m = tl.load(p_problem + i_b * LINE + AT_COLUMNS)

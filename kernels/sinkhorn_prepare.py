@@ -26,14 +26,14 @@ STAGES = 4
 
 
 def row_block(columns: int, warps: int) -> tuple[int, int]:
-    """Rows and columns of a block that walks along rows: long, as each step waits for memory."""
+    """Return rows and columns of a block along rows: long, as each step waits for memory."""
     long = min(128 * warps, triton.next_power_of_2(columns))
     return 128 * warps // long, long
 
 
 @triton.jit
 def _line(p_problem, p_program):
-    """Problem, first row, and the fields of its table; see sinkhorn_tables.Tables."""
+    """Return problem, first row, and the columns of its line; see sinkhorn_tables.Tables."""
     i_b = tl.load(p_program + 2 * tl.program_id(0))
     first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
     p_line = p_problem + i_b * LINE
@@ -61,7 +61,7 @@ def row_minima_kernel(
     BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """r, and each program's largest C - r; raises the status of problems with bad entries."""
+    """Compute r, and each program's largest C - r; mark problems with bad entries."""
     i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
     i_row = tl.load(p_line + AT_ROW)
@@ -112,7 +112,7 @@ def partial_minima_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Column minima of C - r over the rows of one sweep program; columns are the second axis."""
+    """Compute column minima of C - r over a sweep program's rows; the second axis is columns."""
     _, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
     i_row = tl.load(p_line + AT_ROW)
@@ -148,7 +148,7 @@ def column_minima_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """c, from the partial minima; raises the status of problems with a column that has nowhere."""
+    """Compute c from the partial minima; mark problems with a column that has nowhere to go."""
     i_b, first, p_line, _, _, n, m = _line(p_problem, p_block)
     i_column = tl.load(p_line + AT_COLUMN)
     p_part = p_partial + tl.load(p_line + AT_PARTIAL)
@@ -184,7 +184,7 @@ def store_linear_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """(C - r - c) / step, rounded, as uint16 into the problem's place of p_stored_problem."""
+    """Store (C - r - c) / step, rounded, as uint16 into the problem's place of p_stored_problem."""
     i_b, first, p_line, offset, stride, n, m = _line(p_problem, p_program)
     p_cost += offset
     p_stored += tl.load(p_stored_problem + i_b * LINE + AT_OFFSET)

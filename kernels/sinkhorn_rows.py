@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def columns_of(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
-    """g, -inf past the last column, and the column minima. [BC] each"""
+    """Return g, -inf past the last column, and the column minima. [BC] each"""
     b_g = tl.load(p_g + o_c, mask=o_c < m, other=-float("inf"))
     b_cmin = b_g
     if SHIFTED:
@@ -24,13 +24,13 @@ def columns_of(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _counted(b_c):
-    """uint16 as float32 by its bits: 2^23 + c, less 2^23. GPUs convert at a quarter of the rate."""
+    """Return uint16 as float32 by its bits: conversions run at a quarter of the rate."""
     return (b_c.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
 def exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr):
-    """z = g - (C - r - c) / reg of a block, in powers of two; -inf past the edges. [BR, BC]
+    """Return z = g - (C - r - c) / reg of a block, in powers of two; -inf past the edges. [BR, BC]
 
     With uint16 storage, C - r - c is stored as a multiple of the scale.
     """
@@ -47,7 +47,7 @@ def exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr):
 
 @triton.jit
 def read_block(p_rows, m_c, MASKED: tl.constexpr):
-    """A block of costs; past the edge +inf, not 0: less a huge minimum, that would become -inf."""
+    """Return a block of costs; +inf past the edge: 0 less a huge minimum would be -inf."""
     if MASKED:
         if p_rows.dtype.element_ty == tl.uint16:
             b_c = tl.load(p_rows, mask=m_c, other=0)
@@ -60,7 +60,7 @@ def read_block(p_rows, m_c, MASKED: tl.constexpr):
 
 @triton.jit
 def row_vectors(p_log_a, p_row_min, p_f, o_r, last):
-    """log a, r, and what keeps the rows' exponentials in range. [BR] each"""
+    """Return log a, r, and what keeps the rows' exponentials in range. [BR] each"""
     m_r = o_r < last
     b_log_a = tl.load(p_log_a + o_r, mask=m_r, other=-float("inf"))
     b_rmin = tl.load(p_row_min + o_r, mask=m_r, other=0.0)
@@ -72,7 +72,7 @@ def row_vectors(p_log_a, p_row_min, p_f, o_r, last):
 
 @triton.jit
 def read_rows(p_r, m_last, PARTS: tl.constexpr, BC: tl.constexpr):
-    """Whole rows in three parts, the first two of them full, or in one, three times the same."""
+    """Return whole rows in three parts, the first two full, or one part three times."""
     if PARTS == 3:
         b_c = read_block(p_r, m_last, False)
         b_c1 = read_block(p_r + BC, m_last, False)
@@ -96,7 +96,7 @@ def exponents_of_rows(
     SHIFTED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """z of each part."""
+    """Return z of each part."""
     b_c, b_c1, b_c2 = blocks
     b_z = exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED)
     b_z1 = b_z
@@ -109,7 +109,7 @@ def exponents_of_rows(
 
 @triton.jit
 def entries(b_z, b_z1, b_z2, b_shift, PARTS: tl.constexpr):
-    """exp2(z + shift) of each part, and the rows' sums."""
+    """Return exp2(z + shift) of each part, and the rows' sums."""
     b_e = tl.exp2(b_z + b_shift[:, None])
     b_e1 = b_e
     b_e2 = b_e

@@ -63,7 +63,7 @@ def _goes_on(
     COLUMN_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Whether the problem needs another sweep, by the errors of its last one.
+    """Return whether the problem needs another sweep, by the errors of its last one.
 
     Every program of the problem comes to the same answer by itself, so none waits for another. The
     leading one writes; whether its CONVERGED is seen in this launch or RUNNING still must not
@@ -115,7 +115,7 @@ def sinkhorn_sweep_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program: its problem and first row are the program's line of p_program."""
+    """Sweep one program's rows; its problem and first row are its line of p_program."""
     i_b = tl.load(p_program + 2 * tl.program_id(0))
     first = tl.load(p_program + 2 * tl.program_id(0) + 1).to(tl.int32)
     p_line = p_problem + i_b * LINE

@@ -39,7 +39,7 @@ class Tile:
     def __init__(
         self, columns: int, dtype: torch.dtype, *, shifted: bool = False, vector: int | None = None
     ) -> None:
-        """vector: entries of 16 stored bytes, which a thread reads at a time."""
+        """Choose. vector: entries of 16 stored bytes, which a thread reads at a time."""
         power = max(32, triton.next_power_of_2(columns))
         self.parts = 3 if columns <= 3 * power // 4 and power >= 128 else 1
         self.block = power // 4 if self.parts == 3 else power
@@ -59,7 +59,7 @@ class Tile:
             self.parts, self.block, self.rows, self.warps = 1, STREAMED_COLUMNS, 4, 4
 
     def num_warps(self, lanes: int = 32) -> int:
-        """As many threads whatever the lanes of a warp, but at least one warp."""
+        """Return the warps: as many threads whatever the lanes of a warp, but at least one warp."""
         return max(1, self.warps * 32 // lanes)
 
     @property
@@ -71,7 +71,7 @@ class Tile:
 
 
 def rows_per_program(rows: Sequence[int], slots: int, step: int) -> int:
-    """Rows of a sweep program, a multiple of step, so that ``slots`` programs at a time end soon.
+    """Return the rows of a program, a multiple of step, so that ``slots`` at a time end soon.
 
     Minimises waves * rows over one to eight waves of programs, the fewest waves first: each program
     also costs a partial sum of every column.
@@ -123,11 +123,11 @@ class Tables:
         self.blocks = triton.next_power_of_2(int(blocks.max()))
 
     def rows_of(self, values: Tensor) -> Tensor:
-        """Numbers of the problems, (B,), for each of their rows."""
+        """Return the problems' numbers, (B,), for each of their rows."""
         return values.repeat_interleave(self.n, output_size=self.rows_total)
 
     def columns_of(self, values: Tensor) -> Tensor:
-        """Numbers of the problems, (B,), for each of their columns."""
+        """Return the problems' numbers, (B,), for each of their columns."""
         return values.repeat_interleave(self.m, output_size=self.columns_total)
 
 
@@ -136,14 +136,14 @@ def _before(counts: np.ndarray) -> np.ndarray:
 
 
 def _firsts(counts: np.ndarray, step: int) -> np.ndarray:
-    """Problem and first row, or column, of each of so many programs of every problem."""
+    """Return problem and first row, or column, of each program of every problem."""
     problem = np.arange(len(counts)).repeat(counts)
     first = (np.arange(len(problem)) - _before(counts)[problem]) * step
     return np.stack([problem, first], 1)
 
 
 def aligned(costs: Sequence[Tensor]) -> list[Tensor]:
-    """The costs, copied where their rows do not begin and end at multiples of 16 bytes.
+    """Return the costs, copied where their rows do not begin and end at multiples of 16 bytes.
 
     Entry by entry such a row takes twice as many instructions as its iteration has otherwise; a
     copy takes as long as one or two iterations.

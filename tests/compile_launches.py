@@ -66,7 +66,9 @@ def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
         l1_cost.l1_cost(work, torch.ones(batch, groups))
 
 
-def solve(shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, pace: int) -> None:
+def solve(
+    shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, acceleration: int
+) -> None:
     count = len(shapes)
     a, b = (
         torch.cat([torch.full((shape[axis],), 1 / shape[axis]).double() for shape in shapes])
@@ -81,7 +83,7 @@ def solve(shapes: list[tuple[int, int]], storage: str, dtype: torch.dtype, pace:
         g=torch.zeros_like(b),
         reg=numbers[0],
         tol=numbers[1],
-        pace=torch.full((count,), pace),
+        acceleration=torch.full((count,), acceleration),
         max_iter=2,
     )
     sinkhorn.sinkhorn(batch, storage)

@@ -105,12 +105,12 @@ void check_l1(int64_t tokens, int64_t n, int64_t m) {
   const std::vector<float> low(tokens, -2.0f), dither(tokens, 0.5f);
   const std::vector<float> steps(tokens / kTokenBlock + 1, 1.0f / 64);
   const Quantization plan = {tokens, token.data(), low.data(), dither.data(), steps.data()};
-  const int64_t octets = (tokens + 7) / 8;
-  std::vector<uint64_t> words_x(octets * n), words_y(octets * m);
+  const int64_t words = (tokens + 7) / 8;
+  std::vector<uint64_t> words_x(words * n), words_y(words * m);
   quantize(1, {steps_x.data(), Dtype::kFloat32, 0, n, n, nullptr}, plan, words_x.data(), 2);
   quantize(1, {steps_y.data(), Dtype::kFloat32, 0, m, m, nullptr}, plan, words_y.data(), 2);
-  l1_cost(1, octets, {words_x.data(), Dtype::kOctets, 0, n, n, nullptr},
-          {words_y.data(), Dtype::kOctets, 0, m, m, nullptr}, cost.data(),
+  l1_cost(1, words, {words_x.data(), Dtype::kU8, 0, n, n, nullptr},
+          {words_y.data(), Dtype::kU8, 0, m, m, nullptr}, cost.data(),
           {0, false, 1.0, steps.data(), 2});
   report("l1 bytes", l1_error(steps_x, steps_y, tokens, n, m, cost), 1e-5);
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import dotresize
 
 ROOT = Path(__file__).parent.parent
+# What a fragment begins with, and what a property may.
+_NOUNS = {"The", "A", "An", "All", "Whether", "What", "Names", "How"}
+_NO_VERBS = _NOUNS | {"Of", "As", "By", "In", "On", "With", "From", "For", "Both", "Those", "Which"}
 _TEXTS = {".md", ".py", ".cpp", ".hpp"}
 # A file in a folder of this repository.
 _NAMED = re.compile(
@@ -74,6 +78,22 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
     for page in TABLES:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert with_tables(page, text) == text, f"{page}: run python -m benchmarks.tables"
+
+
+def test_docstrings_say_what_is_done():
+    """A function's first line begins with a verb in the imperative; no line is a fragment."""
+    fragments = []
+    for folder in ("dotresize", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):
+                    continue
+                first = ast.get_docstring(node).split()[0]
+                decorators = {ast.unparse(d) for d in node.decorator_list}
+                described = bool(decorators & {"property", "cached_property", "abstractmethod"})
+                if first in _NO_VERBS - (_NOUNS if described else set()) or not first[0].isupper():
+                    fragments.append(f"{path.name}:{node.lineno} {node.name}: {first}")
+    assert fragments == []
 
 
 def test_files_that_pages_name_exist():

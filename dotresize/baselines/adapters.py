@@ -91,7 +91,7 @@ def add_adapters(module: Any, qs: list[Tensor]) -> CausalLM:
 
 
 def is_sliced(folder: Path) -> bool:
-    """Whether a directory holds what ``SlicedStore.save`` writes."""
+    """Return whether a directory holds what ``SlicedStore.save`` writes."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

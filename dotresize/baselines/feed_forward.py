@@ -45,7 +45,7 @@ class KeepLargest(FeedForwardMethod):
 
 
 class Nystrom(KeepLargest):
-    """They write what comes nearest to what all neurons wrote."""
+    """The same neurons write what comes nearest to what all wrote."""
 
     name = "nystrom"
 
@@ -54,7 +54,7 @@ class Nystrom(KeepLargest):
 
 
 class HandOn(KeepLargest):
-    """They also write what is transported to them from the others."""
+    """The same neurons also write what is transported to them from the others."""
 
     name = "transport"
 
@@ -63,7 +63,7 @@ class HandOn(KeepLargest):
 
 
 def _handed_on(gram: Tensor, kept: Tensor) -> Tensor:
-    """R (n, count): the share of each neuron's signal that each kept one stands for.
+    """Return R (n, count): the share of each neuron's signal that each kept one stands for.
 
     Transport between neurons of unit length, at the cost 1 - |correlation|; the sign and the ratio
     of lengths go into R, and a kept neuron stands for itself alone.

@@ -23,7 +23,7 @@ from dotresize.offload.memory_plan import activation_place
 
 
 class StopForward(Exception):
-    """Raised in a hook to leave a forward pass whose rest is not needed."""
+    """An exception that leaves a forward pass whose rest is not needed."""
 
 
 class Streams:
@@ -72,7 +72,10 @@ class Streams:
                     continue
 
     def logits(self, i: int) -> Tensor:
-        """Of batch i, from a stream that has passed all layers; the head must be resident."""
+        """Return the logits of batch i, from a stream that has passed all layers.
+
+        The head must be resident.
+        """
         tables = [self._module.get_submodule(name) for name in self._architecture.tables]
         stream = self.stream[i]
 
@@ -99,18 +102,18 @@ class Streams:
         return len(self.stream)
 
     def run(self, layer: nn.Module, i: int) -> Tensor:
-        """The layer's output for batch i."""
+        """Return the layer's output for batch i."""
         args, kwargs = self._arguments[layer][i]
         out = layer(self.stream[i], *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def until(self, layer: nn.Module, module: nn.Module, i: int) -> Tensor:
-        """What a module inside the layer reads for batch i; nothing after it is run."""
+        """Return what a module inside the layer reads for batch i; nothing after it is run."""
         return _input_of(module, lambda: self.run(layer, i))
 
 
 class _Shared:
-    """Equal tensors become one: masks and tables are made anew for every batch, all the same."""
+    """A map from equal tensors to one: masks are made anew for every batch, all the same."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, list[Tensor]] = {}
@@ -135,7 +138,7 @@ class _Shared:
 
 @contextmanager
 def _replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Other forward functions for some modules: on the instance, in front of the method."""
+    """Replace the forward functions of some modules during the block, on the instances."""
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -146,7 +149,7 @@ def _replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 def inner_neurons(layer: nn.Module, part: Sublayer, stream: Tensor) -> Tensor:
-    """What a feed-forward's writer reads when ``stream`` is what its norm reads."""
+    """Return what a feed-forward's writer reads when ``stream`` is what its norm reads."""
     block = layer.get_submodule(part.block)
     norm = layer.get_submodule(part.norm)
     writer = linear_of(layer, part.writer)
@@ -172,7 +175,7 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 @contextmanager
 def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each of the modules delivers, in order of execution, during the block."""
+    """Yield a list of what the modules deliver during the block, in order of execution."""
     seen: list[Tensor] = []
     with _hooked([module.register_forward_hook(_keeping(seen, 2)) for module in modules]):
         yield seen
@@ -180,14 +183,14 @@ def captured(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def captured_inputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each of the modules reads, in order of execution, during the block."""
+    """Yield a list of what the modules read during the block, in order of execution."""
     seen: list[Tensor] = []
     with _hooked([module.register_forward_pre_hook(_keeping(seen, 1)) for module in modules]):
         yield seen
 
 
 def _keeping(seen: list[Tensor], which: int) -> Callable:
-    """A hook that keeps one of its arguments: 1 what a module reads, 2 what it delivers."""
+    """Return a hook that keeps one of its arguments: 1 what a module reads, 2 what it delivers."""
 
     def keep(*given: Any) -> None:
         value = given[which]
@@ -206,5 +209,5 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
 
 
 def norms_of(architecture: Architecture, layer: nn.Module) -> list[nn.Module]:
-    """The norms of the residual inside a layer, in order of execution."""
+    """Return the norms of the residual inside a layer, in order of execution."""
     return [layer.get_submodule(part.norm) for part in architecture.sublayers]

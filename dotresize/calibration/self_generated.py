@@ -22,7 +22,7 @@ BATCH = 32
 
 @torch.inference_mode()
 def sample(model: CausalLM, count: int, length: int, seed: int = 0) -> Tensor:
-    """``count`` windows of ``length`` tokens, sampled at temperature 1: int64 (count, length).
+    """Return ``count`` windows sampled at temperature 1: int64 (count, length).
 
     The first token of each is uniform over the vocabulary; an end of text is never drawn. The
     same seed gives the same windows on the same device.

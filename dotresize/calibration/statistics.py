@@ -18,7 +18,7 @@ from dotresize.ops.l1_accumulator import L1CostAccumulator
 
 @dataclass
 class Statistics:
-    """What one pass over the calibration tokens leaves behind, over L residual locations.
+    """Statistics of one pass over the calibration tokens, at L residual locations.
 
     Tokens are RMS-normalised first, so that all weigh alike however large the stream has grown.
     M is L where every location is kept apart, and 1 where only their mean is: one global map needs
@@ -55,7 +55,7 @@ class Statistics:
         return all(x is None or len(x) == len(self.locations) for x in (self.moment, self.cost))
 
     def mean(self) -> Statistics:
-        """The mean over locations, as statistics of a single one."""
+        """Return the mean over locations, as statistics of a single one."""
         moment, cost = (
             None if x is None else x.mean(0, keepdim=True) for x in (self.moment, self.cost)
         )
@@ -63,7 +63,7 @@ class Statistics:
         return Statistics(["mean"], self.tokens, importance, moment, cost, seconds=self.seconds)
 
     def at(self, i: int) -> Statistics:
-        """Those of location i alone, which must have been kept apart."""
+        """Return the statistics of location i alone, which must have been kept apart."""
         moment, cost = (None if x is None else x[i : i + 1] for x in (self.moment, self.cost))
         importance = self.importance[i : i + 1]
         return Statistics(
@@ -130,7 +130,7 @@ class _Sums:
         return torch.zeros(shape, dtype=torch.float64, device=self._device)
 
     def add(self, read: list[Tensor], first: int) -> None:
-        """Tokens of the locations from ``first`` on, as read by their norms."""
+        """Add the tokens of the locations from ``first`` on, as read by their norms."""
         for i, x in enumerate(read, first):
             found = x.flatten(0, -2)
             _check_finite(found, self.names[i])
@@ -172,7 +172,7 @@ class _Sums:
 
 
 def inverse_rms(stream: Tensor) -> Tensor:
-    """One over each token's root mean square over the channels, (..., 1)."""
+    """Return one over each token's root mean square over the channels, (..., 1)."""
     return torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 

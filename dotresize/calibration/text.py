@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 def read_text(path: str | Path) -> list[str]:
-    """Documents of a UTF-8 text file (one), or of a .jsonl file with a ``text`` field per line.
+    """Return the documents of a text file: one, or of .jsonl the ``text`` field of each line.
 
     Raises ValueError, naming the file and line, for what is missing, empty, or not as described.
     """
@@ -50,7 +50,10 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 
 def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
-    """All tokens of a text file, documents joined by the end-of-text token if there is one."""
+    """Return all tokens of a text file.
+
+    Its documents are joined by the end-of-text token, if there is one.
+    """
     ids: list[int] = []
     documents = tqdm(read_text(path), desc=f"tokenize {Path(path).name}", disable=None)
     for document in documents:
@@ -61,7 +64,7 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
 
 
 def random_windows(streams: list[Tensor], count: int, length: int, seed: int) -> Tensor:
-    """``count`` windows of ``length`` tokens placed at random over all of the streams.
+    """Return ``count`` windows of ``length`` tokens placed at random over all of the streams.
 
     Each stream gives an equal share, whatever its length: calibration on a mixture of sources is
     worth more than any choice of map. The windows of one stream are spread evenly (one in each of
@@ -83,7 +86,7 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
 
 
 def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
-    """Calibration windows as one int64 tensor (windows, length) of ids below ``vocabulary``.
+    """Return the calibration windows as one int64 tensor (windows, length), checked.
 
     Takes such a tensor or an iterable of them, of equal length. ValueError for anything else.
     """

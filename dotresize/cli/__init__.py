@@ -20,7 +20,7 @@ logger = logging.getLogger("dotresize")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line per mistake, without the usage text in front of it."""
+    """A parser that says one line per mistake, without the usage text in front of it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"dotresize: {message} (see {self.prog} --help)\n")
@@ -218,7 +218,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return its exit code."""
     args = _parser().parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stages_kept(args: argparse.Namespace) -> str:
-    """What is left to go on from, if anything."""
+    """Return what is left to go on from, if anything."""
     if args.verb not in ("compress", "merge-ff"):
         return ""
     from dotresize.cli.resume import partial_folder

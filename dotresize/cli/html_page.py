@@ -25,7 +25,7 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def check() -> None:
-    """ValueError where the pictures cannot be drawn."""
+    """Raise ValueError where the pictures cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -115,7 +115,7 @@ def _svg(draw: Callable[[Any], None], *, height: float = 4.0) -> str:
 
 
 def _groups(dense: dict[str, Any]) -> dict[str, list[str]]:
-    """Texts of the kinds that the calibration has, and of others; by what their axis is called."""
+    """Return the texts of kinds that the calibration has, and others, by an axis's name."""
     apart = dense["unseen"]
     groups = {
         "perplexity": [name for name in dense["perplexity"] if name not in apart],
@@ -125,7 +125,7 @@ def _groups(dense: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _sizes(figure: Any, rows: list[dict[str, Any]], groups: dict[str, list[str]]) -> None:
-    """A row of panels for each group of texts: their mean against width and parameters."""
+    """Draw panels for each group of texts: their mean against width and parameters."""
     panels = figure.subplots(len(groups), 2, squeeze=False, sharey="row", sharex="col")
     for axes, (name, texts) in zip(panels, groups.items(), strict=True):
         _size_panels(axes[0], axes[1], rows, texts)
@@ -137,7 +137,7 @@ def _sizes(figure: Any, rows: list[dict[str, Any]], groups: dict[str, list[str]]
 def _size_panels(
     widths: Any, parameters: Any, rows: list[dict[str, Any]], texts: list[str]
 ) -> None:
-    """A line for each method; the geometric mean over the texts."""
+    """Draw a line for each method: the geometric mean over the texts."""
     dense = rows[0]
     for name in dict.fromkeys(report.label(row) for row in rows[1:]):
         points = sorted(

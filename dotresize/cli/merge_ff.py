@@ -160,7 +160,10 @@ def _merged(
 
 
 def _minus_perplexity(module: Any, windows: Tensor) -> float:
-    """Minus infinity for a model whose loss is not finite: the worst, and no reason to stop."""
+    """Return minus the perplexity; minus infinity for a model whose loss is not finite.
+
+    Such a model is the worst, and no reason to stop.
+    """
     try:
         return -perplexity(CausalLM.in_memory(module), windows)
     except ValueError:

@@ -51,7 +51,7 @@ class Aligner:
         self._found: dict[tuple[int, int], Tensor] = {}
 
     def keep(self, layer: int, batch: int, features: Tensor, mask: Tensor | None) -> None:
-        """features: (..., n); mask: of the same leading shape, what counts; None for all."""
+        """Keep a layer's features, (..., n). mask: what counts, (...); None for all."""
         flat = features.flatten(0, -2)
         if mask is not None:
             flat = flat[mask.flatten().to(flat.device)]
@@ -61,7 +61,7 @@ class Aligner:
         self.tokens += len(flat) if layer == 0 else 0
 
     def to_anchor(self, anchor: int, others: list[int]) -> list[Tensor]:
-        """How each of the layers is aligned to the anchor.
+        """Return how each of the layers is aligned to the anchor.
 
         int64 (n,), the neuron of the layer for each of the anchor's, or, soft, (n, n) float64 with
         rows and columns that sum to one.
@@ -86,7 +86,7 @@ class Aligner:
         return cast(Tensor, result.plan).to(FLOAT) * len(score)
 
     def correlation(self, a: int, i: int) -> Tensor:
-        """C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
+        """Return C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
         (mean_a, deviation_a), (mean_i, deviation_i) = self._of(a), self._of(i)
         total = torch.zeros(len(mean_a), len(mean_i)).to(mean_a)
         for x, y in zip(self._features[a], self._features[i], strict=True):
@@ -94,7 +94,7 @@ class Aligner:
         return total / self.tokens / deviation_a[:, None] / deviation_i
 
     def _of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the layer's neurons, float64."""
+        """Return the mean and standard deviation of the layer's neurons, float64."""
         if layer not in self._moments:
             parts = self._features[layer]
             mean = torch.stack([x.to(FLOAT).sum(0) for x in parts]).sum(0) / self.tokens
@@ -114,7 +114,7 @@ def features(
     soft: float | None,
     backend: str,
 ) -> dict[str, Aligner]:
-    """An aligner for each stack, from one pass over the batches."""
+    """Return an aligner for each stack, from one pass over the batches."""
     counts = [len(layers_of(model, stack)) for stack in stacks]
     found = {
         stack.name: Aligner(stack, count, len(batches), soft, backend)
@@ -141,12 +141,12 @@ def features(
 
 
 def _known_by(model: Any, stack: Stack) -> list[nn.Module]:
-    """What delivers the features of each layer."""
+    """Return what delivers the features of each layer."""
     return [linear_of(layer, stack.readers[-1]) for layer in layers_of(model, stack)]
 
 
 def counted(stack: Stack, batch: dict[str, Tensor]) -> Tensor | None:
-    """Which tokens of the stack count: by its mask, for decoders with labels by these."""
+    """Return which tokens of the stack count: by its mask, for decoders with labels by these."""
     if stack.mask is None:
         return None
     if stack.mask in batch:

@@ -21,7 +21,7 @@ MODEL_TYPE = "dotresize-merged"
 
 
 def shared_names(model: Any) -> list[list[str]]:
-    """Names of parameters that are one, a list for each; a tied head is one of them."""
+    """Return the names of parameters that are one, a list for each; a tied head is one of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -30,7 +30,7 @@ def shared_names(model: Any) -> list[list[str]]:
 
 @contextmanager
 def declared(model: Any) -> Iterator[None]:
-    """transformers writes the model's shared parameters once during the block, and not refuses."""
+    """Let transformers write the model's shared parameters once, instead of refusing them."""
     before = model._tied_weights_keys or {}
     more = {other: first for first, *others in shared_names(model) for other in others}
     model._tied_weights_keys = {**before, **more} if isinstance(before, dict) else [*before, *more]
@@ -64,7 +64,7 @@ class MergedStore(InMemory):
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a directory holds what ``MergedStore.save`` writes."""
+    """Return whether a directory holds what ``MergedStore.save`` writes."""
     return _config(folder).get("model_type") == MODEL_TYPE
 
 

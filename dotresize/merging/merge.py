@@ -126,7 +126,7 @@ class _Choice:
         return start + self._anchor
 
     def merged(self, start: int, *, aligned: bool = True) -> dict[str, Any]:
-        """The average of the window that begins there."""
+        """Return the average of the window that begins there."""
         window, anchor = self.window(start), self.anchor(start)
         alignments: dict[int, Tensor] = {}
         if self._aligner is not None and aligned:
@@ -135,7 +135,7 @@ class _Choice:
         return merged(self._model, self._stack, window, [alignments.get(i) for i in window])
 
     def best(self, metric: Metric, start: int | None) -> tuple[int, list[dict[str, Any]]]:
-        """The first layer of the best window, and the metric of all that were tried."""
+        """Return the first layer of the best window, and the metric of all that were tried."""
         if start is not None:
             if not 0 <= start < self._windows:
                 raise ValueError(
@@ -156,7 +156,7 @@ class _Choice:
         return max(sound, key=lambda entry: entry["metric"])["start"], profile
 
     def baselines(self, metric: Metric, start: int) -> dict[str, float]:
-        """The same window merged in the order the neurons have, and without its other layers."""
+        """Return the metric of the window merged without permutation, and of its anchor alone."""
         window = self.window(start)
         plain = self.merged(start, aligned=False)
         others = [i for i in window if i != self.anchor(start)]
@@ -180,7 +180,7 @@ def _measured(metric: Metric, model: Any) -> float:
 
 
 def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
-    """Minus the mean loss over all that the loss is of; see ``merge_feed_forward``."""
+    """Return minus the mean loss over all that the loss is of; see ``merge_feed_forward``."""
     if not all("labels" in batch or "input_ids" in batch for batch in batches):
         raise ValueError("the batches have neither labels nor input_ids: give a metric")
 
@@ -213,7 +213,7 @@ def _checked(
     permute: bool,
     soft: float | None,
 ) -> tuple[tuple[Stack, ...], dict[str, int]]:
-    """The stacks to merge, and how many layers of each."""
+    """Return the stacks to merge, and how many layers of each."""
     stacks = stacks_of(model)
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)

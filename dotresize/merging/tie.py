@@ -22,7 +22,7 @@ from dotresize.models.stacks import Stack, layers_of
 def merged(
     model: Any, stack: Stack, window: list[int], alignments: list[Tensor | None]
 ) -> dict[str, nn.Parameter]:
-    """The average of a window's feed-forwards, by the names of their weights in a layer.
+    """Return the average of a window's feed-forwards, by the names of their weights in a layer.
 
     alignments: of each layer of the window to the anchor, as ``Aligner`` gives them; None
     leaves a layer as it is.
@@ -54,7 +54,7 @@ def tie(
 def tied(
     model: Any, stack: Stack, window: list[int], shared: dict[str, nn.Parameter]
 ) -> Iterator[None]:
-    """``tie`` for the length of a block."""
+    """Tie a window, as ``tie`` does, for the length of a block."""
     layers = layers_of(model, stack)
     before = [{name: _parameter(layers[i], name) for name in shared} for i in window]
     tie(model, stack, window, shared)
@@ -69,7 +69,7 @@ def tied(
 
 @contextmanager
 def dropped(model: Any, stack: Stack, window: list[int]) -> Iterator[None]:
-    """The window's layers do nothing for the length of a block; the stream passes them by.
+    """Let the stream pass the window's layers by for the length of a block.
 
     Generation with a cache needs layer 0, which counts the tokens.
     """
@@ -98,7 +98,7 @@ def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _aligned(layer: nn.Module, name: str, stack: Stack, alignment: Tensor | None) -> Tensor:
-    """A weight or bias, float64, its inner neurons in the anchor's order."""
+    """Return a weight or bias, float64, its inner neurons in the anchor's order."""
     owner, last = _owner(layer, name)
     value = getattr(owner, last).detach().to(FLOAT)
     writes = name.startswith(stack.writer.removesuffix("weight"))

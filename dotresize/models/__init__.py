@@ -26,7 +26,7 @@ __all__ = ["FAMILIES", "Architecture", "Sublayer", "architecture_of", "supported
 
 
 def supported(*, residual: bool = False, feed_forward: bool = False) -> list[str]:
-    """``model_type`` names that can be narrowed at all, or in their residual, or feed-forward."""
+    """Return the model types that can be narrowed at all, or in their residual, or feed-forward."""
     return sorted(
         name
         for family in FAMILIES
@@ -37,7 +37,10 @@ def supported(*, residual: bool = False, feed_forward: bool = False) -> list[str
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The table of a model's config; ValueError naming the type and what is supported."""
+    """Return the table of a model's config.
+
+    Raises ValueError naming the type and what is supported.
+    """
     for family in FAMILIES:
         if config.model_type in family.model_types:
             return family

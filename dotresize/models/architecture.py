@@ -86,24 +86,24 @@ class Architecture:
         return (self.embedding, self.positions) if self.positions else (self.embedding,)
 
     def inner_width(self, config: Any) -> int:
-        """The feed-forward width that a config asks for."""
+        """Return the feed-forward width that a config asks for."""
         width = getattr(config, self.inner)
         return 4 * config.hidden_size if width is None else width  # GPT-2's way to say so
 
     def multiplier(self, config: Any) -> float:
-        """What a writer's output is multiplied by before it is added to the residual."""
+        """Return what a writer's output is multiplied by before it is added to the residual."""
         return (
             1.0 if self.residual_multiplier is None else getattr(config, self.residual_multiplier)
         )
 
     def gain(self, norm: nn.Module) -> Tensor:
-        """What a norm multiplies by, channel for channel, in float64."""
+        """Return what a norm multiplies by, channel for channel, in float64."""
         if self.layer_norm:
             return torch.ones(cast(tuple[int], norm.normalized_shape), dtype=torch.float64)
         return cast(Tensor, norm.weight).double() + self.norm_offset
 
     def stream_scale(self, width: int, narrow: int, tied: bool) -> float:
-        """What the narrowed stream is multiplied by, against the projected dense one.
+        """Return what the narrowed stream is multiplied by, against the projected dense one.
 
         sqrt(narrow / width) lets the norms see the same variance beside their eps. A tied head
         behind a norm without weights wants its inverse: nothing else there could undo it.
@@ -112,7 +112,7 @@ class Architecture:
         return 1 / s if tied and self.layer_norm else s
 
     def table_scale(self, width: int, narrow: int, tied: bool) -> float:
-        """What embeddings E Q are multiplied by for that, before the model's own factor."""
+        """Return what embeddings E Q are multiplied by for that, before the model's own factor."""
         own = (narrow / width) ** 0.5 if self.root_scaled else 1.0
         return self.stream_scale(width, narrow, tied) / own
 
@@ -122,7 +122,7 @@ class Architecture:
         return not any(sublayer.experts for sublayer in self.sublayers)
 
     def check(self, model: nn.Module) -> None:
-        """ValueError where a layer has not the weights that this table names."""
+        """Raise ValueError where a layer has not the weights that this table names."""
         for layer, sublayer in self.each(model):
             for name in (*sublayer.readers, sublayer.writer):
                 try:
@@ -133,19 +133,19 @@ class Architecture:
                     ) from None
 
     def each(self, model: nn.Module) -> Iterator[tuple[str, Sublayer]]:
-        """Every sublayer in order of execution, with the name of its layer."""
+        """Yield every sublayer in order of execution, with the name of its layer."""
         for i in range(len(model.get_submodule(self.layers))):  # type: ignore[arg-type]
             for sublayer in self.sublayers:
                 yield f"{self.layers}.{i}", sublayer
 
     def norms(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Every norm of the residual stream with its name: the residual locations, in order."""
+        """Yield every norm of the residual with its name: the residual locations, in order."""
         for layer, sublayer in self.each(model):
             name = f"{layer}.{sublayer.norm}"
             yield name, model.get_submodule(name)
         yield self.final_norm, model.get_submodule(self.final_norm)
 
     def divisor(self, config: Any) -> int:
-        """The residual width of a loadable checkpoint is a multiple of this."""
+        """Return what the residual width of a loadable checkpoint is a multiple of."""
         entries = (int(getattr(config, name)) for name in self.width_divisors)
         return math.lcm(*entries, self.width_multiple)

@@ -204,7 +204,7 @@ class InMemory:
 
 
 def is_tied(config: Any) -> bool:
-    """Whether embedding and head are one tensor."""
+    """Return whether embedding and head are one tensor."""
     return bool(getattr(config, "tie_word_embeddings", False))
 
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def linear_of(layer: nn.Module, weight: str) -> Any:
-    """The module that a weight of a layer belongs to."""
+    """Return the module that a weight of a layer belongs to."""
     return layer.get_submodule(weight.removesuffix(".weight"))
 
 
 def rows_of(linear: Any) -> Tensor:
-    """The weight as (inputs, outputs): what a row of activations is multiplied by."""
+    """Return the weight as (inputs, outputs): what a row of activations is multiplied by."""
     return linear.weight.mT if isinstance(linear, nn.Linear) else linear.weight
 
 
 def set_rows(linear: Any, rows: Tensor) -> None:
-    """Another weight, (inputs, outputs), of any number of inputs; its dtype stays."""
+    """Set another weight, (inputs, outputs), of any number of inputs; its dtype stays."""
     value = rows.mT if isinstance(linear, nn.Linear) else rows
     linear.weight = nn.Parameter(value.to(linear.weight.dtype).contiguous())
     setattr(linear, "in_features" if isinstance(linear, nn.Linear) else "nx", len(rows))

@@ -56,7 +56,10 @@ for _family in FAMILIES:
 
 
 def stacks_of(model: Any) -> tuple[Stack, ...]:
-    """The stacks of a model; ValueError naming its type and what is supported, or what it lacks."""
+    """Return the stacks of a model.
+
+    Raises ValueError naming its type and what is supported, or what it lacks.
+    """
     kind = model.config.model_type
     if kind not in STACKS:
         raise ValueError(
@@ -71,7 +74,7 @@ def stacks_of(model: Any) -> tuple[Stack, ...]:
 
 
 def layers_of(model: Any, stack: Stack) -> nn.ModuleList:
-    """The stack's layers. ValueError where this class of model has none by that name."""
+    """Return the stack's layers; ValueError where this class of model has none by that name."""
     try:
         return model.get_submodule(stack.layers)
     except AttributeError:

@@ -142,7 +142,7 @@ class Absorption:
 
 
 def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """``table @ matrix`` by blocks of rows, in the table's dtype.
+    """Return ``table @ matrix`` by blocks of rows, in the table's dtype.
 
     table: (..., D); matrix: (D, k) float64; out: contiguous.
     """
@@ -154,7 +154,7 @@ def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -
 
 
 def _written(weight: Tensor, matrix: Tensor) -> Tensor:
-    """``matrix @ weight``, in the weight's dtype, for one expert after the other if it has them."""
+    """Return ``matrix @ weight`` in the weight's dtype, for one expert after the other."""
     new = weight.new_empty(*weight.shape[:-2], len(matrix), weight.shape[-1])
     each = (x.view(-1, *x.shape[-2:]) for x in (weight, new))
     for old, product in zip(*each, strict=True):
@@ -167,7 +167,7 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
 
 
 def resized(config: Any, width: int) -> Any:
-    """A copy of a config with another residual width, its heads as large as before."""
+    """Return a copy of a config with another residual width, its heads as large as before."""
     config = copy.deepcopy(config)
     # Explicit from now on: no longer what the width divided by the heads would give.
     heads = config.num_attention_heads

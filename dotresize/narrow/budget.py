@@ -293,7 +293,10 @@ def measure(given: Calibrated, divisor: int, budget: Budget) -> Measured:
 
 
 def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows to measure on and windows to solve on, spread evenly; a single one does both."""
+    """Return windows to measure on and windows to solve on, spread evenly.
+
+    A single one does both.
+    """
     if len(tokens) == 1:
         return tokens, tokens
     count = max(1, min(WINDOWS, int(WINDOW_SHARE * len(tokens))))
@@ -304,6 +307,6 @@ def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(count: int, wanted: int) -> Tensor:
-    """At most ``wanted`` of the numbers below ``count``, evenly spaced."""
+    """Return at most ``wanted`` of the numbers below ``count``, evenly spaced."""
     wanted = min(wanted, count)
     return torch.arange(wanted) * count // wanted

@@ -21,7 +21,7 @@ DEFAULT_SIZE = 0.8
 
 
 def choose_width(asked: float, width: int, divisor: int) -> int:
-    """The new residual width for what a user asked.
+    """Return the new residual width for what a user asked.
 
     A number up to 1 is a fraction of ``width``, rounded to a multiple of lcm(divisor, p) for the
     largest power of two p up to 256 that has such a multiple within 2 % (GPU and k-quant kernels
@@ -72,7 +72,7 @@ def default_size(model: CausalLM, options: Options) -> Options:
 
 
 def residual_share(asked: float | None, inner: float | None) -> float:
-    """The residual width to aim at: as asked, else 0.8, or all of it if only the inner width is."""
+    """Return the residual width to aim at: as asked, else 0.8, or all if only the inner one is."""
     if asked is not None:
         return asked
     return 0.8 if inner is None else 1.0
@@ -112,7 +112,7 @@ def check_residual(model: CausalLM, options: Options) -> None:
 
 
 def check_config(config: Any, width: int) -> None:
-    """ValueError where the model's own config would not be read back with that width."""
+    """Raise ValueError where the model's own config would not be read back with that width."""
     try:
         type(config).from_dict(resized(config, width).to_dict())
     except Exception as error:  # each config has checks, and exceptions, of its own
@@ -121,7 +121,7 @@ def check_config(config: Any, width: int) -> None:
 
 
 def width_for_energy(statistics: Statistics, share: float, divisor: int) -> int:
-    """The smallest width whose principal directions keep ``share`` of the activations' variance.
+    """Return the smallest width whose principal directions keep ``share`` of the variance.
 
     The variance is the uncentred second moment of RMS-normalised activations, all locations
     weighing alike: what no other map of that width keeps more of.

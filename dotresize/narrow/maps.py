@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def align(q: Tensor, selection: Tensor) -> Tensor:
-    """The basis of span(q) nearest to the plain selection of k axes (orthogonal Procrustes).
+    """Return the basis of span(q) nearest to the plain selection of k axes (orthogonal Procrustes).
 
     ``q polar(q[selection]^T)``: the same span, so the same function of an untied model, but as
     axis-aligned as the span allows. q: (D, k) orthonormal; selection: int64 (k,) -> (D, k).
@@ -22,7 +22,7 @@ def align(q: Tensor, selection: Tensor) -> Tensor:
 
 
 def level(q: Tensor) -> Tensor:
-    """The basis nearest to q whose channels have the same mean as the old ones: Q 1 = sqrt(k/D) 1.
+    """Return the basis nearest to q that keeps the mean of the channels: Q 1 = sqrt(k/D) 1.
 
     LayerNorm takes off the mean over its width. With c the unit vector along (1, ..., 1), c is
     taken into the span for the direction that is least of the rest, and the basis is turned in one
@@ -61,12 +61,12 @@ class WidthMap:
 
 
 def largest(importance: Tensor, k: int) -> Tensor:
-    """Indices of the k largest entries, ascending. importance: (D,) -> int64 (k,)."""
+    """Return the indices of the k largest entries, ascending. importance: (D,) -> int64 (k,)."""
     return importance.topk(k).indices.sort().values
 
 
 def figures_of(qs: list[Tensor], moment: Tensor, details: dict[str, object]) -> dict[str, object]:
-    """What a page shows of a map: the variance it loses, the spectrum, the map itself.
+    """Return what a page shows of a map: the variance it loses, the spectrum, the map itself.
 
     qs: (D, k) orthonormal for each location; moment: (L, D, D) second moments of the locations.
     """

@@ -18,7 +18,9 @@ KEPT_AXES = 16
 def pca(
     moment: Tensor, selection: Tensor, importance: Tensor, *, kept_axes: int = KEPT_AXES
 ) -> WidthMap:
-    """Principal directions of the (uncentred) second moment, the largest channels kept as they are.
+    """Return principal directions of the second moment; the largest channels stay as they are.
+
+    The moment is not centred.
 
     Args:
         moment: (D, D) mean of x'x.

@@ -118,7 +118,7 @@ class _Walk:
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
     def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
-        """qs: of the locations that attention and feed-forward read, and of the next one."""
+        """Correct one layer. qs: of what attention and feed-forward read, and of the next one."""
         attention, feed_forward = self.architecture.sublayers
         body = self._residual.body(layer)
         dense_norms = norms_of(self.architecture, dense_layer)

@@ -18,7 +18,7 @@ Targets = Union[Tensor, Callable[[Statistics, int], Tensor], None]  # noqa: UP00
 
 
 def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
-    """int64 (k,), ascending: what ``targets`` says, or the k largest mean magnitudes.
+    """Return the kept neurons, int64 (k,), ascending: ``targets``, or those of largest magnitude.
 
     Raises ValueError where it is not k different neurons of the model.
     """
@@ -31,7 +31,7 @@ def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
 
 
 def check_kept(kept: Tensor, width: int, k: int) -> None:
-    """ValueError unless ``kept`` is k different neurons out of ``width``."""
+    """Raise ValueError unless ``kept`` is k different neurons out of ``width``."""
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.dim() != 1:
         raise ValueError("targets: must be a one-dimensional int64 tensor of neurons")
     kept = kept.sort().values
@@ -46,7 +46,7 @@ def check_kept(kept: Tensor, width: int, k: int) -> None:
 
 
 def read_targets(path: str | Path) -> Tensor:
-    """Kept neurons from a JSON list of numbers, counted from 0; int64 (k,)."""
+    """Return the kept neurons from a JSON list of numbers, counted from 0; int64 (k,)."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"targets {path}: no such file")

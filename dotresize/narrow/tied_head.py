@@ -56,7 +56,7 @@ def choose_table(
 def head_basis(
     q: Tensor, goal: Tensor, moment: Tensor, scale: Tensor, gram: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """B (D, k), w' (k,) and A' (D, k) of the module's header.
+    """Return B (D, k), w' (k,) and A' (D, k) of the module's header.
 
     goal: what the table is brought near to, E goal, s Q unless the model scales its embeddings;
     scale: the norm's w; gram: E'E.

@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 def check_stored(folder: Path, config: Any) -> None:
-    """ValueError where shards are missing, lie elsewhere, or disagree with the config.
+    """Raise ValueError where shards are missing, lie elsewhere, or disagree with the config.
 
     For a model that is to be narrowed. Only headers are read. Weights that transformers stores by
     another name than it uses are left to transformers.
@@ -38,7 +38,7 @@ def check_stored(folder: Path, config: Any) -> None:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a directory. ValueError where one is missing or lies elsewhere."""
+    """Return a directory's safetensors files; ValueError where one is missing or elsewhere."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if single.is_file():  # transformers looks for it first
         return [single]

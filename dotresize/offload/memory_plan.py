@@ -43,7 +43,7 @@ _LATER = 100 * 10**6
 
 
 def parse(size: str) -> int:
-    """Bytes of "3GB", "2.5 GiB", "800M"; ValueError for anything else."""
+    """Return the bytes of "3GB", "2.5 GiB", "800M"; ValueError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", size.upper())
     if not found or float(found[1]) <= 0:
         raise ValueError(f"{size!r} is not a size of memory, such as 3GB or 2.5GiB")
@@ -51,7 +51,7 @@ def parse(size: str) -> int:
 
 
 def shown(size: float) -> str:
-    """A size of memory for people."""
+    """Return a size of memory for people."""
     return f"{size / 1e9:.2f} GB"
 
 
@@ -189,7 +189,7 @@ def _sizes(model: CausalLM) -> list[int]:
 
 
 def _now() -> int:
-    """Resident bytes of this process; its peak where the system does not say."""
+    """Return the resident bytes of this process; its peak where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:

@@ -129,7 +129,7 @@ class Offloaded:
         return CausalLM(module, _Growing(module, maker, self))
 
     def copied(self) -> CausalLM:
-        """The same weights; changes to a part that is held stay."""
+        """Return a model of the same weights; changes to a part that is held stay."""
         return self.derived(_SameParts(CausalLM(self._module, self)))
 
     def finish(self) -> None:
@@ -139,7 +139,7 @@ class Offloaded:
                 pass
 
     def save(self, folder: Path) -> None:
-        """By hard links where the file system has them."""
+        """Write the directory, its shards as hard links where the file system has them."""
         module, files = self._module, self.weights
         module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)

@@ -53,7 +53,7 @@ class StoredNames:
         return [[layer + piece.format(e) for piece in self._stored[key]] for e in range(count)]
 
     def by_expert(self, name: str) -> bool:
-        """Whether a weight's first axis are experts, which are stored one by one."""
+        """Return whether a weight's first axis are experts, which are stored one by one."""
         return self._split(name)[1] in self._experts
 
     def split(self, name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class StoredNames:
         }
 
     def _split(self, name: str) -> tuple[str, str]:
-        """The prefix of a layer, and the name in it; both empty for what lies outside."""
+        """Return the prefix of a layer, and the name in it; both empty for what lies outside."""
         if not name.startswith(self._layers):
             return "", ""
         number, _, key = name.removeprefix(self._layers).partition(".")

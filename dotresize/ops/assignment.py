@@ -116,7 +116,7 @@ def assignment(
 
 
 def _refuse(score: Tensor, problem: int, maximize: bool, status: int) -> None:
-    """ValueError that says what is wrong with a problem, and where."""
+    """Raise ValueError that says what is wrong with a problem, and where."""
     allowed = "-inf" if maximize else "inf"
     if status == INVALID:
         worst = torch.inf if maximize else -torch.inf
@@ -134,7 +134,10 @@ def _refuse(score: Tensor, problem: int, maximize: bool, status: int) -> None:
 def _certify(
     score: Tensor, batch: Tensor, columns: Tensor, v: Tensor | None, maximize: bool
 ) -> AssignmentCertificate:
-    """From the score alone, in float64; of a solver's duals only those of columns are taken."""
+    """Return the certificate, from the score alone, in float64.
+
+    Of a solver's duals only those of columns are taken.
+    """
     sign = -1.0 if maximize else 1.0
     count, n = columns.shape
     duals = torch.zeros(2, count, n, dtype=torch.float64)
@@ -154,7 +157,10 @@ def _certify(
 
 
 def _measure(score: Tensor, sign: float, columns: Tensor, v: Tensor) -> tuple[Tensor, float, float]:
-    """The rows' duals ``u_i = min_j sign * score_ij - v_j``, the gap, and the largest violation."""
+    """Return the rows' duals, the gap, and the largest violation.
+
+    The duals are ``u_i = min_j sign * score_ij - v_j``.
+    """
     u, paid, violation = torch.empty_like(v), torch.empty_like(v), 0.0
     rows = max(1, 2**16 // len(v))  # a block stays in the cache
     for start in range(0, len(v), rows):

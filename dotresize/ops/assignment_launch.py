@@ -25,7 +25,10 @@ Solution = tuple[Tensor, Tensor | None, Tensor]
 
 
 def backend_for(backend: str, device: torch.device) -> str:
-    """As ``choose``; a solve on a GPU also needs the C++ extension, for its exact finish."""
+    """Return the backend, as ``choose``.
+
+    A solve on a GPU also needs the C++ extension, for its exact finish.
+    """
     chosen = choose(backend, device)
     if chosen == "triton" and choose("auto", torch.device("cpu")) != "cpp":
         if backend == "auto":
@@ -38,7 +41,7 @@ def backend_for(backend: str, device: torch.device) -> str:
 
 
 def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
-    """score: (B, n, n) with entries."""
+    """Return the solution on one backend. score: (B, n, n) with entries."""
     sign = -1.0 if maximize else 1.0
     if chosen == "cpp":
         return finish(score, sign, None)
@@ -52,7 +55,7 @@ def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
 
 
 def has_invalid(score: Tensor, sign: float) -> Tensor:
-    """(B,) on the CPU: whether a problem holds NaN or the infinity that would always win."""
+    """Return whether problems hold NaN, or the infinity that would always win: (B,) on the CPU."""
     if not score.is_floating_point():
         return torch.zeros(len(score), dtype=torch.bool)
     # A maximum is NaN where any entry is.
@@ -61,7 +64,7 @@ def has_invalid(score: Tensor, sign: float) -> Tensor:
 
 
 def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
-    """Column duals of ``sign * score`` from entropic transport, all problems in one batch.
+    """Return column duals of ``sign * score`` from entropic transport, all in one batch.
 
     The potentials of an entropic problem are duals of the assignment up to its regularisation.
     float64 (B, n), finite, on the score's device.
@@ -85,7 +88,7 @@ def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
 
 
 def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
-    """The exact solution by C++, from any finite column duals or from none."""
+    """Return the exact solution by C++, from any finite column duals or from none."""
     batch, n, _ = score.shape
     work = score.detach().to("cpu", torch.float32 if score.dtype in _NARROW else torch.float64)
     work = work.resolve_neg()

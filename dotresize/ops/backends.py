@@ -19,7 +19,7 @@ class BackendError(RuntimeError):
 
 @functools.cache
 def cpp() -> ModuleType:
-    """The compiled extension. torch is imported first so that both share one OpenMP runtime."""
+    """Return the compiled extension; torch is imported first, to share one OpenMP runtime."""
     from dotresize import _cpp
 
     _cpp.simd_level()  # an impossible DOTRESIZE_SIMD shows here, not in the middle of a solve
@@ -27,14 +27,16 @@ def cpp() -> ModuleType:
 
 
 def check_dense(name: str, tensor: torch.Tensor) -> None:
-    """ValueError for a tensor without entries in memory."""
+    """Raise ValueError for a tensor without entries in memory."""
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         kind = "on meta" if tensor.device.type == "meta" else str(tensor.layout)
         raise ValueError(f"{name} is {kind}: must be a dense tensor with values")
 
 
 def threads() -> int:
-    """For a C++ kernel: torch's number, or 1 in a process forked after this package was imported.
+    """Return the threads of a C++ kernel: torch's number.
+
+    It is 1 in a process that was forked after this package was imported.
 
     OpenMP's threads are not forked with it, and waiting for them would never end.
     """
@@ -73,7 +75,7 @@ def _why_no_triton() -> str | None:
 
 
 def _why_not(name: str, device: torch.device) -> str | None:
-    """None if the backend runs on tensors of this device, else the reason why it does not."""
+    """Return why the backend does not run on tensors of this device; None where it does."""
     if name == "torch":
         return None
     if name == "cpp":
@@ -86,7 +88,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 
 
 def choose(backend: str, device: torch.device) -> str:
-    """The backend to run on tensors of ``device``.
+    """Return the backend to run on tensors of ``device``.
 
     "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits. Raises ValueError
     for an unknown name and BackendError, with the reason, for a named backend that cannot run.
@@ -103,7 +105,7 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def backends() -> dict[str, dict[str, object]]:
-    """What runs here: for each backend ``available``, and either its details or the ``reason``.
+    """Return what runs here: for each backend its details, or the ``reason`` why it does not.
 
     >>> import dotresize
     >>> dotresize.backends()["torch"]["available"]

@@ -79,7 +79,7 @@ class SinkhornBatch(NamedTuple):
     g: Tensor  # column potentials to start from
     reg: Tensor
     tol: Tensor
-    pace: Tensor  # int64 (B,): PLAIN, MOMENTUM or ANDERSON
+    acceleration: Tensor  # int64 (B,): PLAIN, MOMENTUM or ANDERSON
     max_iter: int
 
     def part(self, members: Sequence[int]) -> SinkhornBatch:
@@ -95,7 +95,7 @@ class SinkhornBatch(NamedTuple):
             g=torch.cat([columns[1][i] for i in index]),
             reg=self.reg[index],
             tol=self.tol[index],
-            pace=self.pace[index],
+            acceleration=self.acceleration[index],
             max_iter=self.max_iter,
         )
 
@@ -112,7 +112,7 @@ class SinkhornBatch(NamedTuple):
             g=torch.cat([batch.g for batch in batches]),
             reg=torch.cat([batch.reg for batch in batches]),
             tol=torch.cat([batch.tol for batch in batches]),
-            pace=torch.cat([batch.pace for batch in batches]),
+            acceleration=torch.cat([batch.acceleration for batch in batches]),
             max_iter=batches[0].max_iter,
         )
 

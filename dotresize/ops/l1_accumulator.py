@@ -107,7 +107,10 @@ class L1CostAccumulator:
         self.tokens += x3.shape[1]
 
     def result(self) -> Tensor:
-        """The cost over all tokens so far; more chunks may follow. ValueError if there are none."""
+        """Return the cost over all tokens so far; more chunks may follow.
+
+        Raises ValueError if there are none.
+        """
         if self.tokens == 0:
             raise ValueError("no tokens were added: a mean over none is undefined")
         total = self._total.clone()

@@ -60,7 +60,7 @@ def l1_cost(
     statistics: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, CostStatistics]:
-    r"""Pairwise L1 distance between the activations of neurons.
+    r"""Return the pairwise L1 distance between the activations of neurons.
 
     .. math:: C_{ij} = \frac{1}{T} \sum_{t=1}^{T} |x_{ti} - y_{tj}|
 
@@ -124,7 +124,7 @@ def l1_cost(
 
 
 def check_options(reduction: str, precision: str) -> None:
-    """ValueError for a word that is not an option."""
+    """Raise ValueError for a word that is not an option."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction {reduction!r}: must be one of {', '.join(_REDUCTIONS)}")
     if precision not in PRECISIONS:
@@ -134,7 +134,7 @@ def check_options(reduction: str, precision: str) -> None:
 def operands(
     x: Tensor, y: Tensor | None, targets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Checks the three; returns x and y as (B, T, neurons), targets as contiguous (B, m)."""
+    """Return x and y as (B, T, neurons), targets as contiguous (B, m), all checked."""
     if x.dtype not in DTYPES:
         raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
     if y is not None and targets is not None:
@@ -158,12 +158,12 @@ def operands(
 
 
 def batched_index(targets: Tensor, batch: int) -> Tensor:
-    """targets as contiguous (B, m)."""
+    """Return targets as contiguous (B, m)."""
     return (targets if targets.dim() == 2 else targets.expand(batch, -1)).contiguous()
 
 
 def check_targets(targets: Tensor, batch: int, n: int, single: bool) -> None:
-    """ValueError unless targets are int64 (m,) or, for a batch, (batch, m), within 0..n-1."""
+    """Raise ValueError unless targets are int64 (m,) or, for a batch, (batch, m), within 0..n-1."""
     shapes: tuple[int, ...] = (1,) if single else (1, 2)
     wrong_batch = targets.dim() == 2 and targets.shape[0] != batch
     if targets.dtype != torch.int64 or targets.dim() not in shapes or wrong_batch:
@@ -200,7 +200,10 @@ def _count(x: Tensor, y: Tensor | None, index: Tensor | None) -> int:
 
 
 def check_activations(value: Tensor, name: str) -> None:
-    """ValueError naming the first problem and neuron that are not finite. value: (B, T, n)."""
+    """Raise ValueError naming the first problem and neuron that are not finite.
+
+    value: (B, T, n).
+    """
     finite = torch.isfinite(value)
     if finite.all():
         return

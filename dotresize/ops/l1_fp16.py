@@ -17,7 +17,7 @@ _LARGEST = 10  # log2 of the largest scaled activation
 
 
 def scales(x: Tensor, y: Tensor | None) -> Tensor:
-    """What a group's float16 sum is multiplied by: float32 (B, groups), powers of two.
+    """Return what a group's float16 sum is multiplied by: float32 (B, groups), powers of two.
 
     Not finite where an activation is not, which makes the cost not finite.
     """
@@ -34,7 +34,7 @@ def scales(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def halve(x: Tensor, scale: Tensor, index: Tensor | None = None) -> Tensor:
-    """x (B, T, n), or its neurons ``index`` (B, m), over its scale; float16, whole groups."""
+    """Return x (B, T, n), or its neurons ``index``, over its scale: float16, whole groups."""
     if index is not None:
         x = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
     tokens = scale.shape[1] * GROUP

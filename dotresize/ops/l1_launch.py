@@ -10,7 +10,7 @@ from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import GROUP, L1Operands, chunk_tokens
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BYTES = 3  # Dtype::kOctets in csrc/kernels.hpp
+_BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp
 _BUILT = {
     "fp32": ("triton", "cpp", "torch"),
     "fp16": ("triton", "torch"),
@@ -20,7 +20,7 @@ PRECISIONS = tuple(_BUILT)
 
 
 def choose_for(precision: str, backend: str, device: torch.device) -> str:
-    """The backend to run on; BackendError if it cannot, or not with this precision."""
+    """Return the backend to run on; BackendError if it cannot, or not with this precision."""
     chosen = choose(backend, device)
     built = _BUILT[precision]
     if chosen not in built:
@@ -58,7 +58,10 @@ def launch(work: L1Operands, *, precision: str, backend: str) -> Tensor | None:
 
 
 def statistics(cost: Tensor) -> Tensor:
-    """Minimum, maximum and mean of each problem: float64 (B, 3), not finite if an entry is not."""
+    """Return minimum, maximum and mean of each problem, float64 (B, 3).
+
+    They are not finite if an entry is not.
+    """
     flat = cost.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     return torch.stack([low.double(), high.double(), flat.mean(1, dtype=torch.float64)], 1)
@@ -99,7 +102,7 @@ def _launch_torch(work: L1Operands) -> None:
 
 
 def divide(cost: Tensor, divisor: float) -> None:
-    """In place and rounded correctly: by a number, CUDA would multiply with its reciprocal."""
+    """Divide in place, rounded correctly: CUDA would multiply with a number's reciprocal."""
     cost /= torch.full((), divisor, device=cost.device)
 
 
@@ -134,7 +137,7 @@ def _launch_cpp(work: L1Operands) -> None:
 
 
 def _words(x: Tensor, plan: l1_u8.Quantisation) -> Tensor:
-    """int64 (B, ceil(quantised / 8), n): eight tokens of a neuron as the bytes of a word."""
+    """Return eight tokens of a neuron as the bytes of a word: int64 (B, ceil(quantised / 8), n)."""
     x = x if x.stride(2) == 1 else x.contiguous()
     tokens = plan.token.shape[1]
     words = torch.empty(x.shape[0], -(-tokens // 8), x.shape[2], dtype=torch.int64)
@@ -164,7 +167,7 @@ def _operand(value: Tensor, columns: Tensor | None) -> object:
 
 
 def _sum_cpp(work: L1Operands, steps: Tensor | None) -> None:
-    """steps: of bytes, which x and y then hold; see ``l1_u8``."""
+    """Add a cost by the C++ kernel. steps: of bytes, which x and y then hold (``l1_u8``)."""
     x, targets = work.x, work.targets
     order, mirrored = None, x.shape[2] if work.y is None and targets is None else 0
     if targets is not None:
@@ -184,7 +187,7 @@ def _sum_cpp(work: L1Operands, steps: Tensor | None) -> None:
 
 
 def _targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
-    """Sources in the order targets, then the rest: (B, n), and how many lead.
+    """Return the sources in the order targets, then the rest: (B, n), and how many lead.
 
     The targets' costs among themselves are then a symmetric block, of which one half is enough.
     None and 0 where a target occurs twice.

@@ -63,12 +63,12 @@ def quantisation(x: Tensor, y: Tensor | None) -> Quantisation:
 
 
 def take(x: Tensor, token: Tensor) -> Tensor:
-    """The tokens of each problem in the given order, as a copy."""
+    """Return the tokens of each problem in the given order, as a copy."""
     return x.gather(1, token[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def quantize(x: Tensor, plan: Quantisation) -> Tensor:
-    """The bytes of x in plain PyTorch, times their step: float32 (B, quantised tokens, n)."""
+    """Return the bytes of x times their step, in plain PyTorch: float32 (B, quantised, n)."""
     step = plan.steps.repeat_interleave(TOKEN_BLOCK, 1)[:, : plan.low.shape[1], None]
     levels = (take(x, plan.token).float() - plan.low[:, :, None]) / step + plan.dither[:, :, None]
     return levels.floor().clamp(0, 255) * step

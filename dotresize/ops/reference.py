@@ -38,12 +38,12 @@ def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def sinkhorn(batch: SinkhornBatch) -> SinkhornSolution:
-    """Log-domain Sinkhorn of a batch by plain log-sum-exps, in the cost's type.
+    """Solve a batch by log-domain Sinkhorn with plain log-sum-exps, in the cost's type.
 
     The problems must be of one shape (n, m). One iteration is ``f = log a - lse_j(g - C/reg)`` and
-    ``g = log b - lse_i(f - C/reg)``, which an acceleration may take further (acceleration.py; pace
-    says which). A problem stops when, after a row update, ``|P'1 - b|_1 <= tol`` (never, for
-    tol = 0), or after ``max_iter`` updates of g. Rows are exact at exit.
+    ``g = log b - lse_i(f - C/reg)``, which an acceleration may take further (acceleration.py). A
+    problem stops when, after a row update, ``|P'1 - b|_1 <= tol`` (never, for tol = 0), or after
+    ``max_iter`` updates of g. Rows are exact at exit.
 
     Potentials are NaN for a cost with NaN or -inf ("invalid"), and -inf where a row or column of
     positive mass has only +inf ("infeasible").
@@ -51,7 +51,7 @@ def sinkhorn(batch: SinkhornBatch) -> SinkhornSolution:
     cost = torch.stack(list(batch.costs))
     (count, n, m), max_iter = cost.shape, batch.max_iter
     a, b = batch.a.view(count, n).to(cost), batch.b.view(count, m).to(cost)
-    tol, pace = batch.tol.to(cost.device, torch.float64), batch.pace.to(cost.device)
+    tol, acceleration = batch.tol.to(cost.device, torch.float64), batch.acceleration.to(cost.device)
     row_min, column_min, status = minima(cost, a, b)
     wide_reg = batch.reg.to(device=cost.device, dtype=torch.float64)[:, None]
     shift_f, shift_g = row_min.double() / wide_reg, column_min.double() / wide_reg
@@ -86,7 +86,7 @@ def sinkhorn(batch: SinkhornBatch) -> SinkhornSolution:
         g[active] = update[going]
         step = (raw - start)[going]
         for code, helper in helpers.items():
-            own = pace[active] == code
+            own = acceleration[active] == code
             if own.any():
                 mine = active[own]
                 moved, plain = (torch.where(b[mine] > 0, v, 0.0) for v in (step[own], g[mine]))
@@ -98,7 +98,7 @@ def sinkhorn(batch: SinkhornBatch) -> SinkhornSolution:
 
 
 def minima(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row minima, then column minima of what remains, over rows and columns of positive mass.
+    """Return row minima, and column minima of what remains, over rows and columns with mass.
 
     Returns (B, n), (B, m) and the status (B,): MAX_ITER, or why a problem cannot be solved.
     """
@@ -117,7 +117,7 @@ def minima(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def restore(
     f: Tensor, g: Tensor, shift_f: Tensor, shift_g: Tensor, a: Tensor, error: Tensor, status: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Potentials of the caller's cost, float64; those of unsolvable problems, and their error."""
+    """Return the potentials of the caller's cost, float64; set unsolvable problems' errors."""
     f, g = f.double() + shift_f, g.double() + shift_g
     for code, value, mass in ((INVALID, torch.nan, torch.nan), (INFEASIBLE, -torch.inf, 1.0)):
         hit = status == code
@@ -127,7 +127,7 @@ def restore(
 
 
 def _less_mean(update: Tensor, g: Tensor, used: Tensor) -> Tensor:
-    """The update less the mean of g: the constant is free, and digits are lost far from 0."""
+    """Return the update less the mean of g: the constant is free; digits are lost far from 0."""
     mean = torch.where(used, g, 0.0).sum(1, keepdim=True) / used.sum(1, keepdim=True)
     return torch.where(used, update - mean, -torch.inf)
 
@@ -139,7 +139,7 @@ def _lse(z: Tensor, dim: int) -> Tensor:
 
 
 def assignment(score: Tensor, maximize: bool) -> Tensor:
-    """Optimal column of each row by scipy in float64, one problem after the other.
+    """Return the optimal column of each row by scipy in float64, one problem after the other.
 
     score (B, n, n) without NaN -> int64 (B, n) on the CPU; all -1 where forbidden pairs leave none.
     """
@@ -156,7 +156,9 @@ def assignment(score: Tensor, maximize: bool) -> Tensor:
 
 
 def assignment_duals(cost: Tensor, columns: Tensor) -> Tensor:
-    """Column duals v of a minimal assignment: ``v_j - v_x_i <= c_ij - c_i,x_i`` for all i and j.
+    """Return the column duals v of a minimal assignment.
+
+    ``v_j - v_x_i <= c_ij - c_i,x_i`` for all i and j.
 
     cost (n, n) float64, columns (n,) -> (n,). Shortest paths over these differences by Bellman and
     Ford; an optimal assignment has no negative cycle, so n rounds are enough.

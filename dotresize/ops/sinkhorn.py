@@ -105,10 +105,10 @@ def sinkhorn(
     stages = _stages(schedule)
     if isinstance(init, SinkhornResult):
         init = rescaled(init, regs, ragged)
-    paces = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
+    accelerations = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
     if acceleration == "auto":
-        paces[tols == 0] = PLAIN
-    settings = Settings(regs, tols, paces, operator.index(max_iter))
+        accelerations[tols == 0] = PLAIN
+    settings = Settings(regs, tols, accelerations, operator.index(max_iter))
     solved: dict[int, SolvedProblem] = {}
     for batch in checked(cost, a, b, init, settings, backend):
         problems = _solve_stages(batch, stages, storage=storage, backend=backend)
@@ -119,7 +119,7 @@ def sinkhorn(
 
 
 def _stages(schedule: Sequence[float] | None) -> list[float]:
-    """The schedule and the 1 that ends it."""
+    """Return the schedule and the 1 that ends it."""
     try:
         given = () if schedule is None else schedule
         factors = [0.0] if isinstance(given, str) else [float(factor) for factor in given]
@@ -133,7 +133,7 @@ def _stages(schedule: Sequence[float] | None) -> list[float]:
 def _solve_stages(
     batch: SinkhornBatch, stages: list[float], *, storage: str, backend: str
 ) -> list[SolvedProblem]:
-    """The batch at each multiple of its reg in turn, from the potentials of the last."""
+    """Solve the batch at each multiple of its reg in turn, from the potentials of the last."""
     iterations = [0] * len(batch.costs)
     if len(stages) > 1:
         rough = torch.maximum(batch.tol, _STAGE_TOLERANCE * batch.masses().cpu())

@@ -17,11 +17,11 @@ _MASS_TOLERANCE = 1e-5
 
 
 class Settings(NamedTuple):
-    """What is asked of all problems; reg, tol (float64) and pace (int64) are (B,) on the CPU."""
+    """What is asked of all problems: (B,) on the CPU, float64, the acceleration int64."""
 
     reg: Tensor
     tol: Tensor
-    pace: Tensor
+    acceleration: Tensor
     max_iter: int
 
 
@@ -57,7 +57,7 @@ def _ragged(
     settings: Settings,
     backend: str,
 ) -> list[SinkhornBatch]:
-    """Any shapes together; only the plain reference wants problems of equal shape."""
+    """Return batches of any shapes together; the plain reference alone wants equal shapes."""
     if len(costs) == 0:
         raise ValueError("cost is an empty list: there must be problems with entries")
     for i, cost in enumerate(costs):
@@ -112,7 +112,10 @@ def _batch(
     settings: Settings,
     labels: Sequence[int],
 ) -> SinkhornBatch:
-    """Checked problems of one shape; ``labels`` are the caller's numbers of them, for messages."""
+    """Return checked problems of one shape.
+
+    ``labels`` are the caller's numbers of them, for messages.
+    """
     if len(costs) == 0 or costs[0].numel() == 0:
         shape = tuple(costs.shape if isinstance(costs, Tensor) else costs[0].shape)
         raise ValueError(f"cost has shape {shape}: there must be problems with entries")
@@ -122,7 +125,7 @@ def _batch(
     if a is not None or b is not None:  # uniform ones have mass 1, and a look would wait for a GPU
         columns = _check_masses(rows, columns, labels)
     start = _check_init(init, len(costs), m, like)
-    own = {name: getattr(settings, name)[list(labels)] for name in ("reg", "tol", "pace")}
+    own = {name: getattr(settings, name)[list(labels)] for name in ("reg", "tol", "acceleration")}
     return SinkhornBatch(
         labels=labels,
         costs=list(costs),
@@ -135,7 +138,7 @@ def _batch(
 
 
 def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
-    """float64 (B,) on the CPU; ValueError unless finite numbers, one or one per problem."""
+    """Return one number per problem, float64 (B,) on the CPU; ValueError for anything else."""
     try:
         given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
@@ -150,7 +153,7 @@ def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
 def _check_marginals(
     name: str, value: Tensor | Sequence[Tensor] | None, batch: int, length: int, like: Tensor
 ) -> Tensor:
-    """float64 (batch, length); None is uniform with mass 1."""
+    """Return marginals, float64 (batch, length); None is uniform with mass 1."""
     if value is None:
         uniform = 1 / max(1, length)
         return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
@@ -168,7 +171,7 @@ def _check_marginals(
 
 
 def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
-    """b scaled to the mass of a, which it must have up to rounding."""
+    """Return b scaled to the mass of a, which it must have up to rounding."""
     masses_a, masses_b = a.sum(1), b.sum(1)
     apart = (masses_a - masses_b).abs() > _MASS_TOLERANCE * torch.maximum(masses_a, masses_b)
     wrong = (apart | (masses_a == 0)).nonzero().flatten()
@@ -183,7 +186,7 @@ def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
 
 
 def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
-    """Initial g, a new float64 (B, m)."""
+    """Return the initial g, a new float64 (B, m)."""
     if init is None:
         return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
     g = init[1] if isinstance(init, (tuple, list)) and len(init) == 2 else None

@@ -23,7 +23,7 @@ def solve(batch: SinkhornBatch, *, storage: str, backend: str) -> list[SolvedPro
         raise BackendError(f"storage {storage!r} is built for triton, not for {chosen}")
     if storage != "exact" and batch.costs[0].dtype == torch.float64:
         raise ValueError(f"storage {storage!r}: the cost is float64, which this would not keep")
-    if chosen != "torch" and (batch.pace == ANDERSON).any():
+    if chosen != "torch" and (batch.acceleration == ANDERSON).any():
         raise BackendError(f"acceleration 'anderson' is built for torch, not for {chosen}")
     prepared = batch._replace(costs=[_solved_as(cost.detach()) for cost in batch.costs])
     if chosen == "triton":
@@ -52,7 +52,7 @@ def solve(batch: SinkhornBatch, *, storage: str, backend: str) -> list[SolvedPro
 
 
 def _solved_as(cost: Tensor) -> Tensor:
-    """In float32 or float64, entries of a row side by side."""
+    """Return a cost in float32 or float64, the entries of a row side by side."""
     work = (cost if cost.dtype == torch.float64 else cost.float()).resolve_neg()
     return work if work.stride(1) == 1 else work.contiguous()
 
@@ -67,7 +67,7 @@ def _launch_cpp(batch: SinkhornBatch) -> SinkhornSolution:
         "table": torch.tensor(lines),
         "reg": batch.reg,
         "tol": batch.tol,
-        "momentum": batch.pace == MOMENTUM,
+        "momentum": batch.acceleration == MOMENTUM,
         "a": batch.a,
         "b": batch.b,
         "f": f,

@@ -55,7 +55,7 @@ class SinkhornResult:
 
     @classmethod
     def collect(cls, problems: list[SolvedProblem], layout: str) -> SinkhornResult:
-        """From solved problems, in the layout of the caller's cost."""
+        """Return the result of solved problems, in the layout of the caller's cost."""
         if layout == "single":
             only = problems[0]
             return cls(
@@ -101,12 +101,12 @@ class SinkhornResult:
 
     @property
     def potential_a(self) -> Tensor | tuple[Tensor, ...]:
-        """f; POT's name for it."""
+        """The row potentials f, by POT's name."""
         return self.potentials[0]
 
     @property
     def potential_b(self) -> Tensor | tuple[Tensor, ...]:
-        """g; POT's name for it."""
+        """The column potentials g, by POT's name."""
         return self.potentials[1]
 
     @property

@@ -73,7 +73,7 @@ class SolvedProblem:
         return ""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The plan in float64, by blocks of rows.
+        """Yield the plan in float64, by blocks of rows.
 
         f, g and cost / reg may be large numbers that nearly cancel. A forbidden pair meets
         f = -inf or g = -inf as -inf, never as NaN.
@@ -87,7 +87,7 @@ class SolvedProblem:
             yield block, (self.f[block, None] + self.g).sub_(scaled).exp_()
 
     def plan(self, out: Tensor | None = None) -> Tensor:
-        """The plan in the result's dtype, into ``out`` if there is one."""
+        """Return the plan in the result's dtype, into ``out`` if there is one."""
         if out is None:
             out = self.cost.new_empty(self.cost.shape, dtype=self.dtype)
         as_is = self.cost.dtype == self.dtype and self.cost.stride(1) == 1
@@ -127,7 +127,7 @@ class SolvedProblem:
 
     @cached_property
     def values(self) -> tuple[float, float]:
-        """value_linear and value."""
+        """The pair of value_linear and value."""
         linear = entropy = 0.0
         for block, plan in self.blocks():
             # A pair without mass costs nothing, also where it is forbidden; NaN stays NaN.
@@ -189,7 +189,7 @@ class _DifferentiableValue(torch.autograd.Function):
 
 
 def _keep_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """u and v with ``P1 * u + P v = rows`` and ``P'u + P'1 * v = columns``."""
+    """Return u and v with ``P1 * u + P v = rows`` and ``P'u + P'1 * v = columns``."""
     # A row or column without mass has no equation: 1 on the diagonal gives it 0.
     a, b = (torch.where(mass > 0, mass, 1.0) for mass in (plan.sum(1), plan.sum(0)))
     scaled = plan / a[:, None]

@@ -38,7 +38,7 @@ class Factors:
 
 
 def transport_map(plan: Tensor) -> Tensor:
-    r"""The map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
+    r"""Return the map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
 
     plan: (n, k) or (B, n, k), non-negative -> the same shape, columns summing to 1: each new neuron
     is a convex mix of old ones, as for weights that write them. ``transport_map(plan.mT).mT`` has

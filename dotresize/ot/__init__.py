@@ -44,7 +44,7 @@ def sinkhorn(
     warmstart: Any = None,
     **kwargs: Any,
 ) -> Any:
-    r"""The plan of entropic transport, as POT's ``ot.sinkhorn``.
+    r"""Return the plan of entropic transport, as POT's ``ot.sinkhorn``.
 
     .. math:: \min_P \langle M, P \rangle + \mathrm{reg} \sum_{ij} P_{ij} \log P_{ij}
               \quad \text{s.t.} \quad P 1 = a, \; P^\top 1 = b
@@ -112,7 +112,7 @@ def sinkhorn2(
     warmstart: Any = None,
     **kwargs: Any,
 ) -> Any:
-    r"""The loss :math:`\langle M, P \rangle` of :func:`sinkhorn`'s plan, as POT's ``ot.sinkhorn2``.
+    r"""Return the loss :math:`\langle M, P \rangle` of the plan, as POT's ``ot.sinkhorn2``.
 
     Arguments and errors are those of :func:`sinkhorn`; POT has three of the methods here, and does
     not warn by default. Returns a number (NumPy scalar or 0-d tensor), or ``(k,)`` for several b.
@@ -131,4 +131,4 @@ def __getattr__(name: str) -> Any:
 
 
 class _NotHere(NotImplementedError, AttributeError):
-    """Both, so that ``hasattr`` still answers."""
+    """An error that is both, so that ``hasattr`` still answers."""

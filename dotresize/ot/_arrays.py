@@ -31,7 +31,7 @@ class Arrays:
 
     @classmethod
     def of(cls, **values: Any) -> Arrays:
-        """ValueError unless all are NumPy arrays, or all torch tensors, of real numbers."""
+        """Raise ValueError unless all are NumPy arrays, or all torch tensors, of real numbers."""
         if values.get("M", ()) is None:
             raise ValueError("M is None: must be the cost, a NumPy array, torch tensor or list")
         given = {k: v for k, v in values.items() if v is not None and not isinstance(v, list)}
@@ -62,7 +62,7 @@ class Arrays:
         return cls(True, getattr(torch, common.name), torch.device("cpu"))
 
     def tensor(self, value: Any) -> Tensor:
-        """A tensor of the results' dtype; a caller's tensor keeps its graph."""
+        """Return a tensor of the results' dtype; a caller's tensor keeps its graph."""
         if isinstance(value, Tensor):
             return value.to(self.dtype)
         # torch takes no read-only, byte-swapped or negatively strided array.
@@ -76,11 +76,11 @@ class Arrays:
         return torch.as_tensor(plain, device=self.device).to(self.dtype)
 
     def working(self, cost: Tensor, tol: float) -> Tensor:
-        """The cost in float64 where its own type cannot reach ``tol``."""
+        """Return the cost in float64 where its own type cannot reach ``tol``."""
         return cost.double() if tol < FLOAT32_TOLERANCE else cost
 
     def back(self, value: Tensor, dtype: torch.dtype | None = None) -> Any:
-        """The caller's kind of array; a NumPy scalar for a 0-d tensor."""
+        """Return the caller's kind of array; a NumPy scalar for a 0-d tensor."""
         value = value.to(self.device, dtype or self.dtype)
         return value.numpy()[()] if self.numpy else value
 
@@ -102,7 +102,7 @@ def tolerance(name: str, value: Any) -> float:
 
 
 def positive_reg(reg: Any, exact: str) -> float:
-    """reg as a float. NotImplementedError, naming the call ``exact``, for None and 0."""
+    """Return reg as a float. NotImplementedError, naming the call ``exact``, for None and 0."""
     if isinstance(reg, Tensor) and reg.requires_grad:
         raise NotImplementedError("reg requires grad: POT's own solvers differentiate by it")
     try:
@@ -117,7 +117,7 @@ def positive_reg(reg: Any, exact: str) -> float:
 
 
 def with_marginals(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The plan ``(B, n, m)``, its gradient reaching the marginals ``(B, n)`` and ``(B, m)``."""
+    """Return the plan ``(B, n, m)``, whose gradient reaches the marginals."""
     if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return plan
     return _Marginals.apply(plan, a, b)
@@ -167,5 +167,8 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def linear_loss(plan: Tensor, cost: Tensor) -> Tensor:
-    """``<C, P>`` per problem, (B,) float64. Forbidden pairs hold no mass and cost nothing."""
+    """Return ``<C, P>`` per problem, (B,) float64.
+
+    Forbidden pairs hold no mass and cost nothing.
+    """
     return (plan * cost.masked_fill(cost == math.inf, 0)).sum((1, 2), dtype=torch.float64)

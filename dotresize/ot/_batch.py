@@ -83,7 +83,7 @@ def solve_batch(
     reg_type: str = "entropy",
     grad: str = "envelope",
 ) -> BatchResult:
-    r"""Many entropic problems of one shape, as POT's ``ot.batch.solve_batch``.
+    r"""Solve many entropic problems of one shape, as POT's ``ot.batch.solve_batch``.
 
     .. math:: \min_P \langle M, P \rangle + \mathrm{reg} \, R(P)
               \quad \text{s.t.} \quad P 1 = a, \; P^\top 1 = b
@@ -165,7 +165,7 @@ def solve_batch(
 
 
 def _marginal(name: str, given: Any, batch: int, length: int, arrays: Arrays) -> Tensor:
-    """float64 (batch, length); None is uniform."""
+    """Return a marginal, float64 (batch, length); None is uniform."""
     if given is None:
         uniform = 1 / max(1, length)
         return torch.full((batch, length), uniform, dtype=torch.float64, device=arrays.device)
@@ -177,7 +177,7 @@ def _marginal(name: str, given: Any, batch: int, length: int, arrays: Arrays) ->
 
 
 def _log(mass: Tensor) -> Tensor:
-    """Finite logarithm, also where there is no mass: it is multiplied with mass, as 0 log 0 = 0."""
+    """Return a finite logarithm, also where there is no mass: 0 log 0 is 0."""
     return mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
 
 

@@ -51,7 +51,7 @@ class Solved:
         return linear_loss(self.result[None], self.problem.cost)[0]
 
     def log(self) -> dict[str, Any]:
-        """POT's keys for this method."""
+        """Return POT's keys for this method."""
         problem, method, back = self.problem, self.problem.method, self.problem.arrays.back
         f, g = (self.f.T, self.g.T) if problem.several else (self.f[0], self.g[0])
         scalings = {"u": back(f.exp()), "v": back(g.exp())}
@@ -130,7 +130,7 @@ class Problem:
         return solved
 
     def _start(self, warmstart: Any) -> Tensor:
-        """log u, (k, n)."""
+        """Return log u, (k, n)."""
         count, n = len(self.b), len(self.a)
         if warmstart is None:
             return self.a.new_zeros(count, n)
@@ -153,7 +153,7 @@ class Problem:
         return (u / self.reg if self.method in _IN_COST_UNITS else u).expand(count, n)
 
     def _run(self, start: Tensor, tol: float, iterations: int, stop: float, done: int) -> Solved:
-        """Iterations of all columns of b, as many at once as memory allows."""
+        """Run the iterations of all columns of b, as many at once as memory allows."""
         cost = self.arrays.working(self.cost, stop)
         step = max(1, _ENTRIES // max(1, cost.numel()))
         results, found, columns = [], [], []
@@ -176,7 +176,7 @@ class Problem:
         )
 
     def _iterate(self, cost: Tensor, b: Tensor, u: Tensor, tol: float, iterations: int) -> Any:
-        """``iterations`` times v, then u. The solver starts with its rows, from v."""
+        """Run ``iterations`` updates of v, then u; the solver starts with its rows, from v."""
         costs = cost.expand(len(b), *cost.shape)
         turned = costs.detach().mT
         first: Any = sinkhorn(turned, self.reg, b, self.a, init=(None, u), max_iter=0, tol=0)
@@ -184,13 +184,13 @@ class Problem:
         return sinkhorn(costs, self.reg, self.a, b, init=init, max_iter=iterations - 1, tol=tol)
 
     def _alike(self) -> bool:
-        """Whether a and every b have one mass, up to the rounding of their type."""
+        """Return whether a and every b have one mass, up to the rounding of their type."""
         mass, masses = self.a.detach().sum(), self.b.detach().sum(1)
         rounding = 1e-12 if self.arrays.dtype == torch.float64 else 1e-5
         return bool(((masses - mass).abs() <= rounding * mass).all())
 
     def _error(self, columns: Tensor) -> Tensor:
-        """The norm that this method of POT compares with stopThr; rows are exact."""
+        """Return the norm that this method of POT compares with stopThr; rows are exact."""
         b = self.b.detach()
         if self._alike():
             b = b * (self.a.detach().sum() / b.sum(1, keepdim=True))
@@ -221,7 +221,7 @@ class Problem:
 
 
 def _histogram(name: str, value: Any, length: int, arrays: Arrays, several: bool = False) -> Tensor:
-    """float64 (length,), or (length, k) where several are allowed; empty and None are uniform."""
+    """Return a histogram, float64 (length,) or (length, k); empty and None are uniform."""
     if value is None or len(value) == 0:
         uniform = 1 / max(1, length)
         return torch.full((length,), uniform, dtype=torch.float64, device=arrays.device)
