@@ -13,6 +13,8 @@ import torch
 
 import dotresize
 
+from .code import measured_code
+
 _PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "lapx", "scikit-learn", "faiss-cpu", "POT", "geomloss"),
     *("jax", "jaxlib", "ott-jax", "pykeops", "flash-sinkhorn", "cupy-cuda13x", "cuvs-cu13"),
@@ -53,6 +55,7 @@ def where(threads: int) -> dict[str, Any]:
         "device": f"{processor()}, {threads} threads",
         "simd": cpp.get("simd"),
         "versions": versions(),
+        **measured_code(),
     }
 
 
