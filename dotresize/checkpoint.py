@@ -97,6 +97,14 @@ def load(folder: str | Path) -> Any:
 
     These are models with a map per location (baselines/adapters.py) and with merged feed-forwards
     (merging/checkpoint.py). ValueError where the directory holds neither.
+
+    Example:
+        >>> from dotresize import load
+        >>> try:
+        ...     load("a-plain-checkpoint")
+        ... except ValueError as error:
+        ...     print(error)
+        model a-plain-checkpoint: has no format of ours; plain transformers loads others
     """
     own = _own_format(Path(folder))
     if own is None:

@@ -79,6 +79,28 @@ def compress(
         ValueError: unsupported architecture; a width no loader accepts; a collapsed span; weights
             or activations that are not finite; unknown options.
         TypeError: a keyword that is no option.
+
+    Formula:
+        with h the residual stream, w the gain of a norm and Q (D, k) orthonormal, every reader W
+        becomes ``Q' diag(w) W``, every writer ``W Q``, and the norm's weight 1; a refit then
+        replaces ``Q' diag(w)`` by the ridge solution of ``norm(h Q) A = norm(h) diag(w)`` on the
+        calibration tokens (narrow/absorb.py, narrow/refit.py).
+
+    Reference:
+        Verma, Murray and Duh, DOTResize: Reducing LLM Width via Discrete Optimal Transport-based
+        Neuron Merging, arXiv 2507.04517 (``method="dot"``).
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        ...     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> tokens = torch.randint(0, 100, (8, 32))
+        >>> from dotresize import compress
+        >>> narrow, report = compress(model, tokens, width=24)
+        >>> narrow.config.hidden_size, report["width"]["old"]
+        (24, 32)
     """
     unknown = choices.keys() - inspect.signature(compress).parameters.keys()
     if unknown:

@@ -71,6 +71,21 @@ def recover(
     Raises:
         ValueError: no windows; accelerate is missing; another run's folder; a loss that is not
             finite.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        ...     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> tokens = torch.randint(0, 100, (8, 32))
+        >>> import tempfile
+        >>> from dotresize import compress, recover
+        >>> narrow, _ = compress(model, tokens, width=24)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figures = recover(model, narrow, tokens, folder=folder)
+        >>> figures["steps"]
+        4
     """
     check(narrow.device)
     steps = len(tokens) // batch_windows

@@ -62,15 +62,6 @@ def test_public_names_exist():
         assert getattr(dotresize, name) is not None
 
 
-def test_readme_is_short_and_its_python_runs(run_python):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    solver = next(block for block in blocks if "sinkhorn(" in block)
-    done = run_python(solver)
-    assert done.returncode == 0, done.stderr
-
-
 def test_figures_in_pages_come_from_committed_rows(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.tables.__main__ import TABLES, with_tables

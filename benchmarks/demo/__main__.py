@@ -1,4 +1,4 @@
-"""``make demo``: narrow SmolLM2-135M by 20 %, compare, load the result with plain transformers.
+"""``make demo``: take a fifth of SmolLM2-135M's parameters away, compare, load the result.
 
 With ``--out FILE`` one JSON line per row of the table is appended to FILE; other options are handed
 to ``dotresize compress``.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dotresize.cli.resume import partial_folder
 
+from ..code import measured_code
 from ..rows import device_name
 from .texts import model_file, write_texts
 
@@ -39,7 +40,8 @@ prompt = tokenizer("The history of the city begins", return_tensors="pt")
 tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
 assert "dotresize" not in sys.modules
 text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-print(f"plain transformers, width {model.config.hidden_size}: {' '.join(text.split())}")
+widths = f"{model.config.hidden_size} / {model.config.intermediate_size}"
+print(f"plain transformers, widths {widths}: {' '.join(text.split())}")
 """
 
 
@@ -48,7 +50,7 @@ def compress(options: list[str]) -> int:
     for folder in (OUT, partial_folder(str(OUT))):  # of the last run, or one that was interrupted
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(OUT)]
-    command += ["--width", "0.8", "--compare", "--windows", str(WINDOWS)]
+    command += ["--compare", "--windows", str(WINDOWS)]
     command += ["--calibration", *map(str, calibration)]
     command += ["--eval", *map(str, held_out), "--eval-windows", str(EVAL_WINDOWS), *options]
     print("$ dotresize", *command[3:], flush=True)
@@ -61,15 +63,18 @@ def append_rows(path: Path) -> None:
     settings = report["settings"]
     where = {
         "date": datetime.date.today().isoformat(),
+        "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(),
         "versions": report["versions"],
+        **measured_code(),
         "model": Path(settings["model"]).stem,
         "windows": settings["windows"],
         "window": settings["window"],
         "eval_windows": settings["eval_windows"],
         "seed": settings["seed"],
     }
-    kept = ("method", "refit", "width", "tied", "plain_checkpoint", "parameters", "map")
+    kept = ("method", "refit", "width", "feed_forward", "tied", "plain_checkpoint", "parameters")
+    kept += ("map", "budget")
     kept += ("recovery", "training_free")
     with path.open("a", encoding="utf-8") as file:
         for row in [*report["compared"], report]:

@@ -29,11 +29,23 @@ def compared(options: Options, model: CausalLM) -> list[Options]:
     """Return what is set beside a method: the plain ones, without refit, at the same widths."""
     bare = replace(options, refit=False, figures=False)
     if model.architecture.fixed_residual:
-        return [bare] if options.refit else []
+        return compared_feed_forwards(options, model)
     return [
         replace(bare, method=method, targets=options.targets if method.takes_targets else None)
         for method in (METHODS[name] for name in COMPARED)
         if options.refit or method != options.method
+    ]
+
+
+def compared_feed_forwards(options: Options, model: CausalLM) -> list[Options]:
+    """Return what is set beside a method that left the residual as it is, without refit."""
+    bare = replace(options, refit=False, figures=False, targets=None)
+    if not model.architecture.fixed_residual:
+        bare = replace(bare, method=METHODS["magnitude"])  # which keeps all channels as they are
+    return [
+        replace(bare, ff_method=method)
+        for method in FF_METHODS.values()
+        if options.refit or method != options.ff_method
     ]
 
 
@@ -59,6 +71,8 @@ def narrowed(
     main["dense_perplexity"] = dense["perplexity"]
     evaluate_into(main, narrow, texts)
     inner = main["feed_forward"]
+    if others and main["width"]["new"] == main["width"]["old"]:
+        others = compared_feed_forwards(options, model)
     same_size: dict[str, Any] = {
         "width": main["width"]["new"],
         "energy": None,
@@ -67,6 +81,8 @@ def narrowed(
     }
     if inner["method"]:
         same_size["ff_width"] = inner["new"]
+        if model.architecture.fixed_residual:
+            del same_size["width"]
     else:
         same_size["ff_method"] = FF_METHODS["eliminate"]
     rows = [

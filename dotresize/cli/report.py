@@ -24,6 +24,9 @@ def say(text: str) -> None:
 def label(report: dict[str, Any]) -> str:
     """Return a column's heading: the method, and what corrected the weights after it."""
     name = _LABELS.get(report["method"], report["method"])
+    width, inner = report.get("width", {}), report.get("feed_forward", {})
+    if inner.get("method") and width["new"] == width["old"]:
+        name = f"feed-forward, {inner['method']}"
     after = [stage for stage in ("refit", "recovery") if report.get(stage)]
     return " + ".join([name, *after])
 

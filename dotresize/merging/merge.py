@@ -72,6 +72,18 @@ def merge_feed_forward(
     Raises:
         ValueError: an unknown family or stack; k or start that do not fit the layers; no batches;
             inputs without a token that counts; neurons or a metric that are not finite.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        ...     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> tokens = torch.randint(0, 100, (8, 32))
+        >>> from dotresize import merge_feed_forward
+        >>> merged, report = merge_feed_forward(model, [{"input_ids": tokens}], k=2)
+        >>> len(report["stacks"]["decoder"]["window"])
+        2
     """
     batches = [dict(batch) for batch in batches]
     stacks, sizes = _checked(model, batches, k, anchor, permute, soft)

@@ -33,6 +33,14 @@ class AssignmentCertificate:
         gap: how far ``sum u + sum v`` is from the assignment's sum, hence by how much that could be
             short of the optimum; 0 for integers, else up to rounding. A number, or float64 (B,).
         violation: the largest excess of an entry over its inequality, 0 up to rounding; likewise.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import assignment
+        >>> score = torch.tensor([[1.0, 5.0], [4.0, 6.0]])
+        >>> _, proof = assignment(score, certificate=True)
+        >>> bool((proof.u[:, None] + proof.v >= score).all()), proof.gap
+        (True, 0.0)
     """
 
     u: Tensor
@@ -85,6 +93,12 @@ def assignment(
         ValueError: wrong shape or dtype; NaN or the wrong infinity (names problem, row and
             column); forbidden pairs that leave no assignment (names the problem).
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import assignment
+        >>> assignment(torch.tensor([[1.0, 5.0], [4.0, 6.0]]))  # 5 + 4 is more than 1 + 6
+        tensor([1, 0])
 
     References:
         R. Jonker and A. Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear

@@ -14,7 +14,17 @@ _PROCESS = os.getpid()
 
 
 class BackendError(RuntimeError):
-    """A backend asked for by name cannot run here; the message says why."""
+    """A backend asked for by name cannot run here; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import BackendError, sinkhorn
+        >>> try:
+        ...     sinkhorn(torch.rand(3, 3), 0.1, acceleration="anderson", backend="cpp")
+        ... except BackendError as error:
+        ...     print(error)
+        acceleration 'anderson' is built for torch, not for cpp
+    """
 
 
 @functools.cache

@@ -31,6 +31,16 @@ class L1CostAccumulator:
         batch: number of problems B; None for 2-D chunks.
         reduction, precision, backend: as in ``l1_cost``.
         device: where the cost is kept; chunks must be there.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import L1CostAccumulator, l1_cost
+        >>> x = torch.randn(1000, 8)
+        >>> total = L1CostAccumulator(8)
+        >>> for chunk in x.split(300):
+        ...     total.update(chunk)
+        >>> torch.equal(total.result(), l1_cost(x))
+        True
     """
 
     def __init__(

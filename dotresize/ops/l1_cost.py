@@ -14,7 +14,15 @@ _REDUCTIONS = ("mean", "sum")
 
 
 class CostStatistics(NamedTuple):
-    """Of each problem's cost, as a regularisation is chosen by: numbers, or float64 ``(B,)``."""
+    """Of each problem's cost, as a regularisation is chosen by: numbers, or float64 ``(B,)``.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import l1_cost
+        >>> _, found = l1_cost(torch.tensor([[0.0, 1.0], [2.0, 2.0]]), statistics=True)
+        >>> found.maximum, found.mean
+        (0.5, 0.25)
+    """
 
     minimum: float | Tensor
     maximum: float | Tensor
@@ -95,6 +103,15 @@ def l1_cost(
         ValueError: wrong shapes, dtypes, devices or indices; no tokens; activations that are not
             finite (names the problem and the neuron).
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import l1_cost
+        >>> x = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]])  # 2 tokens, 3 neurons
+        >>> l1_cost(x, targets=torch.tensor([0]))
+        tensor([[0.0000],
+                [0.5000],
+                [1.5000]])
     """
     check_options(reduction, precision)
     if not isinstance(x, Tensor):

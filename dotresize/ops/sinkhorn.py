@@ -80,6 +80,17 @@ def sinkhorn(
             are negative, not finite, or do not sum alike; a cost too coarse in 16 bits.
         RuntimeError: the named backend cannot run here.
 
+    Example:
+        >>> import torch
+        >>> from dotresize import sinkhorn
+        >>> cost = torch.rand(6, 30, 20)  # six problems
+        >>> a = torch.full((30,), 1 / 30)
+        >>> result = sinkhorn(cost, torch.linspace(0.05, 0.5, 6), a=a)
+        >>> result.status[0], result.plan.shape
+        ('converged', torch.Size([6, 30, 20]))
+        >>> bool(torch.allclose(result.plan.sum(2), a.expand(6, 30), atol=1e-6))
+        True
+
     References:
         M. Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, NeurIPS 2013.
     """

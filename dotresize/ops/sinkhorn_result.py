@@ -43,6 +43,13 @@ class SinkhornResult:
     problem's values are tensors): through the fixed point, exact to the marginal error, at the
     price of one (m, m) solve in float64 for the plan and none for ``value`` (solved_problem.py).
     The potentials are constants.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import sinkhorn
+        >>> result = sinkhorn([torch.rand(4, 3), torch.rand(5, 2)], reg=0.1)
+        >>> len(result), result[1].plan.shape, result[1].converged
+        (2, torch.Size([5, 2]), True)
     """
 
     potentials: tuple

@@ -29,6 +29,13 @@ class Factors:
         cond_deflated: the same without T's largest singular direction. A transport map averages,
             so its largest direction is nearly the constant vector and dwarfs the rest; what
             remains says whether the span is healthy.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import factorize
+        >>> factors = factorize(torch.eye(4)[:, :2])
+        >>> round(factors.cond, 6)
+        1.0
     """
 
     q: Tensor
@@ -44,6 +51,13 @@ def transport_map(plan: Tensor) -> Tensor:
     is a convex mix of old ones, as for weights that write them. ``transport_map(plan.mT).mT`` has
     rows summing to 1: each old neuron is handed on whole, as for weights that read them. Raises
     ValueError naming the first column that receives no mass.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import transport_map
+        >>> transport_map(torch.tensor([[0.25, 0.0], [0.25, 0.5]]))
+        tensor([[0.5000, 0.0000],
+                [0.5000, 1.0000]])
     """
     if plan.dim() not in (2, 3):
         raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k) or (B, n, k)")
@@ -74,6 +88,14 @@ def factorize(
 
     Raises:
         ValueError: wrong shape or method, not finite, or a collapsed span, by name.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import factorize
+        >>> T = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> factors = factorize(T)
+        >>> bool(torch.allclose(factors.q @ factors.r, T.double()))
+        True
     """
     if method not in FACTORS:
         raise ValueError(f"method {method!r}: must be one of {', '.join(FACTORS)}")

@@ -89,6 +89,13 @@ def sinkhorn(
             or all zero; numItermax below 1; stopThr or reg negative or not finite.
         NotImplementedError: reg is None or 0, or requires grad.
 
+    Example:
+        >>> import numpy as np
+        >>> from dotresize import ot
+        >>> plan = ot.sinkhorn([], [], np.array([[0.0, 1.0], [1.0, 0.0]]), 0.1)
+        >>> bool(np.allclose(plan.sum(0), 0.5))
+        True
+
     References:
         R. Flamary et al., POT: Python Optimal Transport, JMLR 22(78), 2021.
     """
@@ -116,6 +123,13 @@ def sinkhorn2(
 
     Arguments and errors are those of :func:`sinkhorn`; POT has three of the methods here, and does
     not warn by default. Returns a number (NumPy scalar or 0-d tensor), or ``(k,)`` for several b.
+
+    Example:
+        >>> import numpy as np
+        >>> from dotresize import ot
+        >>> loss = ot.sinkhorn2([], [], np.array([[0.0, 1.0], [1.0, 0.0]]), 0.1)
+        >>> bool(loss < 1e-3)
+        True
     """
     problem = Problem.checked(a, b, M, reg, method, METHODS[:3], kwargs)
     solved = problem.solve(numItermax, stopThr, verbose, warn, warmstart)

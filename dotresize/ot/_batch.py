@@ -116,6 +116,13 @@ def solve_batch(
         ValueError: unknown names; wrong shapes or types; bad marginals; reg, tol or max_iter
             out of range.
         NotImplementedError: reg is None or 0, or requires grad.
+
+    Example:
+        >>> import torch
+        >>> from dotresize import ot
+        >>> result = ot.solve_batch(torch.rand(5, 8, 6), 0.1)
+        >>> result.plan.shape
+        torch.Size([5, 8, 6])
     """
     kind = reg_type.lower() if isinstance(reg_type, str) else reg_type
     for name, given, accepted in (
