@@ -13,10 +13,12 @@ from typing import Any
 from dotresize.cli.report import label
 
 from .. import l1
+from ..code import digest
 from ..rows import read
+from .api import api
 from .gpu import ceilings, details, peers_table
 from .models import families, large, merging, projected
-from .quality import headline, recovered, speed, study
+from .quality import budget, headline, recovered, speed, study
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path("benchmarks/results")
@@ -108,11 +110,12 @@ def _to_tolerance(ratio: float = 0.03, tol: float = 1e-5) -> str:
 
 
 def demo() -> str:
-    """The demo's table: what each method leaves of SmolLM2-135M at 20 % less residual width."""
+    """Return the demo's table: what each method leaves of SmolLM2-135M at the same size."""
     table = rows("demo.jsonl")
+    table = [row for row in table if row.get("run") == table[-1].get("run")]
     texts = list(table[0]["perplexity"])
     lines = [
-        f"| {table[0]['model']} | width | parameters | " + " | ".join(texts) + " |",
+        f"| {table[0]['model']} | widths | parameters | " + " | ".join(texts) + " |",
         "|---" * (3 + len(texts)) + "|",
     ]
     for row in table:
@@ -120,17 +123,17 @@ def demo() -> str:
         figures = " | ".join(f"{row['perplexity'][text]:.1f}" for text in texts)
         name = label(row)
         name = f"**{name}**" if row.get("refit") else name
-        lines.append(f"| {name} | {row['width']['new']} | {total:.1f} M | {figures} |")
+        widths = f"{row['width']['new']} / {row['feed_forward']['new']}"
+        lines.append(f"| {name} | {widths} | {total:.1f} M | {figures} |")
     last = table[-1]
     seconds = sum(v for k, v in last["seconds"].items() if k != "evaluation")
-    tokens = last["windows"] * last["window"]
     lines += [
         "",
-        f"Perplexity on held-out text, lower is better; every checkpoint is plain and tied. "
-        f"Calibrated on {tokens} tokens",
-        f"of the three sources and text of its own; {label(last)} took {seconds:.0f} s on "
-        f"{last['device']}, "
-        f"{last['date']}. Rows: `{RESULTS / 'demo.jsonl'}`.",
+        "Residual and feed-forward width; perplexity on held-out text, lower is better. Every "
+        "checkpoint is plain and tied.",
+        f"Calibrated on {last['windows'] * last['window']} tokens of the three sources and text of "
+        f"its own; the last row took {seconds:.0f} s on {last['device']}, {last['date']}.",
+        f"Rows: `{RESULTS / 'demo.jsonl'}`.",
     ]
     return "\n".join(lines)
 
@@ -202,12 +205,16 @@ def pot() -> str:
 
 
 TABLES = {
+    "docs/api.md": {"api": api},
     "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
     "docs/compress.md": {
         "quality": lambda: headline(rows("quality.jsonl")),
-        "study": lambda: study(rows("quality.jsonl")),
         "speed": lambda: speed(rows("speed.jsonl")),
         "recovered": lambda: recovered(rows("recovered.jsonl")),
+    },
+    "docs/studies.md": {
+        "study": lambda: study(rows("quality.jsonl")),
+        "budget": lambda: budget(rows("budget.jsonl")),
     },
     "docs/families.md": {"families": families},
     "docs/gpu.md": {"gpu": gpu_page},
@@ -221,9 +228,40 @@ TABLES = {
 }
 
 
+# The rows that a table is made from, and the code that it describes.
+SOURCES = {
+    "solvers": ("cpu.jsonl", "cpu"),
+    "acceleration": ("acceleration.jsonl", "cpu"),
+    "pot": ("pot_tests.jsonl", "cpu"),
+    "gpu": ("gpu.jsonl", "gpu"),
+    "demo": ("demo.jsonl", "compressor"),
+    "quality": ("quality.jsonl", "compressor"),
+    "study": ("quality.jsonl", "compressor"),
+    "recovered": ("recovered.jsonl", "compressor"),
+    "large": ("large.jsonl", "compressor"),
+    "projected": ("projected.jsonl", "compressor"),
+    "merging": ("merging.jsonl", "compressor"),
+    "speed": ("speed.jsonl", "compressor"),
+    "budget": ("budget.jsonl", "compressor"),
+}
+
+
+def since(name: str) -> str:
+    """Return a sentence where a table's rows are older than the code that it describes."""
+    if name not in SOURCES:
+        return ""
+    file, area = SOURCES[name]
+    last = rows(file)[-1]
+    measured = (last.get("code") or {}).get(area)
+    if measured == digest(area):
+        return ""
+    when = f"at commit {last['commit']}" if last.get("commit") else "before commits were recorded"
+    return f"\n\n*Measured {when}; this code has changed since.*"
+
+
 def with_tables(page: str, text: str) -> str:
     for name, made in TABLES[page].items():
-        pattern, table = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)", made()
+        pattern, table = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)", made() + since(name)
         text, count = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text)
         assert count == 1, f"{page} has {count} places for the table {name}"
     return text

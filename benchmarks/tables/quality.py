@@ -39,7 +39,7 @@ def headline(rows: list[Row]) -> str:
         if row is None:
             continue
         outside = _left_out(found, case, 0)
-        cells = [f"**{case}**" if case == "default" else case, *_size(row), *_excess(row)]
+        cells = [_shown(case), *_size(row), *_excess(row)]
         cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
         lines.append(_line(cells))
     last = found[HEADLINE[-1], "all", 0]
@@ -49,11 +49,16 @@ def headline(rows: list[Row]) -> str:
         f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
         f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
         f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
-        "checkpoint but SliceGPT's. `default`, `eliminate + refit` and",
+        "checkpoint but SliceGPT's. `PCA + refit`, `eliminate + refit` and",
         f"the budgets calibrate on {last['windows'] // 3} windows more, of their own text. "
         f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
     ]
     return "\n".join(lines)
+
+
+def _shown(case: str) -> str:
+    """Return a case as a reader knows it: the first default is not today's."""
+    return case.replace("default", "PCA + refit")
 
 
 def study(rows: list[Row]) -> str:
@@ -90,6 +95,22 @@ def study(rows: list[Row]) -> str:
             *_amounts(rows),
         ]
     )
+
+
+def budget(rows: list[Row]) -> str:
+    """Return what the budget chose, and the excess of each width alone, by windows and seed."""
+    lines = _head(["windows", "seed", "chosen", "residual alone", "feed-forward alone"])
+    for row in rows:
+        alone = {"residual": "-", "feed-forward": "-"}
+        for tried in row["measured"]:  # half as far, then as far as the budget asks
+            cut = "feed-forward" if tried["width"] == 576 else "residual"
+            alone[cut] = f"{tried['width']} / {tried['ff_width']}: {tried['excess']:.2f}"
+        chosen = f"{row['width']} / {row['inner']}"
+        lines.append(_line([str(row["windows"]), str(row["seed"]), chosen, *alone.values()]))
+    about = (
+        f"SmolLM2-135M, 80 % of all parameters; excess on held-out windows. {rows[-1]['device']}, "
+    )
+    return "\n".join([*lines, "", f"{about}{rows[-1]['date']}."])
 
 
 def speed(rows: list[Row]) -> str:

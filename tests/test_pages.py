@@ -1,0 +1,115 @@
+"""The code blocks of README and guides: Python runs, commands are taken, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# What a page's first sentences take for granted.
+GIVEN = """
+import torch
+from dotresize import *
+layers, x = 2, torch.randn(2, 40, 12)
+kept = torch.arange(6)
+costs, reg = torch.rand(3, 6, 5), 0.1
+changed = costs + 0.01
+cost = torch.rand(6, 6)
+correlation = torch.rand(6, 6)
+result = sinkhorn(torch.rand(12, 6), 0.1)
+"""
+# Of commands: none of them needs a model but those of dotresize.
+LEFT_OUT = ("pip install", "make ", "torchrun", "python -m benchmarks")
+
+
+def blocks(*languages: str) -> list[pytest.param]:
+    return [
+        pytest.param(text, id=f"{page.name}-{i}")
+        for page in PAGES
+        if page.name != "api.md"  # whose blocks are docstrings; see test_doctests.py
+        for i, (language, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+        if language in languages
+    ]
+
+
+@pytest.fixture
+def folder(model_directory, text_file, tmp_path) -> Path:
+    """A folder with everything that pages name: a model, texts, a list of neurons."""
+    shutil.copytree(model_directory, tmp_path / "MODEL")
+    long = text_file.read_text(encoding="utf-8")
+    for name in ("wiki.txt", "held-out.txt"):
+        (tmp_path / name).write_text(long, encoding="utf-8")
+    for name in ("wiki.jsonl", "news.jsonl"):
+        (tmp_path / name).write_text('{"text": "%s"}\n' % ("many words " * 400), encoding="utf-8")
+    (tmp_path / "FILE").write_text("[0, 1, 2, 3]")
+    return tmp_path
+
+
+def test_every_block_says_what_it_is():
+    found = [language for page in PAGES for language, _ in BLOCK.findall(page.read_text("utf-8"))]
+    assert len(found) > 12
+    assert set(found) <= {"python", "sh", "text"}
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_blocks_run(text, folder):
+    if "vit" in text:  # three lines about a model that the page describes
+        text = VIT + text
+    text = text.replace("512", "64")
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN + text],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+VIT = """
+import transformers
+images, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+vit = transformers.ViTForImageClassification(transformers.ViTConfig(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2,
+    image_size=8, patch_size=4, num_channels=1, num_labels=5))
+accuracy = lambda m: float((m(pixel_values=images).logits.argmax(-1) == labels).double().mean())
+"""
+
+
+def commands() -> list[pytest.param]:
+    """The commands of one block belong together, in order."""
+    found = []
+    for block in blocks("sh"):
+        lines = [line.partition("#")[0].strip() for line in block.values[0].splitlines()]
+        lines = [line for line in lines if line and not line.startswith(LEFT_OUT)]
+        assert all(line.startswith("dotresize ") for line in lines), lines
+        if lines:
+            found.append(pytest.param(lines, id=block.id))
+    return found
+
+
+@pytest.mark.parametrize("lines", commands())
+def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
+    """As they are written, but for sizes that a tiny model has not."""
+    from dotresize.cli import main
+
+    monkeypatch.chdir(folder)
+    for line in lines:
+        words = shlex.split(line)[1:]
+        words = ["2" if word == "10" and "--merge" in words else word for word in words]
+        if words[0] in ("compress", "merge-ff", "eval"):
+            words += ["--window", "32", "--eval-windows", "2"]
+        if words[0] in ("compress", "merge-ff"):
+            words += ["--windows", "8"]
+        assert main(words) == 0, line
