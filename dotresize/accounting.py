@@ -15,7 +15,7 @@ import torch
 from dotresize.models.causal_lm import CausalLM
 
 STAGES = (
-    *("own text", "calibration", "budget", "cost"),
+    *("self-generated text", "calibration", "budget", "cost"),
     "sinkhorn",
     "factorisation",
     "absorption",

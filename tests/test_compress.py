@@ -18,7 +18,7 @@ from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.one_map import basis
-from dotresize.narrow.refit import correct
+from dotresize.narrow.refit import refit
 from dotresize.narrow.targets import kept_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +195,7 @@ def test_refit_brings_the_stream_closer(tokens):
 
     dense = CausalLM.in_memory(model)
     plain, corrected = absorb(dense, q), absorb(dense, q)
-    correct(dense, corrected, q, tokens, None, make_options(ridge=1e-6))
+    refit(dense, corrected, q, tokens, None, make_options(ridge=1e-6))
     assert distance(corrected.module) < 0.8 * distance(plain.module)
 
 

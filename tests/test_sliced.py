@@ -19,7 +19,7 @@ from dotresize.cli import main
 from dotresize.compression import make_options
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.refit import correct
+from dotresize.narrow.refit import refit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,7 +120,7 @@ def refitted(model, tokens, qs):
     dense = CausalLM.in_memory(model)
     sliced = slice_model(dense, qs)
     float64_norms(sliced.module)
-    correct(dense, sliced, qs, tokens, None, make_options(ridge=1e-3), AdaptedResidual())
+    refit(dense, sliced, qs, tokens, None, make_options(ridge=1e-3), AdaptedResidual())
     return sliced.module
 
 

@@ -50,7 +50,7 @@ def headline(rows: list[Row]) -> str:
         f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
         f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
         "checkpoint but SliceGPT's. `PCA + refit`, `eliminate + refit` and",
-        f"the budgets calibrate on {last['windows'] // 3} windows more, of their own text. "
+        f"the budgets calibrate on {last['windows'] // 3} windows more, of self-generated text. "
         f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
     ]
     return "\n".join(lines)
@@ -78,7 +78,7 @@ def study(rows: list[Row]) -> str:
             "",
             *_added(found),
             "",
-            "**With and without refit**, mean excess; with refit also on own text:",
+            "**With and without refit**, mean excess; with refit also on self-generated text:",
             "",
             *_refitted(found),
             "",

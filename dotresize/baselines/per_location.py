@@ -20,7 +20,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.one_map import OneMap
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
-from dotresize.narrow.refit import correct
+from dotresize.narrow.refit import refit
 from dotresize.narrow.targets import kept_set
 
 
@@ -51,7 +51,7 @@ class Located(WidthMethod):
         if given.options.refit:
             start = time.perf_counter()
             residual = AdaptedResidual()
-            correct(given.model, narrow, qs, given.tokens, None, given.options, residual)
+            refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
             seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, located[0], qs)
 

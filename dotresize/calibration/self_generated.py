@@ -32,7 +32,7 @@ def sample(model: CausalLM, count: int, length: int, seed: int = 0) -> Tensor:
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]
-    progress = tqdm(total=count * (length - 1), desc="write own text", unit="token", disable=None)
+    progress = tqdm(total=count * (length - 1), desc="write text", unit="token", disable=None)
     parts = []
     for ids in first.split(BATCH):
         parts.append(_continue(model, ids, length, ends, generator, progress))

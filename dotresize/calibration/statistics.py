@@ -30,7 +30,7 @@ class Statistics:
         moment: (M, D, D) float64, mean of x'x; None if not asked for.
         cost: (M, D, D) float32, mean |x_i - x_j|; None if not asked for.
         final: (D, D) float64, the moment in front of the final norm; None without moments.
-        seconds: "calibration" (forward passes and moments), "cost", and "own text".
+        seconds: "calibration" (forward passes and moments), "cost", and "self-generated text".
         own_windows: how many of the windows the model wrote itself.
     """
 

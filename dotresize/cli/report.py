@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def label(report: dict[str, Any]) -> str:
-    """Return a column's heading: the method, and what corrected the weights after it."""
+    """Return a column's heading: the method, and whether its weights were refitted."""
     name = _LABELS.get(report["method"], report["method"])
     width, inner = report.get("width", {}), report.get("feed_forward", {})
     if inner.get("method") and width["new"] == width["old"]:

@@ -34,7 +34,7 @@ def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor
     else:
         statistics = collect_for(model, tokens, *wanted)
     statistics.own_windows = own
-    statistics.seconds["own text"] = took
+    statistics.seconds["self-generated text"] = took
     return tokens, statistics
 
 

@@ -20,7 +20,7 @@ from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.options import Options
-from dotresize.narrow.refit import solve_writer
+from dotresize.narrow.refit import refit_writer
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def narrow_feed_forwards(
         with model.resident(name) as dense_layer, narrow.resident(name) as layer:
             part = architecture.sublayers[-1]
             equations = _equations(dense_layer, layer, part, dense_stream, stream)
-            solve_writer(layer, part, equations, inner, options)
+            refit_writer(layer, part, equations, inner, options)
             for i in range(len(stream)):
                 stream.stream[i] = stream.run(layer, i)
     setattr(narrow.config, architecture.inner, inner)

@@ -16,7 +16,7 @@ from dotresize.narrow.choose_width import choose_inner_width
 from dotresize.narrow.maps import WidthMap, align, level
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
-from dotresize.narrow.refit import correct
+from dotresize.narrow.refit import refit
 from dotresize.narrow.targets import kept_set
 from dotresize.narrow.tied_head import choose_table
 from dotresize.narrow.transport import transports
@@ -123,4 +123,4 @@ def correct_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int |
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
     if options.refit and narrow.tied and norm_has_weight:
         choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=options.ridge)
-    correct(model, narrow, q, given.tokens, inner, options)
+    refit(model, narrow, q, given.tokens, inner, options)

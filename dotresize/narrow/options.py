@@ -28,7 +28,7 @@ class Calibrated(NamedTuple):
     """What a method narrows: a calibrated model, and the choices about it."""
 
     model: CausalLM
-    tokens: Tensor  # int64 (windows, length), on which weights are corrected
+    tokens: Tensor  # int64 (windows, length), on which weights are refitted
     statistics: Statistics
     options: Options
 

@@ -72,7 +72,7 @@ def narrow_model(
         split = split_budget(given, divisor)
         width, inner = split.width, choose_inner_width(split.inner, model)
         seconds["budget"] = time.perf_counter() - start
-    for stage in ("own text", "calibration"):
+    for stage in ("self-generated text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
     made = _narrowed(given, width, inner, seconds)

@@ -1,7 +1,7 @@
 """Least squares on the calibration tokens, layer by layer: what narrowing broke, as far as it goes.
 
 Two copies of the tokens are carried: through the dense model and through the narrowed one, whose
-earlier layers are already corrected. With s = sqrt(k / D), in each layer in order:
+earlier layers are already refitted. With s = sqrt(k / D), in each layer in order:
 
 readers   u is what a narrowed norm delivers, v what the dense norm delivers;
           A = argmin |u A - v|^2 + lam |A - A0|^2,   A0 = Q' diag(w) / s (what absorption used),
@@ -55,7 +55,7 @@ class Residual:
 
 
 @torch.no_grad()
-def correct(
+def refit(
     dense: CausalLM,
     narrow: CausalLM,
     q: Tensor | list[Tensor],
@@ -64,7 +64,7 @@ def correct(
     options: Options,
     residual: Residual | None = None,
 ) -> None:
-    """Correct ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
+    """Refit ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
     Args:
         dense: the original model.
@@ -72,25 +72,25 @@ def correct(
         q: (D, k) float64, orthonormal columns, or one for each residual location.
         tokens: int64 (windows, length).
         inner: neurons that each feed-forward block keeps, or None for all.
-        options: whether weights are corrected (``refit``), by which ``ridge``, and how the neurons
+        options: whether weights are refitted (``refit``), with which ``ridge``, and how the neurons
             are chosen (``ff_method``).
         residual: how it passes the narrowed layers.
 
-    A head of its own is a reader of the final norm and is corrected as such; a tied one has been
+    A head of its own is a reader of the final norm and is refitted as such; a tied one has been
     chosen before (narrow/tied_head.py).
     """
-    walk = _Walk(dense, narrow, q, tokens, inner, options, residual or Residual())
+    run = _Refit(dense, narrow, q, tokens, inner, options, residual or Residual())
     names = dense.layers
     for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
         with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
-            walk.layer(dense_layer, layer, walk.qs[2 * i : 2 * i + 3])
+            run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3])
     if inner is not None:
-        setattr(narrow.config, walk.architecture.inner, inner)
+        setattr(narrow.config, run.architecture.inner, inner)
     if options.refit and not narrow.tied:
-        walk.head(dense, narrow)
+        run.head(dense, narrow)
 
 
-class _Walk:
+class _Refit:
     """Both models' streams, moved through the layers side by side."""
 
     def __init__(
@@ -118,7 +118,7 @@ class _Walk:
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
     def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
-        """Correct one layer. qs: of what attention and feed-forward read, and of the next one."""
+        """Refit one layer. qs: of what attention and feed-forward read, and of the next one."""
         attention, feed_forward = self.architecture.sublayers
         body = self._residual.body(layer)
         dense_norms = norms_of(self.architecture, dense_layer)
@@ -188,7 +188,7 @@ class _Walk:
             matmul_in_blocks(dense_reader, a.mT, out=reader)
 
     def _write(self, layer: nn.Module, part: Sublayer, q: Tensor) -> Tensor | None:
-        """Correct a feed-forward's writer; returns which inner neurons stay, None for all."""
+        """Refit a feed-forward's writer; return which inner neurons stay, None for all."""
         if not self._options.refit and self._inner_width is None:
             return None
         writer = linear_of(layer, part.writer)
@@ -199,10 +199,10 @@ class _Walk:
         for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
             missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
             equations.add(h, missing / self._multiplier - bias)
-        return solve_writer(layer, part, equations, self._inner_width, self._options)
+        return refit_writer(layer, part, equations, self._inner_width, self._options)
 
 
-def solve_writer(
+def refit_writer(
     layer: nn.Module,
     part: Sublayer,
     equations: NormalEquations,
