@@ -18,7 +18,7 @@ _SMALL = {"l1": 5e9, "sinkhorn": 1e9, "assignment": 5e6}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time what ``args.what`` names; prints tables, appends rows, draws the chart."""
+    """Time what ``args.what`` names, print tables, append rows and draw the chart."""
     what, threads = _checked(args)
     where = rows.where(threads)
     out = None if args.out is None else Path(args.out)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
-    """What to time and the number of threads; ValueError for anything that cannot be."""
+    """Return what to time and the number of threads; ValueError for anything that cannot be."""
     what = list(dict.fromkeys(args.what or ["l1", "sinkhorn", "assignment"]))
     for word in what:
         if word not in (*_OPERATORS, "scaling"):
@@ -86,7 +86,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
 
 
 def _plan(what: list[str], sizes: str) -> list[tuple[list[Case], bool]]:
-    """Cases, and whether the peers take part."""
+    """Return cases, and whether the peers take part."""
     plan = []
     for word in what:
         if word == "scaling":  # sweeps share cases; each is measured once
@@ -108,7 +108,7 @@ def _quiet(_: str) -> None:
 
 
 def table(case: Case, found: list[dict[str, Any]]) -> str:
-    """The rows of one case as text, fastest first, then whoever was not timed and why."""
+    """Return the rows of one case as text, fastest first, then whoever was not timed and why."""
     timed = sorted((r for r in found if "median_s" in r), key=lambda r: r["median_s"])
     ours = {r["allocator"]: r["median_s"] for r in timed if r["name"] == l1.OURS}
     unit, scale = ("G pairs/s", 1e-9) if case.operator == "l1" else ("M entries/s", 1e-6)
@@ -134,7 +134,7 @@ def table(case: Case, found: list[dict[str, Any]]) -> str:
 
 
 def exponents(fitted: list[dict[str, Any]]) -> str:
-    """Time grows as size to the power of ..., one line per sweep."""
+    """Return as text how time grows with size: an exponent for each sweep, one a line."""
     lines = ["", "time grows as a power of each size (1 = in proportion; 2 for n and m together)"]
     for fit in fitted:
         span = f"{fit['size']} {fit['from']} to {fit['to']}"

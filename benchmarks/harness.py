@@ -54,7 +54,7 @@ class Worker:
             raise
 
     def check(self, name: str) -> tuple[float, float | None, float]:
-        """Seconds of a call, its relative error (None for a bound), and what is accepted."""
+        """Return seconds of a call, its relative error (None for a bound), and what is accepted."""
         return self._ask("check", name)
 
     def seconds(self, name: str) -> float:
@@ -126,7 +126,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """The first so many processors for this process and its children, where the system can."""
+    """Pin this process and its children to the first so many processors, where the system can."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -148,7 +148,7 @@ def measure(
     peers: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Rows of every competitor in every allocator that matters to it, in one interleaved run.
+    """Time every competitor in every allocator that matters to it, in one interleaved run.
 
     A competitor that is wrong, fails, or needs more than ``limit_s`` for its first call gets a row
     that says so and is not timed further.
@@ -190,7 +190,7 @@ def measure(
 
 
 def _checked(worker: Worker, name: str, limit_s: float) -> dict[str, Any]:
-    """The error of a first call, or why the competitor is not timed."""
+    """Return the error of a first call, or why the competitor is not timed."""
     try:
         seconds, error, accepted = worker.check(name)
         if seconds < 4 * limit_s:  # the first call may have compiled

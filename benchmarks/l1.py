@@ -32,7 +32,7 @@ CASES = [
 
 
 def build(case: Case, *, peers: bool = True) -> Workload:
-    """Competitors over seeded normal activations (tokens, n) and (tokens, m)."""
+    """Return competitors over seeded normal activations (tokens, n) and (tokens, m)."""
     torch.manual_seed(0)
     problems, tokens = case.sizes.get("problems", 1), case.sizes["tokens"]
     x = torch.randn(problems, tokens, case.sizes["n"])
@@ -86,7 +86,7 @@ def _compiled_reference(x: torch.Tensor, y: torch.Tensor) -> Competitor:
 
 
 def _compiled_broadcast(x: torch.Tensor, y: torch.Tensor) -> Competitor:
-    """What a user of torch.compile would write; the compiler fuses it into one loop."""
+    """Compute it as a user of torch.compile would; the compiler fuses it into one loop."""
 
     def broadcast(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a[:, None, :] - b[None, :, :]).abs().sum(-1)

@@ -16,7 +16,7 @@ _TITLES = {
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per operator: median seconds over the work; bars are quartiles. Raises NotHere."""
+    """Draw a panel per operator: median seconds over the work; bars are quartiles."""
     need("matplotlib", "matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 

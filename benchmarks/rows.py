@@ -22,7 +22,7 @@ _PACKAGES = (
 
 
 def device_name() -> str:
-    """The CUDA device's name, or the processor's with the number of threads in use."""
+    """Return the CUDA device's name, or the processor's with the number of threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor()}, {torch.get_num_threads()} threads"
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of every known peer that is installed."""
+    """Return versions of this package and of every known peer that is installed."""
     found = {"dotresize": dotresize.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def where(threads: int) -> dict[str, Any]:
-    """The part of a row that says on what it was measured: CPU operators, so many threads."""
+    """Return the part of a row that says on what CPU operators were measured."""
     cpp = dotresize.backends()["cpp"]
     return {
         "date": datetime.date.today().isoformat(),

@@ -25,7 +25,7 @@ _SQUARES = ((512, 384), (1024, 768), (2048, 1536), (4096, 3072))
 
 
 def sweeps() -> Iterable[tuple[str, str, list[Case]]]:
-    """Operator, the size that grows, and the cases."""
+    """Return the operator, the size that grows, and the cases."""
     for operator, base in (("l1", _L1), ("sinkhorn", _SINKHORN | {"iterations": 100})):
         yield operator, "n", [Case(operator, base | {"n": n, "m": m}) for n, m in _SQUARES]
     for (operator, size), values in _GROWTH.items():
@@ -34,7 +34,7 @@ def sweeps() -> Iterable[tuple[str, str, list[Case]]]:
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> float:
-    """Least-squares slope of log time over log size."""
+    """Return the least-squares slope of log time over log size."""
     x = [math.log(v) for v in sizes]
     y = [math.log(v) for v in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -43,7 +43,7 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 
 def fits(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """One row per sweep: the exponent of ``name``'s median over the size that grows."""
+    """Return one row per sweep: the exponent of ``name``'s median over the size that grows."""
     out = []
     for operator, size, cases in sweeps():
         mine = [r for r in rows if r["name"] == name and r.get("allocator") == "default"]

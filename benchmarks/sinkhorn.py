@@ -87,7 +87,7 @@ def _step(k: Tensor, g: Tensor, log_a: float, log_b: float) -> Tensor:
 
 
 def plain(cost: Tensor, iterations: int, step: Callable[..., Tensor] = _step) -> Tensor:
-    """The textbook loop of two log-sum-exps."""
+    """Run the textbook loop of two log-sum-exps."""
     k, g = cost / REG, torch.zeros_like(cost[:, 0])
     log_a, log_b = -math.log(cost.shape[1]), -math.log(cost.shape[2])
     for _ in range(iterations):

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as a short line."""
+    """Return an exception as a short line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -20,7 +20,7 @@ class NotHere(Exception):
 
 
 def need(module: str, install: str) -> Any:
-    """The module, or NotHere with the way to install it."""
+    """Return the module, or raise NotHere with the way to install it."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
         raise NotHere(f"not installed: pip install {install}")
     try:
@@ -30,7 +30,7 @@ def need(module: str, install: str) -> Any:
 
 
 def need_installed(install: str) -> None:
-    """NotHere with the way to install it, unless this package is installed."""
+    """Raise NotHere with the way to install it, unless this package is installed."""
     try:
         importlib.metadata.version(install)
     except importlib.metadata.PackageNotFoundError:
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Pairs of activations, or entries times iterations."""
+        """Return pairs of activations, or entries times iterations."""
         s = self.sizes
         return s.get("problems", 1) * s["n"] * s["m"] * s.get("tokens", 1) * s.get("iterations", 1)
 

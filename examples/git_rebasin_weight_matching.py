@@ -24,7 +24,7 @@ def by_scipy(score: Tensor) -> Tensor:
 
 
 def permuted(weights: list[Tensor], orders: list[Tensor]) -> list[Tensor]:
-    """The same function, its hidden neurons in another order; inputs and classes stay."""
+    """Reorder the hidden neurons; the function, its inputs and classes stay."""
     ends = [torch.arange(weights[0].shape[1]), *orders, torch.arange(len(weights[-1]))]
     steps = zip(weights, pairwise(ends), strict=True)
     return [weight[after][:, before] for weight, (before, after) in steps]

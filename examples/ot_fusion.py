@@ -27,7 +27,7 @@ def plain_sinkhorn(cost: Tensor, reg: float, iterations: int = 1000) -> Tensor:
 
 
 def fused(a: list[Tensor], b: list[Tensor], plans: Tensor) -> list[Tensor]:
-    """The mean of b and of a with its neurons moved onto b's; inputs and classes stay."""
+    """Return the mean of b and of a with its neurons moved onto b's; inputs and classes stay."""
     moves = [transport_map(plan).float() for plan in plans]
     moves = [torch.eye(a[0].shape[1]), *moves, torch.eye(len(a[-1]))]
     return [(moves[i + 1].T @ x @ moves[i] + b[i]) / 2 for i, x in enumerate(a)]

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def clusters(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Points of 60 Gaussian clusters, six to a class: inputs (count, 25), labels (count,)."""
+    """Return points of 60 Gaussian clusters: inputs (count, 25) and labels (count,)."""
     centres = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
     random = torch.Generator().manual_seed(seed)
     cluster = torch.randint(60, (count,), generator=random)
@@ -25,7 +25,7 @@ def clusters(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def activations(weights: list[Tensor], x: Tensor) -> list[Tensor]:
-    """Of each hidden layer (tokens, neurons), then the logits."""
+    """Return the activations of each hidden layer (tokens, neurons), then the logits."""
     outputs = [x]
     for weight in weights[:-1]:
         outputs.append(torch.relu(outputs[-1] @ weight.T))
@@ -33,7 +33,7 @@ def activations(weights: list[Tensor], x: Tensor) -> list[Tensor]:
 
 
 def train(hidden: list[int], seed: int) -> list[Tensor]:
-    """A network with its own initial weights and its own order of 8192 points."""
+    """Train a network with its own initial weights and its own order of 8192 points."""
     x, labels = clusters(8192, seed=1)
     random = torch.Generator().manual_seed(seed)
     weights = [torch.randn(m, n, generator=random) for n, m in pairwise([25, *hidden, 10])]
@@ -50,6 +50,6 @@ def train(hidden: list[int], seed: int) -> list[Tensor]:
 
 
 def accuracy(weights: list[Tensor]) -> float:
-    """Share of 8192 other points whose class has the largest logit."""
+    """Return the share of 8192 other points whose class has the largest logit."""
     x, labels = clusters(8192, seed=2)
     return float((activations(weights, x)[-1].argmax(1) == labels).double().mean())

@@ -74,7 +74,7 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
 def test_docstrings_say_what_is_done():
     """A function's first line begins with a verb in the imperative; no line is a fragment."""
     fragments = []
-    for folder in ("dotresize", "kernels"):
+    for folder in ("dotresize", "kernels", "benchmarks", "examples"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):

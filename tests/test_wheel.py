@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dotresize
+
 ROOT = Path(__file__).parent.parent
 
 SOLVE = """
@@ -46,7 +48,7 @@ def test_an_empty_environment_solves_a_problem(wheel, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("0.1.0 ")
+    assert done.stdout.startswith(f"{dotresize.__version__} ")
 
 
 def test_what_the_wheel_holds(wheel):

@@ -43,7 +43,7 @@ class Draw:
         return choices[self.integer(0, len(choices) - 1)]
 
     def strided(self, values: Tensor) -> Tensor:
-        """The same numbers, at random strides."""
+        """Return the same numbers, at random strides."""
         kind = self.integer(0, 3)
         if kind == 0:
             return values.mT.contiguous().mT
@@ -95,7 +95,7 @@ def check_assignment(draw: Draw) -> str | None:
 
 
 def check_sinkhorn(draw: Draw) -> str | None:
-    """A single problem, or one of a ragged list whose others are whatever they are."""
+    """Check a single problem, or one of a ragged list whose others are whatever they are."""
     n, m = draw.integer(1, 40), draw.integer(1, 40)
     dtype = draw.one_of(torch.float32, torch.float64)
     scale = draw.one_of(1e-6, 1.0, 1e6)
@@ -156,7 +156,7 @@ def judge(
 
 
 def resolution(cost, a, b, reg: float, f: Tensor, g: Tensor, eps: float) -> float:
-    """What the type cannot tell apart in a plan of mass 1: rounding of exponents and of sums."""
+    """Return what the type cannot tell apart in a plan of mass 1, by rounding."""
     rest = cost - torch.where(b > 0, cost, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
     exponent = float(rest[rest.isfinite()].abs().max()) / reg
     if (cost == torch.inf).any():

@@ -33,7 +33,7 @@ HOWS = {"in memory": [], "by parts": ["--memory", "4GB"]}
 
 
 def weights(out: Path) -> dict[str, str]:
-    """Digests of what a model is loaded from; the report has times in it."""
+    """Return digests of what a model is loaded from; the report has times in it."""
     names = [*out.glob("*.safetensors"), *out.glob("*.json")]
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -43,7 +43,7 @@ def weights(out: Path) -> dict[str, str]:
 
 
 def stage(out: Path) -> str:
-    """The last stage that a killed run has finished."""
+    """Return the last stage that a killed run has finished."""
     if out.exists():
         return "all"
     partial = Path(f"{out}.partial")

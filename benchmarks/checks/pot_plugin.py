@@ -41,7 +41,7 @@ def _counted(function: Callable, **fixed: Any) -> Callable:
 
 
 def _substitute() -> None:
-    """In every module of POT, whatever name it has there."""
+    """Replace a function in every module of POT, whatever name it has there."""
     ours = dotresize.ot
     new = {
         ot.bregman.sinkhorn: _counted(ours.sinkhorn),
@@ -57,7 +57,7 @@ def _substitute() -> None:
 
 
 def _skip_arg(names: Any, values: Any, reason: str = "", getter: Any = None) -> Callable:
-    """POT's tests mark backends that they do not run with; its conftest is not distributed."""
+    """Skip backends that POT's tests mark; its own conftest is not distributed."""
     names, values = ((x,) if isinstance(x, str) else x for x in (names, values))
 
     def mark(test: Callable) -> Callable:

@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def download(version: str, folder: Path) -> Path:
-    """pip builds metadata on the way, which takes seconds and no compiler."""
+    """Download and unpack a source distribution; pip builds its metadata without a compiler."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", "POT", "--dest", str(folder), f"POT=={version}"]
     subprocess.run(command, check=True)
@@ -75,7 +75,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def run(tests: Path, results: Path) -> list[dict[str, Any]]:
-    """One entry per test that reached ``dotresize.ot``."""
+    """Return one entry per test that reached ``dotresize.ot``."""
     files = [name for name in FILES if (tests / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tests)]
     command += ["-p", "dotresize.benchmarks.checks.pot_plugin", "-p", "no:cacheprovider", "--tb=no"]
@@ -89,7 +89,7 @@ def run(tests: Path, results: Path) -> list[dict[str, Any]]:
 
 
 def show(results: list[dict[str, Any]]) -> list[str]:
-    """Prints the table; returns the tests that did not end as they should."""
+    """Print the table and return the tests that did not end as they should."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     reasons: collections.Counter = collections.Counter()
     wrong = []

@@ -58,7 +58,7 @@ def compress(options: list[str]) -> int:
 
 
 def append_rows(path: Path) -> None:
-    """The table of the last run, one JSON line per column."""
+    """Append the table of the last run, one JSON line per column."""
     report = json.loads((OUT / "dotresize.json").read_text(encoding="utf-8"))
     settings = report["settings"]
     where = {

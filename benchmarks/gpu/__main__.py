@@ -99,7 +99,7 @@ class Report:
 
 
 def environment(device: torch.device) -> Row:
-    """The device, its clocks and what is installed."""
+    """Return the device, its clocks and what is installed."""
     about = rows.where(torch.get_num_threads())
     if device.type != "cuda":
         return about | {"device": f"{rows.processor()}, interpreter"}
@@ -124,7 +124,7 @@ def check(test: gpu_checks.Check, device: torch.device) -> Row:
 
 
 def checked(size: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Names of the checks and what waits for their rows.
+    """Return names of the checks and what waits for their rows.
 
     On a GPU in several processes, as most of a check's time is spent on compilation, which all
     later sections find done; the tiny sizes too, which the sanitizers run again.
@@ -153,7 +153,7 @@ def _check_alone(size: str, i: int) -> Row:
 
 
 def sanitize(tool: str) -> Row:
-    """The tiny correctness cases in a process of their own, under a sanitizer."""
+    """Run the tiny correctness cases in a process of their own, under a sanitizer."""
     if shutil.which("compute-sanitizer") is None:
         return {"missing": "compute-sanitizer is not installed"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]

@@ -20,7 +20,7 @@ UNROLL = 8
 
 @triton.jit
 def pairs_kernel(p_out, steps, HALF: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """sum += |x - y|: the two additions of a pair, float32, or float16 with two pairs in one."""
+    """Add |x - y|: the two additions of a pair, float32, or float16 with two pairs in one."""
     kind: tl.constexpr = tl.float16 if HALF else tl.float32
     b_x = tl.load(p_out + tl.arange(0, BLOCK)).to(kind)
     b_sum = tl.zeros((BLOCK,), dtype=kind)
@@ -34,7 +34,7 @@ def pairs_kernel(p_out, steps, HALF: tl.constexpr, BLOCK: tl.constexpr, UNROLL: 
 
 @triton.jit
 def bytes_kernel(p_out, steps, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """Four pairs of bytes in one instruction, if the device has it; decides whether "u8" pays."""
+    """Add four pairs of bytes in one instruction, where the device has one."""
     b_x = tl.load(p_out + tl.arange(0, BLOCK)).to(tl.int32)
     b_sum = tl.zeros((BLOCK,), dtype=tl.int32)
     b_y = tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def exponentials_kernel(p_out, steps, BLOCK: tl.constexpr, UNROLL: tl.constexpr)
 def ceilings(
     device: torch.device, seconds: Callable[[Callable[[], Any]], float]
 ) -> dict[str, Callable[[], float]]:
-    """What measures, per second: pairs of each kind, exponentials, bytes read and written."""
+    """Return functions that measure pairs, exponentials and bytes per second."""
     on_gpu = device.type == "cuda"
     programs, steps, size = 2, 1, 1 << 12
     if on_gpu:

@@ -28,7 +28,7 @@ SINKHORN_LARGEST = {"full": (1, 14336, 11469), "tiny": (1, 2, 70)}
 
 
 def checks(size: str) -> Iterator[tuple[str, Check]]:
-    """Names and checks for "full" or "tiny" sizes."""
+    """Return names and checks for "full" or "tiny" sizes."""
     for shape in (*L1_SIZES[size], L1_LARGEST[size]):
         for operands in ("y", "targets", "self"):
             if operands == "self" and shape[1] * shape[2] ** 2 > 10**12:
@@ -136,7 +136,7 @@ def _hard(device: torch.device) -> tuple[float, float]:
 
 
 def _product(a: torch.dtype, b: torch.dtype, device: torch.device) -> float:
-    """Of tokens whose mean is not 0: sums of one sign show how they are rounded."""
+    """Check products of tokens whose mean is not 0: sums of one sign show how they are rounded."""
     tokens = 8192 if device.type == "cuda" else 64
     u, v = (torch.randn(tokens, 48, device=device).add(1).to(kind) for kind in (a, b))
     return relative(over_tokens(u, v), u.double().mT @ v.double())

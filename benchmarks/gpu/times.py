@@ -56,7 +56,7 @@ class Clock:
         return statistics.median(self(call) for _ in range(self.rounds))
 
     def race(self, work: Workload) -> list[Row]:
-        """Rows of all competitors: checked, then timed in turns."""
+        """Check all competitors, then time them in turns; return their rows."""
         rows = [{"name": name, "failed": why} for name, why in work.missing.items()]
         times: dict[str, list[float]] = {}
         for name, competitor in work.competitors.items():
@@ -90,7 +90,7 @@ class Clock:
 
 
 def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]:
-    """(tokens, n, m): sums of |x - y|. Rows with pairs per second."""
+    """Return rows of (tokens, n, m) sums of |x - y|, with pairs per second."""
     tokens, n, m = shape
     x = torch.randn(tokens, n, device=clock.device)
     y = torch.randn(tokens, m, device=clock.device)
@@ -120,8 +120,10 @@ def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]
 def sinkhorn_rows(
     shape: tuple[int, int, int], counts: tuple[int, int], clock: Clock, peers: bool
 ) -> list[Row]:
-    """Seconds per iteration, from the difference of two iteration counts, so that what is done
-    once (minima, compilation, the peers' plans) does not count."""
+    """Return seconds per iteration, from the difference of two iteration counts.
+
+    What is done once (minima, compilation, the peers' plans) does not count so.
+    """
     cost = torch.rand(shape, device=clock.device)
     works = [_sinkhorn_work(cost, count, peers) for count in counts]
     few, many = (clock.race(work) for work in works)
@@ -165,7 +167,7 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
 
 
 def batch_rows(clock: Clock, problems: tuple[int, ...], n: int, m: int, count: int) -> list[Row]:
-    """One call for a batch against one call for each problem."""
+    """Time one call for a batch against one call for each problem."""
     rows = []
     for batch in problems:
         cost = torch.rand(batch, n, m, device=clock.device)
@@ -178,7 +180,7 @@ def batch_rows(clock: Clock, problems: tuple[int, ...], n: int, m: int, count: i
 
 
 def stopping_row(clock: Clock, shape: tuple[int, int, int], count: int) -> Row:
-    """What half a batch costs when the other half has converged at once."""
+    """Time half a batch when the other half has converged at once."""
     cost = torch.rand(shape, device=clock.device)
     tol = torch.zeros(shape[0])
     options: dict[str, Any] = {"max_iter": count, "backend": "triton"}
@@ -198,7 +200,7 @@ def model_row(
     chunk: int,
     count: int,
 ) -> Row:
-    """All costs and plans of a model's residual locations, tokens arriving in chunks."""
+    """Time all costs and plans of a model's residual locations, tokens arriving in chunks."""
     if clock.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     accumulator = L1CostAccumulator(

@@ -57,7 +57,7 @@ class Maps:
 
     @torch.inference_mode()
     def _collect(self, module: Any, tokens: Tensor) -> None:
-        """One more pass: the raw stream, windows without their first token, mirrored neurons."""
+        """Collect the raw stream, windows without their first token, and mirrored neurons."""
         raw, later = L1CostAccumulator(self.width), L1CostAccumulator(self.width)
         mirrored = L1CostAccumulator(self.width, m=self.width)
         self.raw_moment = torch.zeros(self.width, self.width, dtype=torch.float64)
@@ -81,7 +81,7 @@ class Maps:
     def planned(
         self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, sign: Any = 1.0
     ) -> Tensor:
-        """A transport map with marginals, or signs, of its own."""
+        """Return a transport map with marginals, or signs, of its own."""
         plan = sinkhorn(cost, REG * float(cost.mean()), a, b, tol=1e-9).plan
         assert isinstance(plan, Tensor)
         return factorize(sign * transport_map(plan)).q
@@ -95,18 +95,18 @@ class Maps:
         )
 
     def signed(self) -> Tensor:
-        """A neuron moves onto the mirror image of another where that is nearer."""
+        """Move a neuron onto the mirror image of another where that is nearer."""
         plain, mirrored = (c[:, self.selection] for c in (self.cost, self.mirrored))
         sign = torch.where(mirrored < plain, -1.0, 1.0).double()
         return self.planned(torch.minimum(plain, mirrored), sign=sign)
 
     def relative(self) -> Tensor:
-        """The cost as a share of both neurons' magnitudes."""
+        """Return the cost as a share of both neurons' magnitudes."""
         unit = self.mean.importance[0]
         return self.cost / (unit[:, None] + unit)
 
     def mixture(self, share: float) -> Tensor:
-        """The leading principal directions, and the transport map's span beside them."""
+        """Return the leading principal directions, and the transport map's span beside them."""
         count = round(share * self.k)
         assert self.mean.moment is not None
         leading = torch.linalg.eigh(self.mean.moment[0]).eigenvectors[:, -count:]
@@ -125,7 +125,7 @@ Rule = Callable[[Maps], Tensor]
 
 
 def rules() -> Iterator[tuple[str, str, Rule]]:
-    """What is varied, the choice, and the map."""
+    """Return what is varied, the choice, and the map."""
     yield "baseline", "selection", lambda m: selected(m.selection, m.width).q
     yield "baseline", "transport", Maps.transport
     yield "baseline", "PCA", Maps.pca
@@ -150,7 +150,7 @@ def rules() -> Iterator[tuple[str, str, Rule]]:
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean excess of every map as a bar, the texts as dots; seen and left-out kinds in colours."""
+    """Draw the mean excess of every map as a bar, the texts as dots, kinds in colours."""
     matplotlib = need("matplotlib", "matplotlib")
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, and the file small

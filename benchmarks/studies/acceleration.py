@@ -37,7 +37,7 @@ Solver = Callable[[float, float], tuple[int, Tensor]]
 
 
 def real_costs() -> tuple[Tensor, Tensor]:
-    """float64 (576, 468), the mean over all norms; and (2, 576, 468) of two neighbouring ones."""
+    """Return float64 costs: (576, 468), the mean over all norms, and (2, 576, 468) of two norms."""
     streams = [x / x.square().mean(1, keepdim=True).sqrt() for x in real_activations()]
     importance = torch.stack([x.abs().mean(0) for x in streams]).mean(0)
     kept = importance.topk(KEPT).indices.sort().values
@@ -55,7 +55,7 @@ def ours(cost: Tensor, **options: Any) -> Solver:
 
 
 def warm(cost: Tensor, other: Tensor, times: float = 1.0) -> Solver:
-    """Started from the solution of another cost, at so many times the reg, which is not counted."""
+    """Start from the solution of another cost, at so many times the reg, which is not counted."""
     starts: dict[float, Any] = {}
 
     def solve(reg: float, tol: float) -> tuple[int, Tensor]:
@@ -137,7 +137,7 @@ def solvers(cost: Tensor, layers: Tensor) -> Iterator[tuple[str, Callable[[], So
 
 
 def error(plan: Tensor) -> float:
-    """Of the plan's marginals, the larger L1 distance from uniform."""
+    """Return the larger L1 distance of the plan's marginals from uniform."""
     return max(float((plan.sum(d) - 1 / plan.shape[1 - d]).abs().sum()) for d in (0, 1))
 
 

@@ -39,7 +39,7 @@ TOKENS = 128 * WINDOW
 
 
 def make(shape: Shape, folder: Path, seed: int = 0) -> None:
-    """A checkpoint in bfloat16, written a shard at a time, with a tokenizer of single bytes."""
+    """Write a checkpoint in bfloat16, a shard at a time, with a tokenizer of single bytes."""
     model = llama(shape)
     config = model.config
     torch.manual_seed(seed)
@@ -92,7 +92,7 @@ def _bytes_tokenizer() -> Any:
 
 
 def run(folder: Path, options: list[str]) -> dict[str, Any]:
-    """What a compression of the directory reports; its OUT is thrown away."""
+    """Compress the directory and return the report; OUT is thrown away."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         text, out = Path(work) / "topics.txt", Path(work) / "out"
         text.write_text("\n".join(topics.topics.values()), encoding="utf-8")
@@ -103,7 +103,7 @@ def run(folder: Path, options: list[str]) -> dict[str, Any]:
 
 
 def project(names: list[str], out: Path | None) -> None:
-    """Prints, and writes, what each shape asks for."""
+    """Print and write what each shape asks for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = measured_rates(device)
     for name in names:

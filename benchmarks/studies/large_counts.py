@@ -50,7 +50,7 @@ SHAPES = {
 
 
 def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
-    """The header's sums, in floating-point operations; split: s."""
+    """Return the header's sums, in floating-point operations; split: s."""
     width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     k, readers, layer = round(KEPT * width), _readers(shape), _layer(shape)
     gram = split * (2 * layers + 1) * width**2
@@ -66,7 +66,7 @@ def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
 
 
 def parameters(shape: Shape) -> int:
-    """Of the layers, the embeddings and the head; P + E."""
+    """Return parameters of the layers, the embeddings and the head; P + E."""
     outer = 2 * shape.vocab_size * shape.hidden_size
     return shape.num_hidden_layers * _layer(shape) + outer
 
@@ -81,14 +81,14 @@ def _layer(shape: Shape) -> int:
 
 
 def gpu_bytes(model: CausalLM, tokens: int, window: int) -> dict[str, int]:
-    """What a GPU must hold in bfloat16: its greediest stage, and the activations if kept there."""
+    """Return the bytes that a GPU must hold in bfloat16, perhaps with the activations."""
     k, inner = round(KEPT * model.width), model.inner_width
     stages = stage_bytes(model, BATCH_WINDOWS * window, window, k, inner, 2, evaluated=False)
     return {"stages": max(stages.values()), "activations": activation_bytes(model, tokens, k, 2)}
 
 
 def measured_rates(device: torch.device) -> dict[str, float]:
-    """Operations a second of one product of each kind on a device, the median of three."""
+    """Measure operations a second of one product of each kind, the median of three."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device)

@@ -39,7 +39,7 @@ Metric = Callable[[Any], float]
 
 
 def digits() -> tuple[Examples, Examples, Examples]:
-    """Training, validation and test images of 8 x 8, shuffled."""
+    """Return training, validation and test images of 8 x 8, shuffled."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -86,7 +86,7 @@ LENGTH = 24
 
 
 def spelled(count: int, seed: int) -> tuple[Examples, list[str]]:
-    """Examples as padded ids, and the sentences that they should become."""
+    """Return examples as padded ids, and the sentences that they should become."""
     generator = random.Random(seed)
     found, sentences = [], []
     for _ in range(count):
@@ -147,7 +147,7 @@ def _compared(
     model: Any, train: Examples, metric: Metric, test: Metric, folder: Path, *, k: int,
     **training: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Test figures of everything that is compared, and how the windows were chosen."""
+    """Return test figures of everything that is compared, and how the windows were chosen."""
     batches = [_stacked(train[i : i + 100]) for i in range(0, 1000, 100)]
     model.eval()
     merged, report = merge_feed_forward(model, batches, k=k, metric=metric)

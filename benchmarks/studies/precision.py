@@ -32,7 +32,7 @@ WINDOWS, WINDOW = 8, 512
 
 
 def real_activations() -> Iterator[Tensor]:
-    """The demo model's residual stream at every norm, (4096, 576) each."""
+    """Return the demo model's residual stream at every norm, (4096, 576) each."""
     logging.basicConfig(level=logging.ERROR)
     model, tokenizer = load_with_tokenizer(str(model_file()), torch.device("cpu"), to_narrow=False)
     with tempfile.TemporaryDirectory() as folder:

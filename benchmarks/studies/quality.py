@@ -66,7 +66,7 @@ class Study:
         return {name: perplexity(model, text, desc=name) for name, text in self.texts.items()}
 
     def calibration(self, mixture: str, seed: int, own: bool) -> tuple[Tensor, Statistics]:
-        """Windows and statistics of a mixture, kept until another one is asked for."""
+        """Return windows and statistics of a mixture, kept until another one is asked for."""
         key = (mixture, seed, own)
         if self._calibration is None or self._calibration[0] != key:
             self._calibration = None
@@ -110,12 +110,12 @@ class Study:
 
 
 def cases_of(which: str) -> list[Case]:
-    """Of the headline, or of the study, which has all."""
+    """Return the cases of the headline, or of the study, which has all."""
     return [case for case in CASES if which == "study" or case.name in HEADLINE]
 
 
 def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
-    """Cases to run, those of one calibration together."""
+    """Return cases to run, those of one calibration together."""
     cases = sorted(cases_of(which), key=lambda case: case.own_text)
     for seed in seeds:
         for mixture in MIXTURES:

@@ -48,7 +48,7 @@ def _random(model: Any, statistics: Statistics, k: int) -> Tensor:
 
 
 def _wanda(model: Any, statistics: Statistics, k: int) -> Tensor:
-    """Wanda's score |W_ij| |x_j| (arXiv 2306.11695), added up over all that read neuron j."""
+    """Return Wanda's score |W_ij| |x_j| (arXiv 2306.11695), summed over all that read neuron j."""
     assert statistics.moment is not None
     architecture = architecture_of(model.config)
     score = torch.zeros(statistics.importance.shape[1], dtype=torch.float64)

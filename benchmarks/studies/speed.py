@@ -29,7 +29,7 @@ BATCHES = (1, 8)
 
 
 def measure(source: str) -> dict[str, float]:
-    """Tokens a second of one model, and the peak memory of this process."""
+    """Measure tokens a second of one model, and the peak memory of this process."""
     from dotresize.checkpoint import load_with_tokenizer
 
     loaded, _ = load_with_tokenizer(source, torch.device("cpu"), to_narrow=False)
@@ -55,7 +55,7 @@ def measure(source: str) -> dict[str, float]:
 
 
 def in_turns(sources: list[str], rounds: int) -> list[dict[str, list[float]]]:
-    """Figures of every model, one list entry for each round."""
+    """Measure every model in turns; one list entry for each round."""
     found: list[dict[str, list[float]]] = [{} for _ in sources]
     for _ in range(rounds):
         for figures, source in zip(found, sources, strict=True):

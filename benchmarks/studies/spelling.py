@@ -56,7 +56,7 @@ WORDS = [
 
 
 def example(generator: random.Random) -> tuple[list[str], list[str]]:
-    """A number of one to nine digits, or a date, and the words for it."""
+    """Return a number of one to nine digits, or a date, and the words for it."""
     if generator.random() < 0.5:
         number = generator.randrange(10 ** generator.randint(1, 9))
         return list(str(number)), number_words(number)
@@ -70,7 +70,7 @@ def example(generator: random.Random) -> tuple[list[str], list[str]]:
 
 
 def number_words(number: int) -> list[str]:
-    """English words for a number below 10^9: 1203 is one thousand two hundred and three."""
+    """Return English words for a number below 10^9: 1203 is one thousand two hundred and three."""
     if number == 0:
         return ["zero"]
     words: list[str] = []
@@ -82,7 +82,7 @@ def number_words(number: int) -> list[str]:
 
 
 def date_words(day: int, month: int, year: int) -> list[str]:
-    """The words of a date: the third of may nineteen hundred, the first of june twelve thirty."""
+    """Return the words of a date, such as the first of june twelve thirty."""
     *tens, last = _below_thousand(day)
     ordinal = _ORDINALS.get(last, last + "th")
     century, rest = divmod(year, 100)

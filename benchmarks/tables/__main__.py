@@ -54,7 +54,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def solvers() -> str:
-    """Median time of ours per case, and how many times longer each peer took in the same run."""
+    """Return our median time per case, and how many times longer each peer took in the same run."""
     table = rows("cpu.jsonl")
     # Ratios are within one run: of each case, the last that has ours.
     last = {r["case"]: r["run"] for r in table if r["name"] == l1.OURS and "median_s" in r}
@@ -95,7 +95,7 @@ def solvers() -> str:
 
 
 def _to_tolerance(ratio: float = 0.03, tol: float = 1e-5) -> str:
-    """A line of ``solvers`` from the rows of ``benchmarks.studies.acceleration``."""
+    """Return a line of ``solvers`` from the rows of ``benchmarks.studies.acceleration``."""
     took = {
         r["solver"]: r["seconds"]
         for r in rows("acceleration.jsonl")
@@ -139,14 +139,14 @@ def demo() -> str:
 
 
 def _gpu_rows() -> list[dict[str, Any]]:
-    """The last run of every section of ``benchmarks.gpu``."""
+    """Return the last run of every section of ``benchmarks.gpu``."""
     table = rows("gpu.jsonl")
     last = {row["section"]: row["run"] for row in table}
     return [row for row in table if row["run"] == last[row["section"]]]
 
 
 def gpu() -> str:
-    """Times, shares of the measured bounds, and ratios to the peers."""
+    """Return times, shares of the measured bounds, and ratios to the peers."""
     last = _gpu_rows()
     about = f"{last[-1]['device']}, {last[-1]['date']}; torch {last[-1]['versions']['torch']}, "
     about += f"triton {last[-1]['versions']['triton']}. [More of it](docs/gpu.md)."
@@ -154,7 +154,7 @@ def gpu() -> str:
 
 
 def gpu_page() -> str:
-    """All of it."""
+    """Return all of the GPU page's figures."""
     last = _gpu_rows()
     row = next(row for row in last if row["section"] == "ceiling")
     about = {name: value for name, value in row.items() if name not in ("case", "per_s")}
@@ -162,7 +162,7 @@ def gpu_page() -> str:
 
 
 def acceleration() -> str:
-    """Iterations and milliseconds to a tolerance, each solver as it was measured last."""
+    """Return iterations and milliseconds to a tolerance, each solver as it was measured last."""
     last = rows("acceleration.jsonl")
     ratios = sorted({row["ratio"] for row in last})
     found = {(r["solver"], r["ratio"], r["tol"]): r for r in last if r["reached"]}
@@ -196,7 +196,7 @@ def acceleration() -> str:
 
 
 def pot() -> str:
-    """What POT's own tests found, by the last run of ``benchmarks.checks.pot_tests``."""
+    """Return what POT's own tests found, by the last run of ``benchmarks.checks.pot_tests``."""
     row = rows("pot_tests.jsonl")[-1]
     reasons = {**row["expected"], **row["left_out"]}
     lines = [f"{row['passed']} passed, {row['failed']} failed ({row['date']}, POT "]

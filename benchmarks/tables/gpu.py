@@ -20,7 +20,7 @@ def summary(about: Row, found: list[Row]) -> str:
 
 
 def details(about: Row, found: list[Row]) -> str:
-    """The summary without its heading."""
+    """Return the summary without its heading."""
     of = {section: [r for r in found if r["section"] == section] for section in SECTIONS}
     rates = ceilings(found)
     parts = [_versions(about)]
@@ -66,7 +66,7 @@ def _short(value: Any) -> str:
 
 
 def l1_table(found: list[Row], rates: dict[str, float]) -> list[str]:
-    """T pairs per second, the share of the measured ceiling, and times ours."""
+    """Return T pairs per second, the share of the measured ceiling, and times ours."""
     lines = ["| L1 cost | time | T pairs/s | of its ceiling | x ours |", "|---|---|---|---|---|"]
     for row in found:
         label = f"{row['case']} {row.get('name', '')}"
@@ -85,7 +85,7 @@ def l1_table(found: list[Row], rates: dict[str, float]) -> list[str]:
 
 
 def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
-    """Time of an iteration, and one read of the cost at the measured bandwidth over it."""
+    """Return the time of an iteration, and its share of one read of the cost at full bandwidth."""
     lines = ["| Sinkhorn | one iteration | of its bound | x ours |", "|---|---|---|---|"]
     for row in found:
         label = f"{row['case']} {row.get('name', '')}"
@@ -102,7 +102,7 @@ def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
 
 
 def read_bound(case: str, width: int, rates: dict[str, float]) -> float:
-    """Seconds of one read of (problems, n, m) entries of ``width`` bytes."""
+    """Return seconds of one read of (problems, n, m) entries of ``width`` bytes."""
     problems, n, m = ast.literal_eval(case)
     return problems * n * m * width / rates["bytes copied"]
 
@@ -115,7 +115,7 @@ def _ratio(found: list[Row], row: Row, ours: str, key: str) -> str:
 
 
 def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]) -> list[str]:
-    """A line for each case: time, share of the bound, and how many times longer each peer took."""
+    """Return a line for each case: time, share of the bound, and times as long each peer took."""
     lines = ["| work | dotresize | of its bound | peers took, times as long |", "|---|---|---|---|"]
     for section, ours, key in (
         ("l1", "dotresize fp32", "median_s"),

@@ -12,7 +12,7 @@ from ..studies.large_counts import SHAPES, counts, gpu_bytes, parameters
 
 
 def families() -> str:
-    """What can be narrowed of which family, from the axis tables."""
+    """Return what can be narrowed of which family, from the axis tables."""
     lines = [
         "| model types | residual | feed-forward | the width is a multiple of | merging |",
         "|---|---|---|---|---|",
@@ -33,7 +33,7 @@ def families() -> str:
 
 
 def large(table: list[dict[str, Any]]) -> str:
-    """Memory and time by stage of models that stayed in their files, the last run of each."""
+    """Return memory and time by stage of models that stayed in their files."""
     stages = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "refit")
     lines = [
         "| parameters | width | method | tokens | on | " + " | ".join(stages) + " | in all |",
@@ -59,7 +59,7 @@ def large(table: list[dict[str, Any]]) -> str:
 
 
 def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
-    """Operations and bytes of large shapes; seconds where a device's rates were measured.
+    """Return operations and bytes of large shapes; seconds where a device's rates were measured.
 
     What the products leave of a run that was measured on that device is taken to grow with the
     bytes of the model.
@@ -90,7 +90,7 @@ def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
 
 
 def merging(table: list[dict[str, Any]]) -> str:
-    """What merging leaves: accuracy, BLEU, perplexity, by the last run of each task."""
+    """Return what merging leaves: accuracy, BLEU, perplexity, by the last run of each task."""
     last = {row["task"]: row for row in table}
     lines = []
     units = {"images": "accuracy, %", "translation": "BLEU"}

@@ -30,7 +30,7 @@ REFITTED = {
 
 
 def headline(rows: list[Row]) -> str:
-    """Excess by case: on the three texts, and on each when the calibration did not have it."""
+    """Return excess by case: on each text, calibrated with and without its kind."""
     found = _by_case(rows)
     head = ["", "widths", "parameters", *SOURCES, "mean"]
     lines = _head([*head, *(f"{text}, left out" for text in SOURCES), "mean"])
@@ -62,7 +62,7 @@ def _shown(case: str) -> str:
 
 
 def study(rows: list[Row]) -> str:
-    """The other comparisons, one table each."""
+    """Return the other comparisons, one table each."""
     found = _by_case(rows)
     return "\n".join(
         [
@@ -114,7 +114,7 @@ def budget(rows: list[Row]) -> str:
 
 
 def speed(rows: list[Row]) -> str:
-    """Tokens a second and memory of each model, as it was measured last."""
+    """Return tokens a second and memory of each model, as it was measured last."""
     last = {row["model"]: row for row in rows}
     names = list(rows[0]["median"])
     lines = _head(["", *(name.replace("peak MiB", "peak memory, MiB") for name in names)])
@@ -132,7 +132,7 @@ def speed(rows: list[Row]) -> str:
 
 
 def recovered(rows: list[Row]) -> str:
-    """A narrowed model before and after the short training of ``--recover``."""
+    """Return a narrowed model before and after the short training of ``--recover``."""
     row = rows[-1]
     texts = list(row["perplexity"])
     recovery, tokens = row["recovery"], row["recovery"]["tokens"]
@@ -153,7 +153,7 @@ def recovered(rows: list[Row]) -> str:
 def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
     lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
     rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]
-    return lines + [_line([row["case"], *_size(row), *_excess(row)]) for row in rows]
+    return lines + [_line([_shown(row["case"]), *_size(row), *_excess(row)]) for row in rows]
 
 
 def _added(found: Found) -> list[str]:
@@ -179,12 +179,12 @@ def _ties(found: Found) -> list[str]:
         if None not in pair:
             tied, untied = (_average(row) for row in pair if row is not None)
             cost = f"{math.expm1(tied - untied):+.1%}"
-            lines.append(_line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
+            lines.append(_line([_shown(name), f"{tied:.3f}", f"{untied:.3f}", cost]))
     return lines
 
 
 def _seeds(found: Found) -> list[str]:
-    """A line for each case and calibration that has been run with several seeds."""
+    """Return a line for each case and calibration that has been run with several seeds."""
     seeds = sorted({seed for _, _, seed in found})
     head = ["", "calibration", *(f"seed {seed}" for seed in seeds)]
     cases = dict.fromkeys((case, mixture) for case, mixture, _ in found)
@@ -192,7 +192,7 @@ def _seeds(found: Found) -> list[str]:
 
 
 def _amounts(rows: list[Row]) -> list[str]:
-    """A line for each case that has been run on several amounts of text."""
+    """Return a line for each case that has been run on several amounts of text."""
     counts = sorted({row["windows"] for row in rows})
     each = [_by_case(rows, count) for count in counts]
     cases = dict.fromkeys(row["case"] for row in rows)
@@ -201,23 +201,24 @@ def _amounts(rows: list[Row]) -> list[str]:
 
 
 def _complete(head: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
-    """The mean excess of each run, a line for each key whose runs are all there."""
+    """Return the mean excess of each run, a line for each key whose runs are all there."""
     lines = _head(head)
     for key, rows in runs.items():
         if None not in rows:
-            lines.append(_line([*key, *(f"{_average(row):.3f}" for row in rows if row)]))
+            names = map(_shown, key)
+            lines.append(_line([*names, *(f"{_average(row):.3f}" for row in rows if row)]))
     return lines
 
 
 def _by_case(rows: list[Row], windows: int = WINDOWS) -> Found:
-    """The rows of one amount of calibration text."""
+    """Return the rows of one amount of calibration text."""
     return {
         (row["case"], row["mixture"], row["seed"]): row for row in rows if row["windows"] == windows
     }
 
 
 def _left_out(found: Found, case: str, seed: int) -> list[float]:
-    """Excess on each text by the calibration without it; nothing unless all are there."""
+    """Return excess on each text by the calibration without it; nothing unless all are there."""
     apart = [found.get((case, f"without {text}", seed)) for text in SOURCES]
     excess = [row["excess"][text] for row, text in zip(apart, SOURCES, strict=True) if row]
     return excess if len(excess) == len(SOURCES) else []
