@@ -1,7 +1,7 @@
-"""Which code a row was measured on: the commit, and a digest of the sources it rests on.
+"""The code that a row was measured on: the commit, and a digest of the sources it rests on.
 
 A digest says whether a table describes today's code, also where there is no history to ask. It
-leaves comments, docstrings and layout out, which change no figure.
+leaves comments, docstrings and empty lines out, which change no figure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # What the figures of a table rest on.
 AREAS = {
     "cpu": ("csrc", "dotresize/ops"),
+    "ot": ("csrc", "dotresize/ops", "dotresize/ot"),
     "gpu": ("kernels", "dotresize/ops"),
     "compressor": (
         "dotresize/calibration",
@@ -25,6 +26,13 @@ AREAS = {
         "dotresize/baselines",
         "dotresize/merging",
         "dotresize/models",
+        "dotresize/offload",
+        "dotresize/ops",
+        "csrc",
+        "dotresize/compression.py",
+        "dotresize/evaluate.py",
+        "dotresize/least_squares.py",
+        "dotresize/recovery.py",
     ),
 }
 
@@ -42,8 +50,9 @@ def measured_code() -> dict[str, object]:
 def digest(area: str) -> str:
     """Return twelve digits of the SHA-256 of an area's sources."""
     total = hashlib.sha256()
-    for folder in AREAS[area]:
-        for path in sorted((ROOT / folder).rglob("*")):
+    for name in AREAS[area]:
+        place = ROOT / name
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
             if path.suffix in (".py", ".cpp", ".hpp"):
                 total.update(f"{path.relative_to(ROOT)}\n".encode())
                 total.update(_essence(path).encode())
@@ -51,28 +60,35 @@ def digest(area: str) -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+    git = ["git", "-C", str(ROOT)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False
+        )
+        # Rows that are being appended do not change what they measure.
+        clean = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False
+        )
     except OSError:
         return None
-    return done.stdout.strip() or None
+    commit = head.stdout.strip()
+    return (commit if clean.returncode == 0 else f"{commit}-dirty") if commit else None
 
 
 def _essence(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return "".join(re.sub(r"//[^\n]*", "", text).split())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
-    lines = {
-        line
-        for node in nodes
-        if ast.get_docstring(node) is not None
-        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
-    }
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    return " ".join(
-        token.string for token in tokens if token.type not in layout and token.start[0] not in lines
-    )
+    lines = text.splitlines()
+    # Lines are what all versions of Python agree about; tokens of f-strings are not.
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            continue
+        if ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
+from test_offload import opened, stored
 
 from dotresize import compress
 from dotresize.accounting import count_parameters
+from dotresize.compression import make_options
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow import budget
 from dotresize.narrow.budget import (
     POWERS,
     Budget,
@@ -18,6 +21,7 @@ from dotresize.narrow.budget import (
     best_split,
     parameters_at,
 )
+from dotresize.narrow.pipeline import narrow_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,10 +54,10 @@ def test_a_law_goes_through_its_points():
 
 def test_the_cheaper_width_is_cut_first():
     model = CausalLM.in_memory(tiny_model())
-    budget = Budget(model, 0.8, "non_embedding")
+    room = Budget(model, 0.8, "non_embedding")
     dear, cheap = Law(10.0, 1.0), Law(0.1, 1.0)
-    residual_dear = best_split(model, budget.pairs(), dear, cheap)
-    inner_dear = best_split(model, budget.pairs(), cheap, dear)
+    residual_dear = best_split(model, room.pairs(), dear, cheap)
+    inner_dear = best_split(model, room.pairs(), cheap, dear)
     assert residual_dear.width == 24 > inner_dear.width
     assert residual_dear.inner < 40 == inner_dear.inner
     for split in (residual_dear, inner_dear):
@@ -127,6 +131,53 @@ def test_without_a_size_it_is_a_budget(tokens, caplog):
     _, report = compress(tiny_model(), tokens, self_windows=0, method="dot", targets=kept)
     assert report["width"]["new"] == 20
     assert "no size was asked for: width 0.8" in caplog.text
+
+
+def test_choices_of_the_default_budget(tokens):
+    """What needs a budget is taken where the default is one, and refused where it is not."""
+    model = tiny_model()
+    _, report = compress(model, tokens, self_windows=0, params_count="non_embedding")
+    assert report["budget"]["count"] == "non_embedding"
+    _, report = compress(tiny_model("gpt2"), tokens, ff_method="nystrom")
+    assert report["feed_forward"]["method"] == "nystrom"
+    with pytest.raises(ValueError, match="ff_method nystrom: does nothing without"):
+        compress(model, tokens, self_windows=0, method="slicegpt", ff_method="nystrom")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", "width"), ("gpt2", "ff_width")])
+def test_a_model_that_stays_in_its_files_has_no_budget(kind, size, tokens, caplog, tmp_path):
+    caplog.set_level("INFO", logger="dotresize")
+    model = opened(stored(tiny_model(kind), tmp_path / "model"))
+    _, report = narrow_model(model, tokens, make_options())
+    assert f"no size was asked for: {size} 0.8" in caplog.text
+    cut = report["width" if size == "width" else "feed_forward"]
+    assert cut["new"] < cut["old"]
+    assert report["budget"] is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("share", [0.5, 0.62, 0.77, 0.78, 0.785, 0.79])
+def test_the_smallest_budgets_are_kept_to(kind, share, tokens):
+    """As a width 1 means all of it, so no budget may choose a single neuron."""
+    model = tiny_model(kind)
+    if kind == "gpt2" and share < 0.785:  # the other weights alone are more
+        with pytest.raises(ValueError, match="has so few"):
+            compress(model, tokens, params=share, self_windows=0)
+        return
+    narrow, _ = compress(model, tokens, params=share, self_windows=0)
+    dense, found = (count_parameters(CausalLM.in_memory(m))["total"] for m in (model, narrow))
+    assert found <= share * dense
+
+
+def test_a_gain_is_compared_as_a_loss_is(tokens, monkeypatch):
+    """A pair must be better by the margin also where narrowing gains."""
+    steep = Law(1.0, 6.0), Law(1.0, 6.0)  # so that a pair is tried
+    monkeypatch.setattr(budget, "INNER_STEP", 1)
+    monkeypatch.setattr(Measured, "laws", lambda self: steep)
+    monkeypatch.setattr(Measured, "excess", probe_as(lambda x, y: -0.48 if x and y else -0.5))
+    _, report = compress(tiny_model(), tokens, params=0.7, params_count="non_embedding")
+    assert report["budget"]["measured"][-1]["excess"] == -0.48
+    assert report["budget"]["excess"] == -0.5
 
 
 @pytest.mark.parametrize("untie", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def test_a_digest_is_of_what_changes_figures(code, monkeypatch, tmp_path):
     text = path.read_text()
     path.write_text(text.replace('"""Launches', '"""Starts').replace("# Neurons:", "# What:"))
     assert code.digest("gpu") == before
+    path.write_text(re.sub(r"^( {8})(\w)", r"    \2", text, count=1, flags=re.MULTILINE))
+    assert code.digest("gpu") != before  # a statement left its block
     path.write_text(text.replace("ALIGNED = 16", "ALIGNED = 32"))
     assert code.digest("gpu") != before
 
@@ -34,14 +37,15 @@ def test_a_digest_is_of_what_changes_figures(code, monkeypatch, tmp_path):
 def test_a_table_of_older_rows_says_so(code, monkeypatch):
     from benchmarks.tables import __main__ as tables
 
-    def rows_of(measured):
-        monkeypatch.setattr(tables, "rows", lambda name: [measured])
-        return tables.since("gpu")
+    def since(*rows):
+        monkeypatch.setattr(tables, "rows", lambda name: list(rows))
+        return tables.since("quality")
 
-    assert rows_of({"code": {"gpu": code.digest("gpu")}, "commit": "abc1234"}) == ""
-    changed = rows_of({"code": {"gpu": "0" * 12}, "commit": "abc1234"})
-    assert "Measured at commit abc1234; this code has changed since." in changed
-    assert "before commits were recorded" in rows_of({})
+    today = {"code": {"compressor": code.digest("compressor")}, "commit": "abc1234"}
+    old = {"code": {"compressor": "0" * 12}, "commit": "0123456"}
+    assert since(today) == ""
+    assert "Measured at commit 0123456; this code has changed since." in since(old, today)
+    assert "before rows recorded their commit" in since(today, {})
 
 
 def test_rows_carry_it(code):

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 # What a fragment begins with, and what a property may.
 _NOUNS = {"The", "A", "An", "All", "Whether", "What", "Names", "How"}
 _NO_VERBS = _NOUNS | {"Of", "As", "By", "In", "On", "With", "From", "For", "Both", "Those", "Which"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+_DESCRIBED = {"property", "cached_property", "abstractmethod"}
 _TEXTS = {".md", ".py", ".cpp", ".hpp"}
 # A file in a folder of this repository.
 _NAMED = re.compile(
@@ -72,18 +74,21 @@ def test_figures_in_pages_come_from_committed_rows(monkeypatch):
 
 
 def test_docstrings_say_what_is_done():
-    """A function's first line begins with a verb in the imperative; no line is a fragment."""
+    """A function's first line begins with a verb in the imperative, no other with a preposition."""
     fragments = []
     for folder in ("dotresize", "kernels", "benchmarks", "examples"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):
+                if not isinstance(node, _DOCUMENTED) or not ast.get_docstring(node):
                     continue
                 first = ast.get_docstring(node).split()[0]
-                decorators = {ast.unparse(d) for d in node.decorator_list}
-                described = bool(decorators & {"property", "cached_property", "abstractmethod"})
-                if first in _NO_VERBS - (_NOUNS if described else set()) or not first[0].isupper():
-                    fragments.append(f"{path.name}:{node.lineno} {node.name}: {first}")
+                described = not isinstance(node, ast.FunctionDef) or bool(
+                    {ast.unparse(d) for d in node.decorator_list} & _DESCRIBED
+                )
+                small = isinstance(node, ast.FunctionDef) and not first[0].isupper()
+                if first in _NO_VERBS - (_NOUNS if described else set()) or small:
+                    where = getattr(node, "name", "module")
+                    fragments.append(f"{path.relative_to(ROOT)} {where}: {first}")
     assert fragments == []
 
 

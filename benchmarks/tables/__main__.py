@@ -53,16 +53,16 @@ def rows(name: str) -> list[dict[str, Any]]:
     return read(ROOT / RESULTS / name)
 
 
+def _solver_rows() -> list[dict[str, Any]]:
+    """Return rows of each case's last run that has ours: ratios are within one run."""
+    table = rows("cpu.jsonl")
+    last = {r["case"]: r["run"] for r in table if r["name"] == l1.OURS and "median_s" in r}
+    return [r for r in table if r["run"] == last.get(r["case"])]
+
+
 def solvers() -> str:
     """Return our median time per case, and how many times longer each peer took in the same run."""
-    table = rows("cpu.jsonl")
-    # Ratios are within one run: of each case, the last that has ours.
-    last = {r["case"]: r["run"] for r in table if r["name"] == l1.OURS and "median_s" in r}
-    found = {
-        (r["case"], r["name"], r.get("allocator")): r
-        for r in table
-        if r["run"] == last.get(r["case"])
-    }
+    found = {(r["case"], r["name"], r.get("allocator")): r for r in _solver_rows()}
     lines = ["| work | dotresize | peers took, times as long |", "|---|---|---|"]
     for case in SHOWN:
         ours = found[case, l1.OURS, "default"]
@@ -109,10 +109,14 @@ def _to_tolerance(ratio: float = 0.03, tol: float = 1e-5) -> str:
     return f"| [{work}](docs/sinkhorn.md) | {ours * 1e3:.0f} ms | {peers} |"
 
 
+def _demo_rows() -> list[dict[str, Any]]:
+    table = rows("demo.jsonl")
+    return [row for row in table if row.get("run") == table[-1].get("run")]
+
+
 def demo() -> str:
     """Return the demo's table: what each method leaves of SmolLM2-135M at the same size."""
-    table = rows("demo.jsonl")
-    table = [row for row in table if row.get("run") == table[-1].get("run")]
+    table = _demo_rows()
     texts = list(table[0]["perplexity"])
     lines = [
         f"| {table[0]['model']} | widths | parameters | " + " | ".join(texts) + " |",
@@ -232,7 +236,7 @@ TABLES = {
 SOURCES = {
     "solvers": ("cpu.jsonl", "cpu"),
     "acceleration": ("acceleration.jsonl", "cpu"),
-    "pot": ("pot_tests.jsonl", "cpu"),
+    "pot": ("pot_tests.jsonl", "ot"),
     "gpu": ("gpu.jsonl", "gpu"),
     "demo": ("demo.jsonl", "compressor"),
     "quality": ("quality.jsonl", "compressor"),
@@ -244,6 +248,14 @@ SOURCES = {
     "speed": ("speed.jsonl", "compressor"),
     "budget": ("budget.jsonl", "compressor"),
 }
+# Of a file's rows, those that a table shows; of the others, all.
+SHOWN_ROWS = {
+    "solvers": _solver_rows,
+    "gpu": _gpu_rows,
+    "demo": _demo_rows,
+    "pot": lambda: rows("pot_tests.jsonl")[-1:],
+    "recovered": lambda: rows("recovered.jsonl")[-1:],
+}
 
 
 def since(name: str) -> str:
@@ -251,12 +263,15 @@ def since(name: str) -> str:
     if name not in SOURCES:
         return ""
     file, area = SOURCES[name]
-    last = rows(file)[-1]
-    measured = (last.get("code") or {}).get(area)
-    if measured == digest(area):
+    shown = SHOWN_ROWS[name]() if name in SHOWN_ROWS else rows(file)
+    today = digest(area)
+    old = [row for row in shown if (row.get("code") or {}).get(area) != today]
+    if not old:
         return ""
-    when = f"at commit {last['commit']}" if last.get("commit") else "before commits were recorded"
-    return f"\n\n*Measured {when}; this code has changed since.*"
+    if not all(row.get("commit") for row in old):
+        return "\n\n*Measured before rows recorded their commit; the code may have changed since.*"
+    commits = ", ".join(sorted({row["commit"] for row in old}))
+    return f"\n\n*Measured at commit {commits}; this code has changed since.*"
 
 
 def with_tables(page: str, text: str) -> str:

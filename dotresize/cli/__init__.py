@@ -75,16 +75,23 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     compress.add_argument("model", metavar="MODEL", help="directory, .gguf file or hub id")
     compress.add_argument("out", metavar="OUT", help="directory to make")
     compress.add_argument(
-        "--width", type=float, help="fraction up to 1, or an exact number (0.8; 1 with --ff-width)"
+        "--width",
+        type=float,
+        help="of the residual stream: share up to 1, or an exact number (all of it; "
+        "0.8 where no size is given and no budget can be measured, as with --memory)",
     )
     compress.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"
     )
     compress.add_argument(
-        "--params", type=float, help="instead: share of the parameters, split over both widths"
+        "--params",
+        type=float,
+        help="instead: share of the parameters, split over both widths (0.8 if no size is given)",
     )
     compress.add_argument(
-        "--params-count", default="total", help="of what: total or non_embedding (total)"
+        "--params-count",
+        default="total",
+        help="what --params is a share of: total or non_embedding (total)",
     )
     compress.add_argument(
         "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
@@ -123,7 +130,9 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
     parser.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
     parser.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
-    parser.add_argument("--no-refit", action="store_true", help="do not correct the weights")
+    parser.add_argument(
+        "--no-refit", action="store_true", help="leave the weights as absorption makes them"
+    )
     parser.add_argument("--ridge", type=float, help="of the refit (0.1)")
     parser.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""From the command line to the objects that are passed on, and to what ``--resume`` compares.
+"""The command line's arguments as objects that are passed on, and as what ``--resume`` compares.
 
 A choice is a field of a dataclass; on the command line it is the option of that name, or of the
 field's ``flag``. Both what is passed on and what is compared follow from the fields.
@@ -26,7 +26,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class TextChoices:
-    """Which texts a run reads, and how much of them.
+    """The texts that a run reads, and how much of them.
 
     Attributes:
         calibration, eval, unseen: files; the last ones are of kinds that the calibration has not.

@@ -46,7 +46,6 @@ from dotresize.narrow.choose_width import (
     choose_inner_width,
     choose_width,
     default_size,
-    residual_share,
 )
 from dotresize.narrow.options import Options
 from dotresize.narrow.targets import check_kept
@@ -195,7 +194,7 @@ def _inputs(
     check_residual(model, options)
     inner = choose_inner_width(options.ff_width, model)
     if options.energy is None and options.params is None:
-        asked = residual_share(options.width, options.ff_width)
+        asked = 1.0 if options.width is None else options.width
         divisor = model.architecture.divisor(model.config)
         new = choose_width(asked, model.width, divisor)
         note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dotresize.cli.texts import Texts
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.choose_width import choose_inner_width, choose_width, residual_share
+from dotresize.narrow.choose_width import choose_inner_width, choose_width
 from dotresize.narrow.options import Options
 from dotresize.offload.memory_plan import MemoryPlan, parse, plan, shown
 
@@ -44,7 +44,7 @@ def make_plan(
     """Return the run's plan, which is announced, and which the model's store follows."""
     width = model.width  # --energy finds it later, and no more than this
     if options.energy is None and not model.architecture.fixed_residual:
-        share = residual_share(options.width, options.ff_width)
+        share = 1.0 if options.width is None else options.width
         width = choose_width(share, width, model.architecture.divisor(model.config))
     inner = choose_inner_width(options.ff_width, model) or model.inner_width
     try:

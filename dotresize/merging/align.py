@@ -1,4 +1,4 @@
-"""Which inner neuron of one feed-forward is which of another: features, correlations, alignment.
+"""Alignment of the inner neurons of two feed-forwards: features, correlations, assignment.
 
 Features are what the inner neurons are before their non-linearity, on all tokens that count. They
 are collected in one pass of the model and lie in temporary files; with mu and sigma a neuron's mean

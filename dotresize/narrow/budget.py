@@ -3,9 +3,10 @@
 Each width alone is narrowed until the model fits the budget, and half as far, by the same method
 and refit but on fewer windows, and the loss measured on windows that neither map nor refit has
 seen. A power law through the two points, excess(x) = a x^p for a removed share x, says what lies
-between: no pair of widths within the budget asks for more than was measured. Of all these pairs the
-one with the smallest predicted sum is measured as well, if it narrows both widths, and taken if it
-is better than either width alone by ``MARGIN``: less than that would hang on the windows.
+between: no pair of widths within the budget asks for more than was measured, unless neither width
+alone can meet the budget. Of all these pairs the one with the smallest predicted sum is measured as
+well, if it narrows both widths, and taken if it is better than either width alone by ``MARGIN``:
+less than that would hang on the windows.
 
 Without the refit the residual would look dearer than it is: the refit makes up for more of it than
 of the feed-forward. A map that has seen the windows it is measured on looks cheaper than it is.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotresize import distributed
 from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
@@ -44,6 +46,8 @@ MARGIN = 0.05
 POWERS = (0.25, 6.0)
 # No width is narrowed further than to this share to be measured.
 LEAST = 0.1
+# As a width, 1 is a share: all of it.
+LEAST_INNER = 2
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,15 @@ class Split:
 
     Attributes:
         width, inner: residual and feed-forward width.
-        predicted: excess by the laws; None where only one width can be narrowed.
+        excess: of these widths, on held-out windows; by the laws where a pair was not measured,
+            None where one width alone can be narrowed, or none has to be.
         laws: of each width, by what is narrowed: "residual", "feed_forward".
         measured: excess of the widths that were tried, (width, inner) each.
     """
 
     width: int
     inner: int
-    predicted: float | None = None
+    excess: float | None = None
     laws: tuple[Law, Law] | None = None
     measured: tuple[tuple[int, int, float], ...] = ()
 
@@ -87,7 +92,7 @@ class Split:
         names = ("residual", "feed_forward")
         laws = zip(names, self.laws or (), strict=False)
         return {
-            "predicted_excess": self.predicted,
+            "excess": self.excess,
             "laws": {name: {"a": law.a, "p": law.p} for name, law in laws},
             "measured": [
                 {"width": width, "ff_width": inner, "excess": excess}
@@ -120,7 +125,8 @@ class Budget:
         slope = parameters(width, 1) - parameters(width, 0)
         room = int((self.allowed - parameters(width, 0) - self._head * width) // slope)
         rounded = room // INNER_STEP * INNER_STEP or room  # few neurons are better than none
-        return max(0, min(inner, room if room >= inner else rounded))
+        found = min(inner, room if room >= inner else rounded)
+        return found if found >= min(LEAST_INNER, inner) else 0
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the pairs of widths that fit, the widest feed-forward for each residual width.
@@ -154,7 +160,7 @@ def split_budget(given: Calibrated, divisor: int) -> Split:
         split.width,
         model.inner_width,
         split.inner,
-        "" if split.predicted is None else f", expected excess {split.predicted:.2f}",
+        "" if split.excess is None else f", excess {split.excess:.2f} on held-out windows",
     )
     return split
 
@@ -179,15 +185,16 @@ def _best(given: Calibrated, divisor: int) -> Split:
     laws = measured.laws()
     split = best_split(model, budget.pairs(), *laws)
     alone = [m for m in measured.excesses if (m[0], m[1]) in budget.pairs()]
+    both = split.width < model.width and split.inner < model.inner_width
+    tried = math.inf
+    if both or not alone:
+        tried = measured.excess(split.width, split.inner)
+    width, inner, excess = split.width, split.inner, tried
     if alone:
         best = min(alone, key=lambda found: found[2])
-        both = split.width < model.width and split.inner < model.inner_width
-        tried = measured.excess(split.width, split.inner) if both else math.inf
-        if tried > (1 - MARGIN) * best[2]:
-            split = Split(best[0], best[1], best[2])
-        else:
-            split = Split(split.width, split.inner, tried)
-    return Split(split.width, split.inner, split.predicted, laws, tuple(measured.excesses))
+        if tried > best[2] - MARGIN * abs(best[2]):
+            width, inner, excess = best
+    return Split(width, inner, excess, laws, tuple(measured.excesses))
 
 
 def best_split(
@@ -241,6 +248,11 @@ class Measured:
 
     def __init__(self, given: Calibrated) -> None:
         self._windows, cut = _split_windows(given.tokens)
+        if len(cut) < distributed.size():
+            raise ValueError(
+                f"{len(given.tokens)} windows are too few for a budget on {distributed.size()} "
+                "processes"
+            )
         statistics = collect_for(given.model, cut, given.options)
         self._given = given._replace(tokens=cut, statistics=statistics)
         self._dense = math.log(perplexity(given.model, self._windows, desc="budget"))
@@ -281,8 +293,8 @@ def measure(given: Calibrated, divisor: int, budget: Budget) -> Measured:
     measured = Measured(given)
     alone = (budget.width_alone(), budget.inner_at(model.width))
     for axis, (full, step) in enumerate(((model.width, divisor), (model.inner_width, 1))):
-        fewest = -(-LEAST * full // step) * step
-        removed = full - int(max(alone[axis], fewest, step))
+        fewest = max(-(-LEAST * full // step) * step, step, LEAST_INNER * axis)
+        removed = full - int(max(alone[axis], fewest))
         if removed <= 0:
             raise ValueError(f"the model's width of {full} is too small to be narrowed")
         half = round(removed / 2 / step) * step
@@ -303,7 +315,7 @@ def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     held = torch.zeros(len(tokens), dtype=torch.bool)
     held[_spread(len(tokens), count)] = True
     rest = tokens[~held]
-    return tokens[held], rest[_spread(len(rest), CUT_WINDOWS)]
+    return tokens[held], rest[_spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
 
 
 def _spread(count: int, wanted: int) -> Tensor:

@@ -64,18 +64,16 @@ def default_size(model: CausalLM, options: Options) -> Options:
     """Return the options with the size that is meant where nobody asked for one; says which."""
     if options.sized:
         return options
-    by_width = not options.method.plain or options.targets is not None or not model.store.whole
-    logger.info("no size was asked for: %s %g", "width" if by_width else "params", DEFAULT_SIZE)
-    if by_width:
-        return replace(options, width=DEFAULT_SIZE)
-    return replace(options, params=DEFAULT_SIZE)
-
-
-def residual_share(asked: float | None, inner: float | None) -> float:
-    """Return the residual width to aim at: as asked, else 0.8, or all if only the inner one is."""
-    if asked is not None:
-        return asked
-    return 0.8 if inner is None else 1.0
+    if model.architecture.fixed_residual:
+        name = "params" if model.store.whole else "ff_width"
+    else:
+        name = "params" if options.budgeted and model.store.whole else "width"
+    logger.info("no size was asked for: %s %g", name, DEFAULT_SIZE)
+    size: dict[str, Any] = {name: DEFAULT_SIZE}
+    sized = replace(options, **size)
+    if not model.architecture.fixed_residual:
+        sized.check()  # of choices that would do nothing at this size
+    return sized
 
 
 def choose_inner_width(asked: float | None, model: CausalLM) -> int | None:

@@ -1,4 +1,4 @@
-"""Which inner neurons of a feed-forward block stay, and what the block then writes.
+"""The choice of a feed-forward's inner neurons that stay, and of what the block then writes.
 
 An inner neuron sits behind a non-linearity: its input weights cannot be merged without changing
 the function, so kept neurons keep theirs, and only the output side is recombined. With h (tokens,

@@ -12,7 +12,6 @@ from torch import Tensor
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
-from dotresize.narrow.choose_width import choose_inner_width
 from dotresize.narrow.maps import WidthMap, align, level
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
@@ -45,7 +44,7 @@ class OneMap(WidthMethod):
         seconds["absorption"] = time.perf_counter() - start
         if given.options.refit or inner is not None:
             start = time.perf_counter()
-            correct_weights(given, narrow, q, inner)
+            refit_weights(given, narrow, q, inner)
             seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, width_map, [q])
 
@@ -56,9 +55,9 @@ class OneMap(WidthMethod):
         if width < model.width:
             q = basis(model, self._map(given, width), options)
         narrow = absorb(model, q, untie=options.untie)
-        fewer = choose_inner_width(inner, model)
+        fewer = inner if inner < model.inner_width else None
         if options.refit or fewer is not None:
-            correct_weights(given, narrow, q, fewer)
+            refit_weights(given, narrow, q, fewer)
         return narrow
 
     def _map(self, given: Calibrated, width: int) -> WidthMap:
@@ -117,7 +116,7 @@ def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     return level(q) if model.architecture.layer_norm else q
 
 
-def correct_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> None:
+def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> None:
     """Refit what absorption made, and narrow its feed-forwards, in place."""
     model, options = given.model, given.options
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on

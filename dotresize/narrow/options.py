@@ -18,7 +18,7 @@ from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.targets import Targets
 from dotresize.ops.transport_map import FACTORS
 
-# Weight of the uncorrected weights in the refit.
+# Weight, in the refit, of the weights as they were.
 RIDGE = 0.1
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
@@ -127,8 +127,8 @@ class Options:
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,
             "nystrom", "magnitude" or "transport" (baselines/feed_forward.py).
-        refit: correct the weights by least squares on the same tokens (narrow/refit.py).
-        ridge: weight of the uncorrected weights in the refit, relative to the mean Gram diagonal.
+        refit: refit the weights by least squares on the same tokens (narrow/refit.py).
+        ridge: weight of the old weights in the refit, relative to the mean Gram diagonal.
         reg: entropic regularisation in units of the mean cost ("dot").
         steps: transports in a row ("dot"); beyond the first, of all neurons onto all neurons.
         factor: "polar" or "qr" ("dot"; see ``dotresize.factorize``).
@@ -171,6 +171,13 @@ class Options:
         return any(value is not None for value in asked)
 
     @property
+    def budgeted(self) -> bool:
+        """Whether a budget chooses both widths, also because nothing is said of a size."""
+        if self.sized:
+            return self.params is not None
+        return self.method.plain and self.targets is None
+
+    @property
     def needs(self) -> frozenset[str]:
         """The statistics that a compression by these choices asks for."""
         asked = {
@@ -196,11 +203,11 @@ class Options:
                 raise ValueError(f"give params or {name}, not both: params chooses both widths")
         if self.targets is not None and not self.method.takes_targets:
             raise ValueError(f"targets: {self.method.spelled} has none; give dot or magnitude")
-        if not self.ff_method.default and self.ff_width is None and self.params is None:
+        if not self.ff_method.default and self.ff_width is None and not self.budgeted:
             raise ValueError(
                 f"ff_method {self.ff_method.name}: does nothing without ff_width or params"
             )
-        if self.params_count != "total" and self.params is None:
+        if self.params_count != "total" and not self.budgeted:
             raise ValueError(f"params_count {self.params_count}: does nothing without params")
         by_rule = "energy" if self.energy is not None else "params"
         if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:

@@ -22,7 +22,6 @@ from dotresize.narrow.choose_width import (
     choose_inner_width,
     choose_width,
     default_size,
-    residual_share,
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
@@ -51,7 +50,7 @@ def narrow_model(
     divisor = model.architecture.divisor(model.config)
     asked, width = options.width, model.width
     if options.energy is None and options.params is None:
-        asked = residual_share(options.width, options.ff_width)
+        asked = 1.0 if options.width is None else options.width
         width = choose_width(asked, model.width, divisor)
         check_config(model.config, width)
     inner = choose_inner_width(options.ff_width, model)
@@ -70,7 +69,8 @@ def narrow_model(
     if options.params is not None:
         start = time.perf_counter()
         split = split_budget(given, divisor)
-        width, inner = split.width, choose_inner_width(split.inner, model)
+        width = split.width
+        inner = split.inner if split.inner < model.inner_width else None
         seconds["budget"] = time.perf_counter() - start
     for stage in ("self-generated text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)

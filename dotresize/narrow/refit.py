@@ -91,7 +91,7 @@ def refit(
 
 
 class _Refit:
-    """Both models' streams, moved through the layers side by side."""
+    """The streams of both models, moved through the layers side by side."""
 
     def __init__(
         self,

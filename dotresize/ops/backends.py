@@ -1,4 +1,4 @@
-"""Which backends can run here, and the choice between them."""
+"""The backends that can run on this machine, and the choice between them."""
 
 from __future__ import annotations
 

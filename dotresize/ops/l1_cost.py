@@ -14,7 +14,7 @@ _REDUCTIONS = ("mean", "sum")
 
 
 class CostStatistics(NamedTuple):
-    """Of each problem's cost, as a regularisation is chosen by: numbers, or float64 ``(B,)``.
+    """Statistics of each problem's cost, to choose reg by: numbers, or float64 ``(B,)``.
 
     Example:
         >>> import torch

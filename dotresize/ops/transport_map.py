@@ -1,4 +1,4 @@
-"""From a transport plan to an orthonormal basis of what it maps onto.
+"""The map that a transport plan is, and an orthonormal basis of what it maps onto.
 
 Row convention: hidden states are ``(tokens, D)``; a map T is ``(D, k)`` and narrows by ``X T``.
 """
