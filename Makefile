@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*) $(shell find dotresize kernels benchmarks -name "*.py")
+SOURCES := $(wildcard csrc/*) README.md LICENSE \
+	$(shell find dotresize kernels benchmarks -name "*.py*" -not -name "*.pyc")
+SOURCES += dotresize/py.typed
 PIP := $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint wheel clean
@@ -38,7 +40,7 @@ demo: $(VENV)/demo.stamp
 wheel: dist/wheel.stamp
 
 dist/wheel.stamp: $(VENV)/made.stamp setup.py pyproject.toml $(SOURCES)
-	rm -rf dist build
+	rm -rf dist/dotresize-*.whl build
 	$(BIN)/pip wheel --disable-pip-version-check --no-deps -w dist .
 	rm -rf build
 	@touch $@

@@ -30,13 +30,17 @@ result = sinkhorn(torch.rand(12, 6), 0.1)
 """
 # Of commands: none of them needs a model but those of dotresize.
 LEFT_OUT = ("pip install", "make ", "torchrun", "python -m benchmarks")
+# Which make what the commands after them read.
+BEFORE = ("python -c", "head ", "tail ")
+# Pages whose Python stands alone.
+FIRST = ("README.md", "compress.md")
 
 
 def blocks(*languages: str) -> list[pytest.param]:
     return [
         pytest.param(text, id=f"{page.name}-{i}")
         for page in PAGES
-        if page.name != "api.md"  # whose blocks are docstrings; see test_doctests.py
+        if page.name != "api.md"  # its blocks are docstrings; see test_doctests.py
         for i, (language, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
         if language in languages
     ]
@@ -62,12 +66,13 @@ def test_every_block_says_what_it_is():
 
 
 @pytest.mark.parametrize("text", blocks("python"))
-def test_python_blocks_run(text, folder):
+def test_python_blocks_run(text, folder, request):
+    given = "" if request.node.callspec.id.startswith(FIRST) else GIVEN
     if "vit" in text:  # three lines about a model that the page describes
         text = VIT + text
     text = text.replace("512", "64")
     done = subprocess.run(
-        [sys.executable, "-c", GIVEN + text],
+        [sys.executable, "-c", given + text],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -93,7 +98,7 @@ def commands() -> list[pytest.param]:
     for block in blocks("sh"):
         lines = [line.partition("#")[0].strip() for line in block.values[0].splitlines()]
         lines = [line for line in lines if line and not line.startswith(LEFT_OUT)]
-        assert all(line.startswith("dotresize ") for line in lines), lines
+        assert all(line.startswith(("dotresize ", *BEFORE)) for line in lines), lines
         if lines:
             found.append(pytest.param(lines, id=block.id))
     return found
@@ -101,12 +106,16 @@ def commands() -> list[pytest.param]:
 
 @pytest.mark.parametrize("lines", commands())
 def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
-    """As they are written, but for sizes that a tiny model has not."""
+    """As they are written, but for a hub's model, and sizes that a tiny model has not."""
     from dotresize.cli import main
 
     monkeypatch.chdir(folder)
     for line in lines:
-        words = shlex.split(line)[1:]
+        if line.startswith(BEFORE):
+            command = line.replace("python", shlex.quote(sys.executable), 1)
+            subprocess.run(command, shell=True, check=True, timeout=PATIENCE)
+            continue
+        words = shlex.split(line.replace("HuggingFaceTB/SmolLM2-135M", "MODEL"))[1:]
         words = ["2" if word == "10" and "--merge" in words else word for word in words]
         if words[0] in ("compress", "merge-ff", "eval"):
             words += ["--window", "32", "--eval-windows", "2"]
