@@ -19,7 +19,7 @@ from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
 from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod, check_word
 from dotresize.narrow.pipeline import narrow_model
 
-# By the words for them. The last ones are there to be compared with.
+# The methods by their names. The last ones are there to be compared with.
 METHODS: dict[str, WidthMethod] = {
     method.name: method for method in (PrincipalDirections(), Transport(), Magnitude(), SliceGPT())
 }

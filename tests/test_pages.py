@@ -28,9 +28,9 @@ cost = torch.rand(6, 6)
 correlation = torch.rand(6, 6)
 result = sinkhorn(torch.rand(12, 6), 0.1)
 """
-# Of commands: none of them needs a model but those of dotresize.
+# Commands that need no model, and that other tests, or installations, run.
 LEFT_OUT = ("pip install", "make ", "torchrun", "python -m benchmarks")
-# Which make what the commands after them read.
+# Commands that make what those after them read.
 BEFORE = ("python -c", "head ", "tail ")
 # Pages whose Python stands alone.
 FIRST = ("README.md", "compress.md")

@@ -37,7 +37,7 @@ def test_an_empty_environment_solves_a_problem(wheel, tmp_path):
     site = next((tmp_path / "lib").glob("python*/site-packages"))
     with zipfile.ZipFile(wheel) as file:
         file.extractall(site)
-    # As a path alone: the editable install there is a .pth file, which is not read.
+    # A plain path, whose own .pth files are not read: one of them is the editable install.
     (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     done = subprocess.run(
         [tmp_path / "bin" / "python", "-c", SOLVE],

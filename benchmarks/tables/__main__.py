@@ -6,6 +6,7 @@ The text between ``<!-- NAME -->`` and ``<!-- end -->`` is replaced.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ SOURCES = {
     "speed": ("speed.jsonl", "compressor"),
     "budget": ("budget.jsonl", "compressor"),
 }
-# Of a file's rows, those that a table shows; of the others, all.
+# The rows that these tables show of their file; every other table shows all of them.
 SHOWN_ROWS = {
     "solvers": _solver_rows,
     "gpu": _gpu_rows,
@@ -258,13 +259,16 @@ SHOWN_ROWS = {
 }
 
 
+_today = functools.cache(digest)  # several tables rest on the same code
+
+
 def since(name: str) -> str:
     """Return a sentence where a table's rows are older than the code that it describes."""
     if name not in SOURCES:
         return ""
     file, area = SOURCES[name]
     shown = SHOWN_ROWS[name]() if name in SHOWN_ROWS else rows(file)
-    today = digest(area)
+    today = _today(area)
     old = [row for row in shown if (row.get("code") or {}).get(area) != today]
     if not old:
         return ""

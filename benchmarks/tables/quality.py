@@ -103,11 +103,11 @@ def budget(rows: list[Row]) -> str:
     for row in rows:
         alone = {"residual": "-", "feed-forward": "-"}
         for tried in row["measured"]:  # half as far, then as far as the budget asks
-            whole = {"feed-forward": tried["width"] == 576, "residual": tried["ff_width"] == 1536}
-            if not any(whole.values()):  # a pair
-                continue
-            cut = next(name for name, kept in whole.items() if kept)
-            alone[cut] = f"{tried['width']} / {tried['ff_width']}: {tried['excess']:.2f}"
+            shown = f"{tried['width']} / {tried['ff_width']}: {tried['excess']:.2f}"
+            if tried["ff_width"] == 1536:
+                alone["residual"] = shown
+            elif tried["width"] == 576:
+                alone["feed-forward"] = shown
         chosen = f"{row['width']} / {row['inner']}"
         lines.append(_line([str(row["windows"]), str(row["seed"]), chosen, *alone.values()]))
     about = (

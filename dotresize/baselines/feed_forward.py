@@ -22,9 +22,10 @@ from dotresize.narrow.options import FeedForwardMethod
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ops.transport_map import transport_map
 
-# Of the mean diagonal of G.
+# The ridge, in units of the mean diagonal of G.
 NYSTROM_RIDGE = 1e-4
-# In units of the mean cost. Small: what a neuron wrote goes to those most alike, not to all.
+# The transport's reg, in units of the mean cost. It is small: what a neuron wrote goes to those
+# most alike, not to all.
 TRANSPORT_REG = 0.03
 
 

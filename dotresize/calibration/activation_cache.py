@@ -48,7 +48,7 @@ class _File:
 
     def __init__(self, count: int) -> None:
         self._file = tempfile.TemporaryFile(prefix="dotresize-", buffering=0)  # noqa: SIM115
-        # Of each entry: where it begins, the bytes there are for it, its shape and type.
+        # Each entry's offset, the bytes reserved for it, its shape and its type.
         self._slots: list[tuple[int, int, torch.Size, torch.dtype] | None] = [None] * count
         self._end = 0
 

@@ -40,13 +40,13 @@ WINDOW_SHARE = 1 / 3
 CUT_WINDOWS = 12
 # Feed-forward widths are a multiple of this: matrix products want that.
 INNER_STEP = 16
-# By what share of the excess both widths together must be better than one of them alone.
+# Both widths together must be better than one of them alone by this share of its excess.
 MARGIN = 0.05
-# Of a law; outside, two points say more of the windows than of the model.
+# Bounds of a law's exponent: outside them two points say more of the windows than of the model.
 POWERS = (0.25, 6.0)
 # No width is narrowed further than to this share to be measured.
 LEAST = 0.1
-# As a width, 1 is a share: all of it.
+# No feed-forward gets fewer neurons: the width 1 is read as a share, all of it.
 LEAST_INNER = 2
 
 

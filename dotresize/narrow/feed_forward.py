@@ -19,7 +19,8 @@ from torch import Tensor
 from dotresize.least_squares import solve
 from dotresize.narrow.options import FeedForwardMethod
 
-# Of the mean diagonal of G, all of which is inverted; few tokens fix its smallest directions.
+# The ridge, in units of the mean diagonal of G: all of G is inverted, and few tokens fix its
+# smallest directions.
 RIDGE = 1e-2
 # Neurons dropped between two updates, of those that are left. Each update costs as much as one
 # that drops a single neuron.

@@ -14,7 +14,7 @@ from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ops.sinkhorn_result import SinkhornResult
 from dotresize.ops.transport_map import factorize, transport_map
 
-# Of the costs that are solved together.
+# Bytes of the costs that are solved together.
 BATCH_BYTES = 2**30
 
 logger = logging.getLogger("dotresize")
