@@ -23,6 +23,7 @@
 
 #include "assignment.hpp"
 #include "kernels.hpp"
+#include "stop.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -46,8 +47,9 @@ constexpr double kDualStep = 0x1p-30, kLargestDual = 8;
 template <typename T>
 class AssignmentProblem {
  public:
-  explicit AssignmentProblem(const AssignmentProblems& p)
+  AssignmentProblem(const AssignmentProblems& p, Stop& stop)
       : p_(p),
+        stop_(stop),
         n_(p.n),
         blocks_((n_ + kColumnBlock - 1) / kColumnBlock),
         kernels_(assignment_kernels<T>()),
@@ -62,7 +64,8 @@ class AssignmentProblem {
         places_(nearest_.size()),
         bounds_(make_buffer<float>(n_ * nearest_.size())) {}
 
-  // May be called for one problem after the other.
+  // May be called for one problem after the other. Whoever asks to stop gets no assignment, and
+  // whatever status: the operator throws then.
   AssignmentStatus solve(int64_t index) {
     score_ = static_cast<const T*>(p_.score) + index * p_.batch_stride;
     const AssignmentStatus state = prepare(index);
@@ -71,6 +74,7 @@ class AssignmentProblem {
     for (int64_t i = 0; i < n_; ++i) {
       if (columns_[i] < 0 && !augment(i)) return AssignmentStatus::kInfeasible;
     }
+    if (stop_.asked()) return AssignmentStatus::kInfeasible;
     std::copy(columns_.begin(), columns_.end(), p_.columns + index * n_);
     for (int64_t j = 0; j < n_; ++j) p_.v[index * n_ + j] = v_[j] / std::abs(scale_);
     return AssignmentStatus::kSolved;
@@ -88,7 +92,9 @@ class AssignmentProblem {
     scale_ = p_.sign;
     CostSurvey survey = {-kInfinity, true, true};
     std::fill(v_.begin(), v_.end(), kInfinity);
-    for (int64_t i = 0; i < n_; ++i) kernels_.survey_row(row(i), v_.data(), &survey);
+    for (int64_t i = 0; i < n_ && !stop_.asked(); ++i) {
+      kernels_.survey_row(row(i), v_.data(), &survey);
+    }
     if (!survey.valid) return AssignmentStatus::kInvalid;
     const auto [low, high] = std::minmax_element(v_.begin(), v_.begin() + n_);
     if (*high == kInfinity) return AssignmentStatus::kInfeasible;
@@ -149,6 +155,7 @@ class AssignmentProblem {
       displaced.clear();
       for (int64_t i : waiting) {
         for (; i >= 0 && steps > 0; --steps) {
+          if (stop_.asked()) return false;
           const TwoSmallest two = smallest(i);
           if (two.column < 0) return false;
           const bool rises = lower_dual(i, two, rise);
@@ -218,6 +225,7 @@ class AssignmentProblem {
                                  places_.data()};
     double shortest = kInfinity, base = 0;
     for (int64_t i = start;;) {
+      if (stop_.asked()) return false;
       shortest = kernels_.relax_row(row(i), i, base, shortest, v_.data(), bounds(i), tree);
       const NearestColumn next = kernels_.nearest_column(tree, blocks_);
       if (next.distance >= shortest) break;  // also where both are infinite
@@ -250,6 +258,7 @@ class AssignmentProblem {
   }
 
   const AssignmentProblems& p_;
+  Stop& stop_;
   const int64_t n_, blocks_;
   const AssignmentKernels<T>& kernels_;
   const T* score_ = nullptr;

@@ -54,6 +54,26 @@ struct L1Kernels {
                int64_t stride);
 };
 
+// Rows of the incoming gradient, and the tokens that pass them. Rows of the gradient are `g_stride`
+// apart, tokens by the strides of x and y; the sums are laid out as x and as (tokens, g_stride).
+struct BackwardPanel {
+  int64_t tokens, columns, g_stride;
+  const float *x, *y;
+  int64_t x_stride, y_stride;
+  float *grad_x, *grad_y;  // grad_y may be null
+  const float* g;
+};
+
+struct L1BackwardKernels {
+  int rows;   // of a panel
+  int lanes;  // its columns are a multiple of these
+  // out[i] = column i of the block's only row
+  void (*pack_row)(const Block& block, float* out);
+  // With e = g[r, j] sign(x[t, r] - y[t, j]), 0 for equal ones: grad_x[t, r] += sum_j e and
+  // grad_y[t, j] += sum_r e.
+  void (*panel)(const BackwardPanel& panel);
+};
+
 // Kernels over one floating type of the Sinkhorn sweep, whose potentials and scaled costs k are
 // in units of log 2. Rows of k are padded to a multiple of `lanes` with +inf, and g with 0, so that
 // the padding contributes 0.
@@ -149,6 +169,7 @@ struct Kernels {
   const char* name;
   L1Kernels<float> l1_float;
   L1Kernels<uint64_t> l1_u8;
+  L1BackwardKernels l1_backward;
   // word i, byte k = clamp(floor((v_ki - low_k) per_step + dither_k), 0, 255); 0 for k >= tokens
   void (*quantize)(const TokenOctet& octet, int64_t count, uint64_t* out);
   SinkhornKernels<float> sinkhorn_f32;

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "stop.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -144,34 +145,26 @@ void l1_cost_packed(int64_t batch, int64_t rows, const Activations& x, const Act
   constexpr int64_t kBlock = std::is_same_v<Packed, float> ? kTokenBlock : kTokenBlock / 8;
   const Grid grid(batch, x.count, y.count, l1_kernels<Packed>(), options.num_threads);
   const int64_t blocks = ceil_div(rows, kBlock);
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(options.num_threads)
-  {
-    Scratch<Packed> scratch;
-    try {
-      scratch = {make_buffer<Packed>(grid.height * kBlock),
-                 make_buffer<Packed>(grid.width * kBlock),
-                 make_buffer<float>(grid.height * grid.width)};
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
-    for (int64_t k = next++; k < grid.size() && !out_of_memory; k = next++) {
+  Stop stop;
+  share_out(grid.size(), options.num_threads, stop, [&] {
+    Scratch<Packed> buffers = {make_buffer<Packed>(grid.height * kBlock),
+                               make_buffer<Packed>(grid.width * kBlock),
+                               make_buffer<float>(grid.height * grid.width)};
+    return [&, scratch = std::move(buffers)](int64_t k) mutable {
       const int64_t b = k / (grid.tall * grid.wide);
       const int64_t i0 = k / grid.wide % grid.tall * grid.height, j0 = k % grid.wide * grid.width;
       const Tile tile = {b, i0, std::min(i0 + grid.height, x.count), j0,
                          std::min(j0 + grid.width, y.count)};
-      if (tile.i1 <= options.mirrored && tile.j1 <= tile.i0) continue;  // the mirror of another
+      if (tile.i1 <= options.mirrored && tile.j1 <= tile.i0) return;  // the mirror of another
       TileSum<Packed> sum(tile, x, y, out, options, scratch);
       sum.start();
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t block = 0; block < blocks && !stop.asked(); ++block) {
         const float step = options.steps == nullptr ? 1.0f : options.steps[b * blocks + block];
         sum.add(block * kBlock, std::min(kBlock, rows - block * kBlock), step);
       }
       sum.finish();
-    }
-  }
-  if (out_of_memory) throw std::bad_alloc();
+    };
+  });
 }
 
 }  // namespace
@@ -194,14 +187,16 @@ int64_t l1_tile_alone(int64_t pairs, int num_threads) {
   std::vector<std::vector<float>> tiles(num_threads);
   for (auto& tile : tiles) tile.resize(level.panel_x * level.panel_y);
   std::atomic<int64_t> done{0};
+  Stop stop;
 #pragma omp parallel num_threads(num_threads)
   {
     float* tile = tiles[thread_index()].data();
-    for (int64_t call = 0; call < calls; ++call) {
+    for (int64_t call = 0; call < calls && !stop.asked(); ++call) {
       level.tile(kTokenBlock, x.data(), y.data(), 1.0f, tile, level.panel_y);
     }
     done += calls * block;
   }
+  stop.check();
   return done;
 }
 
@@ -210,8 +205,10 @@ void quantize(int64_t batch, const Activations& x, const Quantization& plan, uin
   const int64_t words = ceil_div(plan.tokens, 8), steps = ceil_div(plan.tokens, kTokenBlock);
   const char* data = static_cast<const char*>(x.data);
   const int64_t problem_size = x.batch_stride * element_size(x.dtype);
+  Stop stop;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t k = 0; k < batch * words; ++k) {
+    if (stop.asked()) continue;
     const int64_t b = k / words, t = k % words * 8, at = b * plan.tokens + t;
     const TokenOctet octet = {x.dtype,
                               data + b * problem_size,
@@ -223,6 +220,7 @@ void quantize(int64_t batch, const Activations& x, const Quantization& plan, uin
                               1.0f / plan.steps[b * steps + t / kTokenBlock]};
     kernels().quantize(octet, x.count, out + k * x.count);
   }
+  stop.check();
 }
 
 }  // namespace dotresize

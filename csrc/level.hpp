@@ -68,6 +68,7 @@ inline void store(T* p, typename Simd<T>::V v) {
 
 #include "level_assignment.hpp"
 #include "level_l1.hpp"
+#include "level_l1_backward.hpp"
 #include "level_sinkhorn.hpp"
 
 namespace dotresize {
@@ -77,6 +78,7 @@ constexpr Kernels make_level(const char* name) {
   return {name,
           kFloatTile,
           kU8Tile,
+          kBackward,
           quantize,
           kSinkhorn<float>,
           kSinkhorn<double>,

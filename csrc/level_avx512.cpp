@@ -3,6 +3,7 @@
 // 8 x 2 accumulators of 32 registers.
 #define PANEL_X 8
 #define PANEL_Y_VECTORS 2
+#define BACKWARD_ROWS 8
 #include "level.hpp"
 namespace dotresize {
 static const Kernels level = make_level("avx512");

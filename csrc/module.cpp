@@ -6,8 +6,10 @@
 
 #include "assignment.hpp"
 #include "kernels.hpp"
+#include "l1_backward.hpp"
 #include "l1_cost.hpp"
 #include "sinkhorn.hpp"
+#include "stop.hpp"
 
 namespace py = pybind11;
 using namespace dotresize;
@@ -46,9 +48,26 @@ std::vector<SinkhornProblem> problems(int64_t batch, uintptr_t table, uintptr_t 
   return all;
 }
 
+// Runs Python's signal handlers, if this is its main thread; what they raise stays set until the
+// operator has returned.
+bool python_raised() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raised;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
+  signal_raised = python_raised;
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {
+      // The handler's exception is set already.
+    }
+  });
   module.doc() = "CPU kernels of dotresize; called through dotresize.ops only.";
   module.attr("TOKEN_BLOCK") = kTokenBlock;
 #ifdef _OPENMP
@@ -71,6 +90,17 @@ PYBIND11_MODULE(_cpp, module) {
       py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("rows"), py::arg("x"),
       py::arg("y"), py::arg("out"), py::arg("mirrored"), py::arg("accumulate"), py::arg("scale"),
       py::arg("steps"), py::arg("num_threads"));
+  module.def(
+      "l1_backward",
+      [](int64_t batch, int64_t rows, const Activations& x, const Activations& y,
+         uintptr_t gradient, uintptr_t grad_x, uintptr_t grad_y, int64_t mirrored, double scale,
+         int num_threads) {
+        l1_backward(batch, rows, x, y, at<const float>(gradient), at<float>(grad_x),
+                    at<float>(grad_y), {mirrored, scale, num_threads});
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("rows"), py::arg("x"),
+      py::arg("y"), py::arg("gradient"), py::arg("grad_x"), py::arg("grad_y"), py::arg("mirrored"),
+      py::arg("scale"), py::arg("num_threads"));
   module.def("l1_tile_alone", &l1_tile_alone, py::call_guard<py::gil_scoped_release>(),
              py::arg("pairs"), py::arg("num_threads"));
   module.def(

@@ -3,11 +3,11 @@
 #include "sinkhorn.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "sinkhorn_problem.hpp"
+#include "stop.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -37,6 +37,7 @@ void work(Problem<T>& problem, int member, Barrier& barrier, double tol, int64_t
   for (int64_t it = 0;; ++it) {
     problem.sweep(member, it);
     barrier.wait();
+    if (problem.stopped(it)) return;
     const double error = problem.column_error(member, it);
     const bool converged = tol > 0 && error <= tol;
     if (converged || it == max_iter) {
@@ -60,7 +61,7 @@ Outcome refuse(Problem<T>& problem) {
 }
 
 template <typename T>
-void solve(const SinkhornProblem& given, int team, int64_t max_iter) {
+void solve(const SinkhornProblem& given, int team, int64_t max_iter, Stop& stop) {
   std::unique_ptr<Problem<T>> problem;
   std::unique_ptr<Barrier> barrier;
   Outcome outcome;
@@ -71,7 +72,7 @@ void solve(const SinkhornProblem& given, int team, int64_t max_iter) {
   {
 #pragma omp single
     try {
-      problem = std::make_unique<Problem<T>>(given, team_size());
+      problem = std::make_unique<Problem<T>>(given, team_size(), stop);
       barrier = std::make_unique<Barrier>(team_size());
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
@@ -107,24 +108,18 @@ void sinkhorn(const std::vector<SinkhornProblem>& problems, int64_t max_iter, in
   std::stable_sort(order.begin(), order.end(),
                    [](auto* left, auto* right) { return entries(*left) > entries(*right); });
   // What is more than a thread's fair share is worked on by a team, the rest one by each thread.
+  Stop stop;
   size_t first_small = 0;
   for (; first_small < order.size(); ++first_small) {
     const int64_t size = entries(*order[first_small]);
     const int64_t team = std::min<int64_t>(num_threads, size / kEntriesPerThread);
     if (size <= total / num_threads || team < 2) break;
-    solve<T>(*order[first_small], static_cast<int>(team), max_iter);
+    solve<T>(*order[first_small], static_cast<int>(team), max_iter, stop);
+    stop.check();
   }
-  std::atomic<size_t> next{first_small};
-  std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(num_threads)
-  for (size_t index = next++; index < order.size() && !out_of_memory; index = next++) {
-    try {
-      solve<T>(*order[index], 1, max_iter);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
-  }
-  if (out_of_memory) throw std::bad_alloc();
+  share_out(static_cast<int64_t>(order.size() - first_small), num_threads, stop, [&] {
+    return [&](int64_t index) { solve<T>(*order[first_small + index], 1, max_iter, stop); };
+  });
 }
 
 template <typename T>
@@ -134,10 +129,13 @@ void plan(int64_t n, int64_t m, const T* cost, int64_t stride, double reg, const
   std::vector<double> columns(g, g + m);
   for (double& value : columns) value /= kLn2;
   const double per_reg = 1 / (reg * kLn2);
+  Stop stop;
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < n; ++i) {
+    if (stop.asked()) continue;
     level.plan_row(m, f[i] / kLn2, columns.data(), cost + i * stride, per_reg, out + i * m);
   }
+  stop.check();
 }
 
 template void plan<float>(int64_t, int64_t, const float*, int64_t, double, const double*,

@@ -28,6 +28,7 @@
 #include "sinkhorn.hpp"
 #include "sinkhorn_limits.hpp"
 #include "sinkhorn_rows.hpp"
+#include "stop.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -38,8 +39,9 @@ namespace dotresize {
 template <typename T>
 class Problem {
  public:
-  Problem(const SinkhornProblem& p, int team)
-      : n_(p.n),
+  Problem(const SinkhornProblem& p, int team, Stop& stop)
+      : stop_(stop),
+        n_(p.n),
         m_(p.m),
         team_(team),
         kernels_(sinkhorn_kernels<T>()),
@@ -87,7 +89,7 @@ class Problem {
       closed[j] = b_[j] > 0 ? T(0) : std::numeric_limits<T>::infinity();
       minima[j] = kInf;
     }
-    for (int64_t i = member.rows->begin(); i < member.rows->end(); ++i) {
+    for (int64_t i = member.rows->begin(); i < member.rows->end() && !stop_.asked(); ++i) {
       T minimum;
       if (!kernels_.row_minimum(m_, cost_ + i * cost_stride_, closed, &minimum)) {
         member.state = Status::kInvalid;
@@ -128,7 +130,7 @@ class Problem {
   void scale(int index) {
     const double per_reg = 1.0 / (reg_ * kLn2);
     Rows<T>& rows = *members_[index].rows;
-    for (int64_t i = rows.begin(); i < rows.end(); ++i) {
+    for (int64_t i = rows.begin(); i < rows.end() && !stop_.asked(); ++i) {
       T* k = rows.k(i);
       kernels_.scale_row(m_, cost_ + i * cost_stride_, row_min_[i], column_min_.data(), per_reg, k);
       std::fill(k + m_, k + stride_, std::numeric_limits<T>::infinity());
@@ -150,12 +152,17 @@ class Problem {
     double* total = member.columns[iteration % 2].get();
     std::fill(total, total + stride_, 0.0);
     if (may_scale(member, iteration)) {
-      member.rows->sweep_scaled(a_, member.g.get(), total);
+      member.rows->sweep_scaled(a_, member.g.get(), total, stop_);
       member.settled[iteration % 2] = true;
     } else {
-      member.settled[iteration % 2] = member.rows->sweep(a_, member.g.get(), total);
+      member.settled[iteration % 2] = member.rows->sweep(a_, member.g.get(), total, stop_);
     }
+    // One member decides for all, before the barrier: they must leave in the same iteration.
+    if (index == 0) stopped_[iteration % 2] = stop_.asked();
   }
+
+  // Whether somebody had asked to stop by the end of this iteration's sweep.
+  bool stopped(int64_t iteration) const { return stopped_[iteration % 2]; }
 
   // The column sums over the team, in the same order for every member, and their distance from b.
   double column_error(int index, int64_t iteration) {
@@ -267,6 +274,8 @@ class Problem {
 
   bool underflowed(double sum, int64_t j) const { return !(sum > lowest_[j]); }
 
+  Stop& stop_;
+  bool stopped_[2] = {};
   const int64_t n_, m_;
   const int team_;
   const SinkhornKernels<T>& kernels_;

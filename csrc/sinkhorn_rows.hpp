@@ -19,6 +19,7 @@
 
 #include "kernels.hpp"
 #include "sinkhorn_limits.hpp"
+#include "stop.hpp"
 #include "threads.hpp"
 
 namespace dotresize {
@@ -59,8 +60,9 @@ class Rows {
   // How far g_j is from the reference, in a column that is not closed.
   double drift(int64_t j, double g) const { return std::abs(g - reference_[j]); }
 
-  // Adds the finished rows to `total`. False if sweeps without exponentials may not follow.
-  bool sweep(const double* a, const T* g, double* total) {
+  // Adds the finished rows to `total`. False if sweeps without exponentials may not follow. Where
+  // somebody asks to stop, the rest of the rows is left out.
+  bool sweep(const double* a, const T* g, double* total, Stop& stop) {
     std::copy_n(g, stride_, reference_.get());
     std::fill_n(v_.get(), stride_, T(1));
     // A closed column stays closed: 2^(-inf - 0) = 0.
@@ -79,14 +81,17 @@ class Rows {
         }
       }
       kernels_.add_four_rows(stride_, weight, e(i), stride_, c_.get());
-      if ((i + 4 - begin_) % kRowBlock == 0) flush(total);
+      if ((i + 4 - begin_) % kRowBlock == 0) {
+        flush(total);
+        if (stop.asked()) break;
+      }
     }
     flush(total);
     return settled;
   }
 
   // The same without exponentials, for g near the reference. Each step adds the four rows before.
-  void sweep_scaled(const double* a, const T* g, double* total) {
+  void sweep_scaled(const double* a, const T* g, double* total, Stop& stop) {
     if (begin_ == end_) return;
     kernels_.row_exp2(stride_, T(0), g, reference_.get(), v_.get());
     T weight[4] = {};
@@ -95,7 +100,10 @@ class Rows {
       T sums[4];
       kernels_.dot_and_add_four_rows(stride_, v_.get(), e(i), stride_, sums, weight, before,
                                      c_.get());
-      if ((i - begin_) % kRowBlock == 0) flush(total);
+      if ((i - begin_) % kRowBlock == 0) {
+        flush(total);
+        if (stop.asked()) return;
+      }
       std::fill_n(weight, 4, T(0));
       for (int64_t r = i; r < std::min(i + 4, end_); ++r) {
         if (a[r] == 0) continue;

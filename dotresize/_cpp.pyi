@@ -28,6 +28,18 @@ def l1_cost(
     steps: int,
     num_threads: int,
 ) -> None: ...
+def l1_backward(
+    batch: int,
+    rows: int,
+    x: Activations,
+    y: Activations,
+    gradient: int,
+    grad_x: int,
+    grad_y: int,
+    mirrored: int,
+    scale: float,
+    num_threads: int,
+) -> None: ...
 def l1_tile_alone(pairs: int, num_threads: int) -> int: ...
 def quantize(
     batch: int,

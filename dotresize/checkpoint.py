@@ -24,6 +24,7 @@ from dotresize.baselines.adapters import is_sliced, load_sliced
 from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.torch_settings import usual_settings
 from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import open_model
 
@@ -92,6 +93,7 @@ def load_with_tokenizer(
     return CausalLM.in_memory(module.to(device).eval()), tokenizer
 
 
+@usual_settings()
 def load(folder: str | Path) -> Any:
     """Return a model that plain transformers cannot load, from the directory that holds it.
 

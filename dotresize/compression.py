@@ -14,6 +14,7 @@ from dotresize.baselines.magnitude import Magnitude
 from dotresize.baselines.per_location import PerLocation, SliceGPT
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.torch_settings import usual_settings
 from dotresize.narrow.feed_forward import Eliminate
 from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
 from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod, check_word
@@ -53,6 +54,7 @@ def make_options(
     return options
 
 
+@usual_settings()
 def compress(
     model: Any,
     tokens: Tensor | Iterable[Tensor],

@@ -25,7 +25,7 @@ def evaluation_windows(stream: Tensor, length: int, count: int | None = None) ->
     whole = stream[: len(stream) // length * length].view(-1, length)
     if count is None or count >= len(whole):
         return whole
-    return whole[(torch.arange(count) * len(whole)) // count]
+    return whole[torch.arange(count, dtype=torch.int64, device=whole.device) * len(whole) // count]
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dotresize.accounting import check_weights
 from dotresize.merging.checkpoint import declared
+from dotresize.models.torch_settings import usual_settings
 
 BATCH_WINDOWS = 2
 LEARNING_RATE = 2e-4
@@ -44,6 +45,7 @@ def check(device: torch.device) -> None:
         raise ValueError(f"recover: trains on cuda:0, not {device}; choose by CUDA_VISIBLE_DEVICES")
 
 
+@usual_settings()
 def recover(
     dense: Any,
     narrow: Any,

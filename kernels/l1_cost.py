@@ -132,7 +132,7 @@ def _launch(
     """Launch the kernel; x and y are what it reads, and both are there."""
     x, y, out, divisor = work.x, work.y, work.out, work.divisor
     batch, n, m = out.shape
-    lanes = _lanes(x)
+    lanes = lanes_of(x)
     tiles = _tiles(batch, n, m, config)
     statistics = out if divisor is None else x.new_empty(tiles, 3, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -173,7 +173,8 @@ def _tiles(batch: int, n: int, m: int, config: L1Config) -> int:
     return batch * triton.cdiv(n, config.block_m) * triton.cdiv(m, config.block_n)
 
 
-def _lanes(x: Tensor) -> int:
+def lanes_of(x: Tensor) -> int:
+    """Return the lanes of a warp on the device of x."""
     return torch.cuda.get_device_properties(x.device).warp_size if x.is_cuda else 32
 
 

@@ -46,7 +46,7 @@ def _store_statistics(p_statistics, low, high, mean):
 
 
 @jit
-def _fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
+def fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
     """Send a chunk of tokens into shared memory; zeros past the last token."""
     if ASYNC:
         async_load(buffer, p_values, mask=m_values)
@@ -55,14 +55,14 @@ def _fetch(buffer, p_values, m_values, ASYNC: tl.constexpr):
 
 
 @jit
-def _next_chunk(ASYNC: tl.constexpr, STAGES: tl.constexpr):
+def next_chunk(ASYNC: tl.constexpr, STAGES: tl.constexpr):
     """Wait for the oldest chunk on its way."""
     if ASYNC:
         async_copy.wait_group(STAGES - 2)
 
 
 @jit
-def _sent(ASYNC: tl.constexpr):
+def sent(ASYNC: tl.constexpr):
     if ASYNC:
         async_copy.commit_group()
 
@@ -139,9 +139,9 @@ def l1_cost_kernel(
         p_xc = p_x + i_b * stride_xb + first_m + (o_x // BM * step_x + o_x % BM)
         p_yc = p_y + i_b * stride_yb + first_n + (o_y // BN * step_y + o_y % BN)
         for i in gl.static_range(STAGES - 1):
-            _fetch(x_chunks.index(i), p_xc, i * CHUNK + o_x // BM < tokens, ASYNC)
-            _fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BN < tokens, ASYNC)
-            _sent(ASYNC)
+            fetch(x_chunks.index(i), p_xc, i * CHUNK + o_x // BM < tokens, ASYNC)
+            fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BN < tokens, ASYNC)
+            sent(ASYNC)
             p_xc += CHUNK * step_x
             p_yc += CHUNK * step_y
         # 64-bit up to the tile's corner, 32-bit inside: half the address registers.
@@ -151,12 +151,12 @@ def l1_cost_kernel(
             b_sum = gl.zeros([BM, BN], gl.float32, layout=BOTH)
             last = gl.minimum(start + TOKEN_BLOCK, tokens)
             for token in range(start, last, CHUNK):
-                _next_chunk(ASYNC, STAGES)
+                next_chunk(ASYNC, STAGES)
                 ahead = token + (STAGES - 1) * CHUNK
                 free = ahead // CHUNK % STAGES
-                _fetch(x_chunks.index(free), p_xc, ahead + o_x // BM < tokens, ASYNC)
-                _fetch(y_chunks.index(free), p_yc, ahead + o_y // BN < tokens, ASYNC)
-                _sent(ASYNC)
+                fetch(x_chunks.index(free), p_xc, ahead + o_x // BM < tokens, ASYNC)
+                fetch(y_chunks.index(free), p_yc, ahead + o_y // BN < tokens, ASYNC)
+                sent(ASYNC)
                 p_xc += CHUNK * step_x
                 p_yc += CHUNK * step_y
                 x_chunk = x_chunks.index(token // CHUNK % STAGES)

@@ -215,9 +215,9 @@ class _Solver:
         stride = [-(-m // 8) * 8 for m in self.m]
         size = [n * s for n, s in zip(self.n, stride, strict=True)]
         table = t.problem.clone()
-        ends = torch.tensor(size, device=self.device).cumsum(0)
+        ends = torch.tensor(size, dtype=torch.int64, device=self.device).cumsum(0)
         table[1:, AT_OFFSET.value], table[0, AT_OFFSET.value] = ends[:-1], 0
-        table[:, AT_STRIDE.value] = torch.tensor(stride, device=self.device)
+        table[:, AT_STRIDE.value] = torch.tensor(stride, dtype=torch.int64, device=self.device)
         stored = torch.empty(sum(size), dtype=torch.uint16, device=self.device)
         with torch.cuda.device_of(self.f):
             prepare.store_linear_kernel[(len(t.program),)](

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dotresize.kernels import l1_cost, sinkhorn_columns, sinkhorn_prepare, sinkhorn_sweep
+from dotresize.kernels import (
+    l1_backward,
+    l1_cost,
+    sinkhorn_columns,
+    sinkhorn_prepare,
+    sinkhorn_sweep,
+)
 from dotresize.kernels.l1_tile import l1_cost_kernel
 from dotresize.kernels.sinkhorn_tables import COLUMN_BLOCK, RUNNING, Tile
 from dotresize.ops.acceleration import far_potential
@@ -40,6 +46,8 @@ def four(lanes: int) -> dict[str, int]:
 
 def cases() -> Iterator[AotCase]:
     yield from l1_cases()
+    yield l1_backward_case()
+    yield with_ones(l1_backward_case(), "tokens", "n", "m")
     yield from sinkhorn_cases()
 
 
@@ -77,6 +85,19 @@ def l1_case(
         lambda lanes: constants | config.constants(lanes) | {"ASYNC": lanes == 32},
         config.options,
         ("read_n", "read_m", "stride_xb", "stride_xt", "stride_yb", "stride_yt"),
+        config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,
+    )
+
+
+def l1_backward_case() -> AotCase:
+    config = l1_backward.CONFIG
+    return AotCase(
+        f"l1_backward/{config.block_m}x{config.block_n}",
+        l1_backward.l1_backward_kernel,
+        "*fp32 *fp32 *fp32 *fp32" + " i32" * 10 + " fp32",
+        lambda lanes: {"TOKEN_BLOCK": TOKEN_BLOCK, "ASYNC": lanes == 32} | config.constants(lanes),
+        config.options,
+        ("stride_yb", "stride_ym", "stride_gb", "stride_gm"),
         config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,
     )
 

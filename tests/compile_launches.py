@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dotresize.kernels import l1_cost, sinkhorn
-from dotresize.ops.constants import MOMENTUM, PLAIN, L1Operands, SinkhornBatch
+from dotresize.kernels import l1_backward, l1_cost, sinkhorn
+from dotresize.ops.constants import MOMENTUM, PLAIN, L1Gradients, L1Operands, SinkhornBatch
 
 launched: Counter[str] = Counter()
 
@@ -58,6 +58,8 @@ def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
         width = n if columns is None and chosen is None else m
         out = torch.empty(batch, n, width)
         l1_cost.l1_cost(L1Operands(x, columns, chosen, out, accumulate=False, divisor=divisor))
+        gradient = torch.randn(batch, n, width)
+        l1_backward.l1_backward(L1Gradients(x, columns, chosen, gradient, divisor or 1.0), True)
     groups = -(-tokens // l1_cost.GROUP)
     x, y = (torch.randn(batch, groups * l1_cost.GROUP, k).half() for k in (n, m))
     for columns, width in ((y, m), (None, n)):

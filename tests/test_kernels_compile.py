@@ -60,7 +60,14 @@ def rows(script):
 
 
 def test_what_the_launchers_ask_for_compiles(script):
-    names = ("column_minima", "l1_cost", "partial_minima", "row_minima", "sinkhorn_column")
+    names = (
+        "column_minima",
+        "l1_backward",
+        "l1_cost",
+        "partial_minima",
+        "row_minima",
+        "sinkhorn_column",
+    )
     names += ("sinkhorn_status", "sinkhorn_sweep", "store_linear")
     assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
@@ -100,6 +107,17 @@ def test_l1_takes_two_additions_a_pair_and_reads_16_bytes(rows):
             continue
         # Additions in pairs.
         assert 2 * count(row, "FADD2") + row["loop"].get("FADD", 0) == 2 * row["elements"], row
+
+
+def test_the_gradient_of_l1_takes_four_instructions_a_pair(rows):
+    """Two comparisons and two additions under them; nothing is read from memory in between."""
+    for row in of(rows, "l1_backward/64x128", "sm_80", "sm_90"):
+        if row["kernel"].endswith("/1"):
+            continue
+        assert count(row, "FSETP") + count(row, "FADD") <= 4 * row["elements"] + 8, row
+        assert sum(row["loop"].values()) <= 4.3 * row["elements"], row
+        assert count(row, "LDS.128") == 4 * row["elements"] // 64, row
+        assert count(row, "LDG.") == 0, row
 
 
 def test_packed_l1_takes_one_instruction_a_pair(rows):

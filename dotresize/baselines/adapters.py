@@ -109,7 +109,9 @@ def load_sliced(folder: Path) -> CausalLM:
     weights = load_file(folder / "model.safetensors")
     with torch.random.fork_rng(devices=[]):
         module = transformers.AutoModelForCausalLM.from_config(config)
-    identity = [torch.eye(config.hidden_size)] * (2 * config.num_hidden_layers + 1)
+    identity = [torch.eye(config.hidden_size, dtype=torch.float32, device="cpu")] * (
+        2 * config.num_hidden_layers + 1
+    )
     model = add_adapters(module, identity)
     module.load_state_dict(weights, assign=True)
     module.eval()

@@ -76,5 +76,5 @@ def _handed_on(gram: Tensor, kept: Tensor) -> Tensor:
     shares = transport_map(cast(Tensor, plan).to(gram).mT).mT
     # Times the projection of the one neuron onto the other.
     shares = shares * correlation * length[:, None] / length[kept]
-    shares[kept] = torch.eye(len(kept)).to(gram)
+    shares[kept] = torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
     return shares

@@ -27,5 +27,5 @@ class Magnitude(OneMap):
 def selected(selection: Tensor, width: int) -> WidthMap:
     """Return the map that cuts off what is not selected. selection: int64 (k,)."""
     q = torch.zeros(width, len(selection), dtype=torch.float64, device=selection.device)
-    q[selection, torch.arange(len(selection), device=q.device)] = 1.0
+    q[selection, torch.arange(len(selection), dtype=torch.int64, device=q.device)] = 1.0
     return WidthMap(q, selection)

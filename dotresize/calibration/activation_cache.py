@@ -68,7 +68,7 @@ class _File:
         if slot is None:
             return None
         begin, _, shape, dtype = slot
-        value = torch.empty(shape, dtype=dtype)
+        value = torch.empty(shape, dtype=dtype, device="cpu")
         self._file.seek(begin)
         left = _bytes(value)
         while left:

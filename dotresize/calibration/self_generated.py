@@ -28,7 +28,9 @@ def sample(model: CausalLM, count: int, length: int, seed: int = 0) -> Tensor:
     same seed gives the same windows on the same device.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(model.config.vocab_size, (count, 1), generator=generator)
+    first = torch.randint(
+        model.config.vocab_size, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
+    )
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]

@@ -47,7 +47,8 @@ class Statistics:
     def none(cls, tokens: int, width: int) -> Statistics:
         """Return statistics of no location, for a model whose residual stays as it is."""
         seconds = {"calibration": 0.0, "cost": 0.0}
-        return cls([], tokens, torch.empty(0, width), None, None, seconds=seconds)
+        none = torch.empty((0, width), dtype=torch.float64, device="cpu")
+        return cls([], tokens, none, None, None, seconds=seconds)
 
     @property
     def apart(self) -> bool:

@@ -60,7 +60,7 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def random_windows(streams: list[Tensor], count: int, length: int, seed: int) -> Tensor:
@@ -78,10 +78,13 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
         room = len(stream) - length + 1
         if share and room < 1:
             raise ValueError(f"the text has {len(stream)} tokens: a window takes {length}")
-        stretch = torch.rand(share, generator=generator, dtype=torch.float64)
-        starts = ((torch.arange(share) + stretch) * (room / max(1, share))).long()
+        stretch = torch.rand(share, generator=generator, dtype=torch.float64, device="cpu")
+        starts = (
+            (torch.arange(share, dtype=torch.int64, device="cpu") + stretch)
+            * (room / max(1, share))
+        ).long()
         windows += [stream[start : start + length] for start in starts.clamp(max=room - 1)]
-    order = torch.randperm(len(windows), generator=generator)
+    order = torch.randperm(len(windows), generator=generator, dtype=torch.int64, device="cpu")
     return torch.stack(windows)[order]
 
 
@@ -97,7 +100,7 @@ def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
                 f"tokens are {part.dtype} of shape {tuple(part.shape)}: must be int64 "
                 "(windows, length), all of one length"
             )
-    windows = torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64)
+    windows = torch.cat(parts) if parts else torch.empty((0, 0), dtype=torch.int64, device="cpu")
     if windows.numel() == 0:
         raise ValueError("there are no calibration tokens")
     most, least = int(windows.max()), int(windows.min())

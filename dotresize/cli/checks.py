@@ -58,7 +58,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return distributed.local_device()
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and distributed.size() > 1:

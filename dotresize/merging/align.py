@@ -88,7 +88,7 @@ class Aligner:
     def correlation(self, a: int, i: int) -> Tensor:
         """Return C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
         (mean_a, deviation_a), (mean_i, deviation_i) = self._of(a), self._of(i)
-        total = torch.zeros(len(mean_a), len(mean_i)).to(mean_a)
+        total = mean_a.new_zeros(len(mean_a), len(mean_i))
         for x, y in zip(self._features[a], self._features[i], strict=True):
             total += (x.float() - mean_a.float()).mT @ (y.float() - mean_i.float())
         return total / self.tokens / deviation_a[:, None] / deviation_i

@@ -25,6 +25,7 @@ from dotresize.accounting import unique_parameters
 from dotresize.merging.align import Aligner, counted, features
 from dotresize.merging.tie import dropped, merged, tie, tied
 from dotresize.models.stacks import Stack, layers_of, stacks_of
+from dotresize.models.torch_settings import usual_settings
 
 ANCHORS = ("first", "middle", "last")
 Metric = Callable[[Any], float]
@@ -32,6 +33,7 @@ Metric = Callable[[Any], float]
 logger = logging.getLogger("dotresize")
 
 
+@usual_settings()
 def merge_feed_forward(
     model: Any,
     batches: Iterable[dict[str, Tensor]],

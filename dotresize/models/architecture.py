@@ -99,7 +99,9 @@ class Architecture:
     def gain(self, norm: nn.Module) -> Tensor:
         """Return what a norm multiplies by, channel for channel, in float64."""
         if self.layer_norm:
-            return torch.ones(cast(tuple[int], norm.normalized_shape), dtype=torch.float64)
+            return torch.ones(
+                cast(tuple[int], norm.normalized_shape), dtype=torch.float64, device="cpu"
+            )
         return cast(Tensor, norm.weight).double() + self.norm_offset
 
     def stream_scale(self, width: int, narrow: int, tied: bool) -> float:

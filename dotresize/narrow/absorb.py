@@ -109,7 +109,9 @@ class Absorption:
         if bias in layer.state_dict():
             vector = layer.get_parameter(bias)
             new[bias] = _like(vector, self._stream * vector.to(read) @ written)
-        new |= self._norm(part.norm + ".", norm, torch.ones(self.narrow))
+        new |= self._norm(
+            part.norm + ".", norm, torch.ones(self.narrow, dtype=torch.float32, device="cpu")
+        )
 
     def _norm(self, prefix: str, norm: Any, gain: Tensor) -> dict[str, Tensor]:
         if self.architecture.layer_norm:
@@ -119,7 +121,7 @@ class Absorption:
     def _final_norm(self) -> dict[str, Tensor]:
         last = self._qs[-1]
         with self.model.resident(self.architecture.final_norm) as norm:
-            gain = torch.ones(self.narrow)
+            gain = torch.ones(self.narrow, dtype=torch.float32, device="cpu")
             if self.tied:
                 scale = self.architecture.gain(norm).to(last)
                 gain = (last * last * scale[:, None]).sum(0) / (self._s * self._table)

@@ -312,7 +312,7 @@ def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     if len(tokens) == 1:
         return tokens, tokens
     count = max(1, min(WINDOWS, int(WINDOW_SHARE * len(tokens))))
-    held = torch.zeros(len(tokens), dtype=torch.bool)
+    held = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
     held[_spread(len(tokens), count)] = True
     rest = tokens[~held]
     return tokens[held], rest[_spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
@@ -321,4 +321,4 @@ def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _spread(count: int, wanted: int) -> Tensor:
     """Return at most ``wanted`` of the numbers below ``count``, evenly spaced."""
     wanted = min(wanted, count)
-    return torch.arange(wanted) * count // wanted
+    return torch.arange(wanted, dtype=torch.int64, device="cpu") * count // wanted

@@ -52,7 +52,7 @@ def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) 
     inverse.diagonal().add_(lam)
     inverse = torch.linalg.inv(inverse)
     solution = inverse @ cross
-    kept = torch.arange(len(gram), device=gram.device)
+    kept = torch.arange(len(gram), dtype=torch.int64, device=gram.device)
     while len(kept) > count:
         loss = solution.square().sum(1) / inverse.diagonal()
         block = max(1, int(BLOCK_SHARE * len(kept)))

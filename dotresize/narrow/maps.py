@@ -40,7 +40,7 @@ def level(q: Tensor) -> Tensor:
     if cosine < -0.99:  # half a turn has no plane; any sign of the basis is as good
         near, here = -near, -here
         turn, cosine = -turn, -cosine
-    return near @ (torch.eye(k).to(q) + turn + turn @ turn / (1 + cosine))
+    return near @ (torch.eye(k, dtype=q.dtype, device=q.device) + turn + turn @ turn / (1 + cosine))
 
 
 @dataclass
@@ -58,6 +58,14 @@ class WidthMap:
     selection: Tensor
     details: dict[str, object] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls) -> WidthMap:
+        """Return the map of a model whose residual width stays."""
+        return cls(
+            torch.empty((0, 0), dtype=torch.float64, device="cpu"),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )
 
 
 def largest(importance: Tensor, k: int) -> Tensor:

@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
@@ -99,7 +98,7 @@ def _narrowed(
         narrow = narrow_feed_forwards(model, given.tokens, inner, options)
         narrow.finish()
         seconds["refit"] = time.perf_counter() - start
-        return Narrowed(narrow, maps.WidthMap(torch.empty(0, 0), torch.empty(0)), [])
+        return Narrowed(narrow, maps.WidthMap.none(), [])
     check_config(model.config, width)
     made = options.method.narrow(given, width, inner, seconds)
     if not made.model.store.whole:

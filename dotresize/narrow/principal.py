@@ -36,9 +36,10 @@ def pca(
     mask[axes] = False
     rest = mask.nonzero().flatten()
     q = torch.zeros(width, k, dtype=torch.float64, device=moment.device)
-    q[axes, torch.arange(kept, device=q.device)] = 1.0
+    q[axes, torch.arange(kept, dtype=torch.int64, device=q.device)] = 1.0
     vectors = torch.linalg.eigh(moment.double()[rest][:, rest]).eigenvectors
-    q[rest[:, None], torch.arange(kept, k, device=q.device)] = vectors[:, len(rest) - (k - kept) :]
+    others = torch.arange(kept, k, dtype=torch.int64, device=q.device)
+    q[rest[:, None], others] = vectors[:, len(rest) - (k - kept) :]
     return WidthMap(
         q, selection, {"kept_axes": kept}, {"factorisation": time.perf_counter() - start}
     )

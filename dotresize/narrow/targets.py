@@ -58,4 +58,4 @@ def read_targets(path: str | Path) -> Tensor:
         raise ValueError(f"targets {path}: must be a JSON list of neuron numbers, such as [0, 2]")
     if not all(abs(i) < 2**62 for i in numbers):
         raise ValueError(f"targets {path}: must be a JSON list of neuron numbers, such as [0, 2]")
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

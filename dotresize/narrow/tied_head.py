@@ -70,7 +70,8 @@ def head_basis(
 
 
 def _gram(embedding: Tensor) -> Tensor:
-    total = torch.zeros(embedding.shape[1], embedding.shape[1]).to(embedding.device, FLOAT)
+    width = embedding.shape[1]
+    total = torch.zeros(width, width, dtype=FLOAT, device=embedding.device)
     for rows in embedding.split(TABLE_ROWS):
         part = rows.to(FLOAT)
         total += part.mT @ part

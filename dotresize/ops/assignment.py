@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dotresize.ops import reference
 from dotresize.ops.assignment_launch import INVALID, SOLVED, backend_for, solve
-from dotresize.ops.backends import check_dense
+from dotresize.ops.tensors import check_dense
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
@@ -104,19 +104,18 @@ def assignment(
         R. Jonker and A. Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear
         Assignment Problems, Computing 38, 1987.
     """
-    if not isinstance(score, Tensor):
-        raise ValueError(f"score is a {type(score).__name__}: must be a torch tensor")
-    if not isinstance(maximize, bool):
-        raise ValueError(f"maximize is {maximize!r}: must be True or False")
+    check_dense("score", score)
+    for name, value in (("maximize", maximize), ("certificate", certificate)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: must be True or False")
     if score.dim() not in (2, 3) or score.shape[-1] != score.shape[-2]:
         raise ValueError(f"score has shape {tuple(score.shape)}: must be (n, n) or (B, n, n)")
     if score.dtype not in (*_FLOATS, *_INTEGERS):
         raise ValueError(f"score has dtype {score.dtype}: must be float16 to float64 or an integer")
     chosen = backend_for(backend, score.device)
-    check_dense("score", score)
     batch = score.detach()[None] if score.dim() == 2 else score.detach()
     if batch.numel() == 0:
-        columns, v = torch.empty(batch.shape[:2], dtype=torch.int64), None
+        columns, v = torch.empty(batch.shape[:2], dtype=torch.int64, device="cpu"), None
     else:
         columns, v, status = solve(batch, maximize, chosen)
         for problem, state in enumerate(status.tolist()):
@@ -154,15 +153,15 @@ def _certify(
     """
     sign = -1.0 if maximize else 1.0
     count, n = columns.shape
-    duals = torch.zeros(2, count, n, dtype=torch.float64)
-    measures = torch.zeros(2, count, dtype=torch.float64)
+    duals = torch.zeros(2, count, n, dtype=torch.float64, device="cpu")
+    measures = torch.zeros(2, count, dtype=torch.float64, device="cpu")
     for i in range(count if n else 0):
         if v is None:
             duals[1, i] = reference.assignment_duals(batch[i].double() * sign, columns[i])
         else:
             duals[1, i] = v[i]
         duals[0, i], *found = _measure(batch[i], sign, columns[i], duals[1, i])
-        measures[:, i] = torch.tensor(found, dtype=torch.float64)
+        measures[:, i] = torch.tensor(found, dtype=torch.float64, device="cpu")
     u, v = (duals * sign).to(score.device)
     gap, violation = measures.to(score.device)
     if score.dim() == 3:

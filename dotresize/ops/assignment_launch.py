@@ -8,6 +8,7 @@ from torch import Tensor
 from dotresize.ops import reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.sinkhorn import sinkhorn
+from dotresize.ops.tensors import address
 
 # Types that float32 holds exactly; all others are solved from float64.
 _NARROW = (
@@ -47,7 +48,7 @@ def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
         return finish(score, sign, None)
     bad = has_invalid(score, sign)
     if bad.any():
-        return torch.empty(score.shape[:2], dtype=torch.int64), None, bad * INVALID
+        return torch.empty(score.shape[:2], dtype=torch.int64, device="cpu"), None, bad * INVALID
     if chosen == "triton":
         return finish(score, sign, sinkhorn_duals(score, sign))
     columns = reference.assignment(score, maximize)
@@ -57,7 +58,7 @@ def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
 def has_invalid(score: Tensor, sign: float) -> Tensor:
     """Return whether problems hold NaN, or the infinity that would always win: (B,) on the CPU."""
     if not score.is_floating_point():
-        return torch.zeros(len(score), dtype=torch.bool)
+        return torch.zeros(len(score), dtype=torch.bool, device="cpu")
     # A maximum is NaN where any entry is.
     best = score.flatten(1).amax(1) if sign < 0 else -score.flatten(1).amin(1)
     return ~(best < torch.inf).cpu()
@@ -96,20 +97,20 @@ def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
         work = work.contiguous()
     if start is not None:
         start = start.to("cpu", torch.float64).contiguous()
-    columns = torch.empty(batch, n, dtype=torch.int64)
-    v = torch.empty(batch, n, dtype=torch.float64)
-    status = torch.empty(batch, dtype=torch.int64)
+    columns = torch.empty(batch, n, dtype=torch.int64, device="cpu")
+    v = torch.empty(batch, n, dtype=torch.float64, device="cpu")
+    status = torch.empty(batch, dtype=torch.int64, device="cpu")
     cpp().assignment(
         batch=batch,
         n=n,
-        score=work.data_ptr(),
+        score=address(work, work.dtype),
         batch_stride=work.stride(0),
         row_stride=work.stride(1),
         sign=sign,
-        start=0 if start is None else start.data_ptr(),
-        columns=columns.data_ptr(),
-        v=v.data_ptr(),
-        status=status.data_ptr(),
+        start=address(start, torch.float64),
+        columns=address(columns, torch.int64),
+        v=address(v, torch.float64),
+        status=address(status, torch.int64),
         use_float64=work.dtype == torch.float64,
         num_threads=threads(),
     )

@@ -36,13 +36,6 @@ def cpp() -> ModuleType:
     return _cpp
 
 
-def check_dense(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError for a tensor without entries in memory."""
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        kind = "on meta" if tensor.device.type == "meta" else str(tensor.layout)
-        raise ValueError(f"{name} is {kind}: must be a dense tensor with values")
-
-
 def threads() -> int:
     """Return the threads of a C++ kernel: torch's number.
 
@@ -103,10 +96,10 @@ def choose(backend: str, device: torch.device) -> str:
     "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits. Raises ValueError
     for an unknown name and BackendError, with the reason, for a named backend that cannot run.
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         preferred = "triton" if device.type == "cuda" else "cpp"
         return preferred if _why_not(preferred, device) is None else "torch"
-    if backend not in NAMES:
+    if not isinstance(backend, str) or backend not in NAMES:
         raise ValueError(f"backend {backend!r}: must be one of auto, {', '.join(NAMES)}")
     why = _why_not(backend, device)
     if why is not None:

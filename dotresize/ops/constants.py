@@ -64,6 +64,27 @@ class L1Operands(NamedTuple):
             )
 
 
+class L1Gradients(NamedTuple):
+    """The gradients of one L1 cost by its activations; x, y and targets as in ``L1Operands``."""
+
+    x: Tensor  # (B, T, n)
+    y: Tensor | None  # (B, T, m)
+    targets: Tensor | None  # int64 (B, m)
+    gradient: Tensor  # float32 (B, n, m): what arrives at the cost
+    divisor: float
+
+    def index_of_tokens(self) -> Tensor:
+        """Return the targets for every token: int64 (B, T, m)."""
+        assert self.targets is not None
+        return self.targets[:, None, :].expand(-1, self.x.shape[1], -1)
+
+    def columns(self) -> Tensor:
+        """Return y, be it given or neurons of x."""
+        if self.y is not None:
+            return self.y
+        return self.x if self.targets is None else self.x.gather(2, self.index_of_tokens())
+
+
 class SinkhornBatch(NamedTuple):
     """Sinkhorn problems that are solved together, of one dtype and device.
 
@@ -118,7 +139,9 @@ class SinkhornBatch(NamedTuple):
 
     def masses(self) -> Tensor:
         """Return the mass of each problem, float64 (B,), on the costs' device."""
-        return torch.stack([part.sum() for part in self.a.split([len(c) for c in self.costs])])
+        return torch.stack(
+            [part.sum() for part in self.a.detach().split([len(c) for c in self.costs])]
+        )
 
 
 class SinkhornSolution(NamedTuple):

@@ -14,6 +14,22 @@ from dotresize.ops.l1_cost import (
     operands,
 )
 from dotresize.ops.l1_launch import choose_for, divide, launch
+from dotresize.ops.tensors import check_dense
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise ValueError(f"{name} is {value!r}: must be an integer, not negative")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """Return a device with its number: "cuda" becomes "cuda:0"."""
+    try:
+        given = torch.device("cpu" if device is None else device)
+        return torch.empty(0, dtype=torch.float32, device=given).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {device!r}: {reason}") from None
 
 
 class L1CostAccumulator:
@@ -56,6 +72,9 @@ class L1CostAccumulator:
         backend: str = "auto",
     ) -> None:
         check_options(reduction, precision)
+        for name, value in (("n", n), ("m", m), ("batch", batch)):
+            if value is not None or name == "n":
+                _check_count(name, value)
         if targets is not None and m is not None:
             raise ValueError("give targets or m, not both")
         self.reduction = reduction
@@ -63,7 +82,7 @@ class L1CostAccumulator:
         self.backend = backend
         self.tokens = 0
         self._n, self._m, self._batch = n, m, batch
-        self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self._device = _device(device)
         choose_for(precision, backend, self._device)
         self._targets = targets
         problems = 1 if batch is None else batch
@@ -71,7 +90,7 @@ class L1CostAccumulator:
             check_targets(targets, problems, n, batch is None)
             self._targets = targets.to(self._device)
         columns = m if m is not None else n if targets is None else targets.shape[-1]
-        self._total = torch.zeros(problems, n, columns, device=self._device)
+        self._total = torch.zeros((problems, n, columns), dtype=torch.float32, device=self._device)
         # Tokens that do not fill a block yet, as views or copies: (x, y or None).
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         self._pending_tokens = 0
@@ -80,16 +99,21 @@ class L1CostAccumulator:
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add a chunk: x ``(T, n)`` or ``(B, T, n)``, and y likewise if the cost was made with m.
 
-        Raises ValueError for shapes, dtypes or devices that do not fit, and for activations that
-        are not finite; the chunk is then not counted.
+        Raises ValueError for shapes, dtypes or devices that do not fit, for activations that are
+        not finite and for those that require a gradient; the chunk is then not counted.
         """
         dims = 2 if self._batch is None else 3
+        check_dense("x", x)
+        if y is not None:
+            check_dense("y", y)
+        if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, y)):
+            raise ValueError("x or y requires a gradient: a sum over chunks has none; detach them")
         if (y is None) != (self._m is None):
             raise ValueError(f"y is {'missing' if y is None else 'unexpected'}: m={self._m}")
         for name, value, width in (("x", x, self._n), ("y", y, self._m)):
             if value is None:
                 continue
-            batch_fits = self._batch is None or value.shape[0] == self._batch
+            batch_fits = self._batch is None or value.shape[:1] == (self._batch,)
             if value.dim() != dims or not batch_fits or value.shape[-1] != width:
                 wanted = f"(T, {width})" if dims == 2 else f"({self._batch}, T, {width})"
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {wanted}")

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dotresize.ops.constants import L1Operands
+from dotresize.ops.l1_gradient import with_gradient
 from dotresize.ops.l1_launch import DTYPES, PRECISIONS, launch
+from dotresize.ops.tensors import check_dense
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -91,13 +93,16 @@ def l1_cost(
             largest of all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Where one
             token carries nearly all of a cost, "fp16" is off by up to 2e-3. Costs of equal neurons
             are exactly 0. Both take a copy of some thousand tokens at a time.
-        out: float32 tensor of the result's shape to write into.
+        out: float32 tensor of the result's shape to write into; not if x or y requires a gradient.
         statistics: also return the cost's minimum, maximum and mean; on a GPU they come with the
             cost, without another pass.
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
-        float32 ``(n, m)`` or ``(B, n, m)``; with ``statistics`` that and a CostStatistics.
+        float32 ``(n, m)`` or ``(B, n, m)``, whatever torch's default dtype; with ``statistics``
+        that and a CostStatistics. The cost is differentiable by x and y, once (``l1_gradient.py``):
+        sums of the signs of exact differences, whatever the precision; equal activations have the
+        subgradient 0. The statistics are constants.
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or indices; no tokens; activations that are not
@@ -114,15 +119,18 @@ def l1_cost(
                 [1.5000]])
     """
     check_options(reduction, precision)
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x is a {type(x).__name__}: must be a torch tensor")
+    if not isinstance(statistics, bool):
+        raise ValueError(f"statistics is {statistics!r}: must be True or False")
+    check_dense("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")
     single = x.dim() == 2
     x3, y3, index = operands(x, y, targets)
     if x3.shape[1] == 0:
-        raise ValueError("x has no tokens: a mean over none is undefined")
+        raise ValueError("x has no tokens: there must be at least one")
     shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
+    if out is not None and _wants_gradient(x, y):
+        raise ValueError("out: carries no gradient, and x or y requires one; leave out away")
     result = _check_out(out, shape, single, x.device)
     divisor = float(x3.shape[1]) if reduction == "mean" else 1.0
     work = L1Operands(x3, y3, index, result, accumulate=False, divisor=divisor)
@@ -135,17 +143,26 @@ def l1_cost(
             check_activations(y3, "y")
         raise ValueError("the sum of absolute differences overflows float32")
     cost = out if out is not None else result[0] if single else result
+    if _wants_gradient(x, y):
+        cost = with_gradient(cost, x, y, index, divisor, backend)
     if not statistics:
         return cost
     return cost, CostStatistics(*(found[0].tolist() if single else found.unbind(1)))
 
 
+def _wants_gradient(x: Tensor, y: Tensor | None) -> bool:
+    wanted = x.requires_grad or (y is not None and y.requires_grad)
+    return wanted and torch.is_grad_enabled()
+
+
 def check_options(reduction: str, precision: str) -> None:
     """Raise ValueError for a word that is not an option."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r}: must be one of {', '.join(_REDUCTIONS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
+    for name, word, known in (
+        ("reduction", reduction, _REDUCTIONS),
+        ("precision", precision, PRECISIONS),
+    ):
+        if not isinstance(word, str) or word not in known:
+            raise ValueError(f"{name} {word!r}: must be one of {', '.join(known)}")
 
 
 def operands(
@@ -156,8 +173,9 @@ def operands(
         raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
     if y is not None and targets is not None:
         raise ValueError("give y or targets, not both")
-    x3 = (x if x.dim() == 3 else x[None]).detach()
+    x3 = (x if x.dim() == 3 else x[None]).detach().resolve_neg()
     if y is not None:
+        check_dense("y", y)
         if y.dtype != x.dtype or y.device != x.device:
             raise ValueError(f"y is {y.dtype} on {y.device}, x is {x.dtype} on {x.device}")
         if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
@@ -165,7 +183,7 @@ def operands(
                 f"y has shape {tuple(y.shape)}: all but the last axis must be as in x, "
                 f"{tuple(x.shape)}"
             )
-        return x3, (y if y.dim() == 3 else y[None]).detach(), None
+        return x3, (y if y.dim() == 3 else y[None]).detach().resolve_neg(), None
     if targets is None:
         return x3, None, None
     check_targets(targets, x3.shape[0], x3.shape[2], x.dim() == 2)
@@ -181,6 +199,7 @@ def batched_index(targets: Tensor, batch: int) -> Tensor:
 
 def check_targets(targets: Tensor, batch: int, n: int, single: bool) -> None:
     """Raise ValueError unless targets are int64 (m,) or, for a batch, (batch, m), within 0..n-1."""
+    check_dense("targets", targets)
     shapes: tuple[int, ...] = (1,) if single else (1, 2)
     wrong_batch = targets.dim() == 2 and targets.shape[0] != batch
     if targets.dtype != torch.int64 or targets.dim() not in shapes or wrong_batch:
@@ -197,17 +216,20 @@ def _check_out(
     out: Tensor | None, shape: tuple[int, int, int], single: bool, device: torch.device
 ) -> Tensor:
     if out is None:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    check_dense("out", out)
     wanted = shape[1:] if single else shape
     if (
         tuple(out.shape) != wanted
         or out.dtype != torch.float32
         or out.device != device
         or not out.is_contiguous()
+        or out.is_neg()
+        or (out.requires_grad and torch.is_grad_enabled())
     ):
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: must be contiguous "
-            f"float32 of shape {wanted} on {device}"
+            f"float32 of shape {wanted} on {device}, without a gradient of its own"
         )
     return out[None] if single else out
 

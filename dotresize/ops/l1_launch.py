@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from dotresize.ops import l1_fp16, l1_u8, reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import GROUP, L1Operands, chunk_tokens
+from dotresize.ops.tensors import address
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp
@@ -103,7 +106,7 @@ def _launch_torch(work: L1Operands) -> None:
 
 def divide(cost: Tensor, divisor: float) -> None:
     """Divide in place, rounded correctly: CUDA would multiply with a number's reciprocal."""
-    cost /= torch.full((), divisor, device=cost.device)
+    cost /= torch.full((), divisor, dtype=cost.dtype, device=cost.device)
 
 
 def _launch_u8(backend: str, work: L1Operands) -> None:
@@ -130,39 +133,51 @@ def _launch_u8(backend: str, work: L1Operands) -> None:
 
 
 def _launch_cpp(work: L1Operands) -> None:
-    x, y = work.x, work.y
-    x = x if x.stride(2) == 1 else x.contiguous()
-    y = y if y is None or y.stride(2) == 1 else y.contiguous()
-    _sum_cpp(work._replace(x=x, y=y), None)
+    _sum_cpp(work._replace(x=readable(work.x), y=readable(work.y)), None)
+
+
+@overload
+def readable(value: Tensor) -> Tensor: ...
+
+
+@overload
+def readable(value: Tensor | None) -> Tensor | None: ...
+
+
+def readable(value: Tensor | None) -> Tensor | None:
+    """Return activations whose neurons lie side by side, as the C++ kernels read them."""
+    return value if value is None or value.stride(2) == 1 else value.contiguous()
 
 
 def _words(x: Tensor, plan: l1_u8.Quantisation) -> Tensor:
     """Return eight tokens of a neuron as the bytes of a word: int64 (B, ceil(quantised / 8), n)."""
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = readable(x)
     tokens = plan.token.shape[1]
-    words = torch.empty(x.shape[0], -(-tokens // 8), x.shape[2], dtype=torch.int64)
+    shape = x.shape[0], -(-tokens // 8), x.shape[2]
+    words = torch.empty(shape, dtype=torch.int64, device="cpu")
     cpp().quantize(
         batch=x.shape[0],
-        x=_operand(x, None),
+        x=operand(x, None),
         tokens=tokens,
-        token=plan.token.data_ptr(),
-        low=plan.low.data_ptr(),
-        dither=plan.dither.data_ptr(),
-        steps=plan.steps.data_ptr(),
-        out=words.data_ptr(),
+        token=address(plan.token, torch.int64),
+        low=address(plan.low, torch.float32),
+        dither=address(plan.dither, torch.float32),
+        steps=address(plan.steps, torch.float32),
+        out=address(words, torch.int64),
         num_threads=threads(),
     )
     return words
 
 
-def _operand(value: Tensor, columns: Tensor | None) -> object:
+def operand(value: Tensor, columns: Tensor | None) -> object:
+    """Return activations, or the neurons ``columns`` (B, count) of them, for a C++ kernel."""
     return cpp().Activations(
-        data=value.data_ptr(),
+        data=address(value, value.dtype),
         dtype=_BYTES if value.dtype == torch.int64 else DTYPES.index(value.dtype),
         batch_stride=value.stride(0),
         token_stride=value.stride(1),
         count=value.shape[2] if columns is None else columns.shape[1],
-        index=0 if columns is None else columns.data_ptr(),
+        index=address(columns, torch.int64),
     )
 
 
@@ -171,29 +186,30 @@ def _sum_cpp(work: L1Operands, steps: Tensor | None) -> None:
     x, targets = work.x, work.targets
     order, mirrored = None, x.shape[2] if work.y is None and targets is None else 0
     if targets is not None:
-        order, mirrored = _targets_first(targets, x.shape[2])
+        order, mirrored = targets_first(targets, x.shape[2])
     cpp().l1_cost(
         batch=x.shape[0],
         rows=x.shape[1],
-        x=_operand(x, order),
-        y=_operand(x if work.y is None else work.y, targets),
-        out=work.out.data_ptr(),
+        x=operand(x, order),
+        y=operand(x if work.y is None else work.y, targets),
+        out=address(work.out, torch.float32),
         mirrored=mirrored,
         accumulate=work.accumulate,
         scale=1.0 if work.divisor is None else work.divisor,
-        steps=0 if steps is None else steps.data_ptr(),
+        steps=address(steps, torch.float32),
         num_threads=threads(),
     )
 
 
-def _targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
+def targets_first(index: Tensor, n: int) -> tuple[Tensor | None, int]:
     """Return the sources in the order targets, then the rest: (B, n), and how many lead.
 
     The targets' costs among themselves are then a symmetric block, of which one half is enough.
     None and 0 where a target occurs twice.
     """
     batch, m = index.shape
-    chosen = torch.zeros(batch, n, dtype=torch.int64).scatter_add_(1, index, torch.ones_like(index))
+    chosen = torch.zeros(batch, n, dtype=torch.int64, device="cpu")
+    chosen.scatter_add_(1, index, torch.ones_like(index))
     if (chosen > 1).any():
         return None, 0
     rest = (chosen == 0).nonzero()[:, 1].view(batch, n - m)

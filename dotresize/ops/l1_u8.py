@@ -57,7 +57,7 @@ def quantisation(x: Tensor, y: Tensor | None) -> Quantisation:
     # A token that is not finite sorts last and makes its block's step, and so the cost, not finite.
     # Ranges so small that their step has no reciprocal are as good as none.
     steps = torch.where(widest < 1e-30, 1.0, widest / _LEVELS)
-    dither = (torch.arange(count, dtype=torch.float64) * _GOLDEN % 1.0).float()
+    dither = (torch.arange(count, dtype=torch.float64, device="cpu") * _GOLDEN % 1.0).float()
     dither = dither.expand(len(x), -1).to(x.device).contiguous()
     return Quantisation(token, low.gather(1, token), dither, steps.contiguous(), exact)
 

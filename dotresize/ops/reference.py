@@ -37,6 +37,19 @@ def l1_cost(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
     return total
 
 
+def l1_cost_backward(x: Tensor, y: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``sum_ij G_ij C_ij`` by x and y, for the C of ``l1_cost``.
+
+    x: (B, T, n), y: (B, T, m), gradient G: (B, n, m) -> (B, T, n) and (B, T, m): sums of
+    ``G_ij sign(x_ti - y_tj)`` over j, and their negatives over i.
+    """
+    by_x, by_y = torch.empty_like(x), torch.empty_like(y)
+    for t in range(x.shape[1]):
+        terms = gradient * torch.sign(x[:, t, :, None] - y[:, t, None, :])
+        by_x[:, t], by_y[:, t] = terms.sum(2), -terms.sum(1)
+    return by_x, by_y
+
+
 def sinkhorn(batch: SinkhornBatch) -> SinkhornSolution:
     """Solve a batch by log-domain Sinkhorn with plain log-sum-exps, in the cost's type.
 
@@ -145,7 +158,7 @@ def assignment(score: Tensor, maximize: bool) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # importing dotresize costs torch and numpy
 
-    columns = torch.full(score.shape[:2], -1, dtype=torch.int64)
+    columns = torch.full(score.shape[:2], -1, dtype=torch.int64, device="cpu")
     for problem, out in zip(score.cpu(), columns, strict=True):
         try:
             found = linear_sum_assignment(problem.double().numpy(), maximize=maximize)[1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def sinkhorn(
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
-        SinkhornResult. Bad numbers in a cost are that problem's ``status``, not an exception.
+        SinkhornResult. Bad numbers in a cost are that problem's ``status``, not an exception. Its
+        plan and values are differentiable by cost, a and b, at convergence; not by reg.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; reg not positive and finite; marginals that
@@ -97,10 +98,10 @@ def sinkhorn(
     if not isinstance(cost, (Tensor, list, tuple)):
         kind = type(cost).__name__
         raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
-    steps = -1 if isinstance(max_iter, bool) or not hasattr(max_iter, "__index__") else max_iter
-    if not 0 <= operator.index(steps) < 2**62:
-        raise ValueError(f"max_iter is {max_iter!r}: must be an integer from 0 up")
-    if storage not in STORAGES:
+    steps = max_iter if isinstance(max_iter, Integral) and not isinstance(max_iter, bool) else -1
+    if not 0 <= int(steps) < 2**62:
+        raise ValueError(f"max_iter is {max_iter!r:.80}: must be an integer from 0 up")
+    if not isinstance(storage, str) or storage not in STORAGES:
         raise ValueError(f"storage {storage!r}: must be one of {', '.join(STORAGES)}")
     if not isinstance(acceleration, str) or acceleration not in ("auto", *ACCELERATIONS):
         known = ", ".join(ACCELERATIONS)
@@ -109,17 +110,19 @@ def sinkhorn(
     count = 1 if isinstance(cost, Tensor) and cost.dim() < 3 else len(cost)
     regs = per_problem("reg", reg, count)
     if not (regs > 0).all():
-        raise ValueError(f"reg is {reg}: must be positive and finite")
+        raise ValueError(f"reg is {_first(regs, regs <= 0)}: must be positive and finite")
     tols = per_problem("tol", tol, count)
     if not (tols >= 0).all():
-        raise ValueError(f"tol is {tol}: must be finite and not negative")
+        raise ValueError(f"tol is {_first(tols, tols < 0)}: must be finite and not negative")
     stages = _stages(schedule)
     if isinstance(init, SinkhornResult):
         init = rescaled(init, regs, ragged)
-    accelerations = torch.full((count,), ACCELERATIONS.get(acceleration, MOMENTUM))
+    accelerations = torch.full(
+        (count,), ACCELERATIONS.get(acceleration, MOMENTUM), dtype=torch.int64, device="cpu"
+    )
     if acceleration == "auto":
         accelerations[tols == 0] = PLAIN
-    settings = Settings(regs, tols, accelerations, operator.index(max_iter))
+    settings = Settings(regs, tols, accelerations, int(max_iter))
     solved: dict[int, SolvedProblem] = {}
     for batch in checked(cost, a, b, init, settings, backend):
         problems = _solve_stages(batch, stages, storage=storage, backend=backend)
@@ -127,6 +130,10 @@ def sinkhorn(
     single = isinstance(cost, Tensor) and cost.dim() == 2
     layout = "ragged" if ragged else "single" if single else "batch"
     return SinkhornResult.collect([solved[i] for i in range(count)], layout)
+
+
+def _first(values: Tensor, wrong: Tensor) -> str:
+    return f"{float(values[wrong][0]):g}"
 
 
 def _stages(schedule: Sequence[float] | None) -> list[float]:

@@ -8,10 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dotresize.ops.backends import check_dense, choose
+from dotresize.ops.backends import choose
 from dotresize.ops.constants import SinkhornBatch
 from dotresize.ops.sinkhorn_result import SinkhornResult
+from dotresize.ops.tensors import check_dense
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES = "float16, bfloat16, float32 or float64"
 # How far the masses of a and b may be apart, relative to the larger.
 _MASS_TOLERANCE = 1e-5
 
@@ -37,15 +40,16 @@ def checked(
 
     Raises ValueError with the reason why one cannot be solved.
     """
-    if not isinstance(cost, Tensor):
+    if isinstance(cost, Tensor):
+        check_dense("cost", cost)
+    else:
         return _ragged(list(cost), a, b, init, settings, backend)
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
-    if not cost.is_floating_point():
-        raise ValueError(f"cost has dtype {cost.dtype}: must be a floating-point type")
+    if cost.dtype not in DTYPES:
+        raise ValueError(f"cost has dtype {cost.dtype}: must be {_TYPES}")
     batch = cost[None] if cost.dim() == 2 else cost
     choose(backend, cost.device)  # raises before anything is computed
-    check_dense("cost", cost)
     return [_batch(batch, a, b, init, settings, range(len(batch)))]
 
 
@@ -61,14 +65,10 @@ def _ragged(
     if len(costs) == 0:
         raise ValueError("cost is an empty list: there must be problems with entries")
     for i, cost in enumerate(costs):
-        if not isinstance(cost, Tensor) or cost.dim() != 2 or not cost.is_floating_point():
-            kind = (
-                f"{cost.dim()}-D of {cost.dtype}"
-                if isinstance(cost, Tensor)
-                else type(cost).__name__
-            )
-            raise ValueError(f"cost {i} of the list is {kind}: must be a 2-D floating-point tensor")
-        check_dense(f"cost {i}", cost)
+        check_dense(f"cost {i} of the list", cost)
+        if cost.dim() != 2 or cost.dtype not in DTYPES:
+            kind = f"{cost.dim()}-D of {cost.dtype}"
+            raise ValueError(f"cost {i} of the list is {kind}: must be 2-D, {_TYPES}")
     vectors: dict[str, list[Tensor] | None] = {}
     if init is not None and not (isinstance(init, (tuple, list)) and len(init) == 2):
         raise ValueError("init: must be a result, or a pair of potentials (f, g)")
@@ -79,7 +79,8 @@ def _ragged(
             raise ValueError(f"{name}: for a list of {len(costs)} costs, give a list as long")
         vectors[name] = None if value is None else list(value)
         for i, vector in enumerate(vectors[name] or []):
-            if not isinstance(vector, Tensor) or vector.shape != costs[i].shape[axis : axis + 1]:
+            check_dense(f"{name} of problem {i}", vector)
+            if vector.shape != costs[i].shape[axis : axis + 1]:
                 raise ValueError(
                     f"{name} of problem {i}: must have shape ({costs[i].shape[axis]},)"
                 )
@@ -140,34 +141,45 @@ def _batch(
 def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     """Return one number per problem, float64 (B,) on the CPU; ValueError for anything else."""
     try:
-        given = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}: must be a number or ({batch},) of them") from None
+        if isinstance(value, Tensor):
+            check_dense(name, value)
+        given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        shown = " ".join(f"{value!r:.80}".split())
+        raise ValueError(f"{name} is {shown}: must be a number or ({batch},) of them") from None
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
         raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
     if not torch.isfinite(given).all():
-        raise ValueError(f"{name} is {value}: must be finite")
+        raise ValueError(f"{name} is {_shown(given)}: must be finite")
     return given.expand(batch).contiguous()
+
+
+def _shown(values: Tensor) -> str:
+    """Return numbers in one line, those of a vector up to the first that is at fault."""
+    if values.dim() == 0:
+        return f"{float(values):g}"
+    wrong = (~torch.isfinite(values)).nonzero()
+    return f"{float(values[wrong[0, 0]]):g} at problem {int(wrong[0, 0])}"
 
 
 def _check_marginals(
     name: str, value: Tensor | Sequence[Tensor] | None, batch: int, length: int, like: Tensor
 ) -> Tensor:
-    """Return marginals, float64 (batch, length); None is uniform with mass 1."""
+    """Return marginals, float64 (batch, length), with their graph; None is uniform with mass 1."""
     if value is None:
         uniform = 1 / max(1, length)
         return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
     shared, own = (length,), (batch, length)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}: must be a tensor of shape {shared}")
-    if tuple(value.shape) not in (shared, own) or value.is_complex():
-        given = f"{tuple(value.shape)} of {value.dtype}"
-        raise ValueError(f"{name} has shape {given}: must be {shared} or {own}, real numbers")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, the cost on {like.device}")
-    if not (torch.isfinite(value).all() and (value >= 0).all()):
+    given = check_dense(name, value)
+    if tuple(given.shape) not in (shared, own) or given.is_complex():
+        kind = f"{tuple(given.shape)} of {given.dtype}"
+        raise ValueError(f"{name} has shape {kind}: must be {shared} or {own}, real numbers")
+    if given.device != like.device:
+        raise ValueError(f"{name} is on {given.device}, the cost on {like.device}")
+    given = given.double()
+    if not (torch.isfinite(given).all() and (given >= 0).all()):
         raise ValueError(f"{name} holds a negative or non-finite entry")
-    return value.detach().double().expand(batch, length).contiguous()
+    return given.expand(batch, length).contiguous()
 
 
 def _check_masses(a: Tensor, b: Tensor, labels: Sequence[int]) -> Tensor:
@@ -190,7 +202,9 @@ def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
     if init is None:
         return torch.zeros(batch, m, dtype=torch.float64, device=like.device)
     g = init[1] if isinstance(init, (tuple, list)) and len(init) == 2 else None
-    if not isinstance(g, Tensor) or tuple(g.shape) not in ((batch, m), (m,)):
+    if isinstance(g, Tensor):
+        check_dense("init: g", g)
+    if not isinstance(g, Tensor) or g.is_complex() or tuple(g.shape) not in ((batch, m), (m,)):
         raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
     if g.device != like.device:
         raise ValueError(f"init: g is on {g.device}, the cost on {like.device}")

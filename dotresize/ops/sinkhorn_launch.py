@@ -9,6 +9,7 @@ from dotresize.ops import reference
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import ANDERSON, MOMENTUM, SinkhornBatch, SinkhornSolution
 from dotresize.ops.solved_problem import STATUS_WORDS, SolvedProblem
+from dotresize.ops.tensors import address
 
 STORAGES = ("exact", "u16")
 
@@ -25,7 +26,11 @@ def solve(batch: SinkhornBatch, *, storage: str, backend: str) -> list[SolvedPro
         raise ValueError(f"storage {storage!r}: the cost is float64, which this would not keep")
     if chosen != "torch" and (batch.acceleration == ANDERSON).any():
         raise BackendError(f"acceleration 'anderson' is built for torch, not for {chosen}")
-    prepared = batch._replace(costs=[_solved_as(cost.detach()) for cost in batch.costs])
+    prepared = batch._replace(
+        costs=[_solved_as(cost.detach()) for cost in batch.costs],
+        a=batch.a.detach(),
+        b=batch.b.detach(),
+    )
     if chosen == "triton":
         from dotresize.kernels import sinkhorn as kernel
 
@@ -59,27 +64,27 @@ def _solved_as(cost: Tensor) -> Tensor:
 
 def _launch_cpp(batch: SinkhornBatch) -> SinkhornSolution:
     count = len(batch.costs)
-    lines = [(cost.data_ptr(), cost.stride(0), *cost.shape) for cost in batch.costs]
+    kind = batch.costs[0].dtype
+    lines = [(address(cost, kind), cost.stride(0), *cost.shape) for cost in batch.costs]
+    table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+    momentum = batch.acceleration == MOMENTUM
     f, g = torch.empty_like(batch.a), batch.g.clone()
-    n_iter, status = torch.empty(2, count, dtype=torch.int64)
-    error = torch.empty(count, dtype=torch.float64)
-    tensors = {
-        "table": torch.tensor(lines),
-        "reg": batch.reg,
-        "tol": batch.tol,
-        "momentum": batch.acceleration == MOMENTUM,
-        "a": batch.a,
-        "b": batch.b,
-        "f": f,
-        "g": g,
-        "n_iter": n_iter,
-        "marginal_error": error,
-        "status": status,
-    }
+    n_iter, status = torch.empty(2, count, dtype=torch.int64, device="cpu")
+    error = torch.empty(count, dtype=torch.float64, device="cpu")
     cpp().sinkhorn(
         batch=count,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        use_float64=batch.costs[0].dtype == torch.float64,
+        table=address(table, torch.int64),
+        reg=address(batch.reg, torch.float64),
+        tol=address(batch.tol, torch.float64),
+        momentum=address(momentum, torch.bool),
+        a=address(batch.a, torch.float64),
+        b=address(batch.b, torch.float64),
+        f=address(f, torch.float64),
+        g=address(g, torch.float64),
+        n_iter=address(n_iter, torch.int64),
+        marginal_error=address(error, torch.float64),
+        status=address(status, torch.int64),
+        use_float64=kind == torch.float64,
         max_iter=batch.max_iter,
         num_threads=threads(),
     )

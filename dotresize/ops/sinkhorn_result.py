@@ -39,10 +39,11 @@ class SinkhornResult:
         value_linear: ``<C, P>``; float64, a batch's on the CPU.
         value: ``<C, P> + reg * sum P log P``, as POT's ``solve_batch`` with reg_type "entropy".
 
-    If the cost requires a gradient, the plan and both values pass one back to it (and a single
-    problem's values are tensors): through the fixed point, exact to the marginal error, at the
-    price of one (m, m) solve in float64 for the plan and none for ``value`` (solved_problem.py).
-    The potentials are constants.
+    The plan and both values are differentiable, once, by those of cost, a and b that require a
+    gradient (a single problem's values are then tensors): through the fixed point, exact to the
+    marginal error, at the price of one (m, m) solve in float64 for the plan and none for ``value``
+    (sinkhorn_gradient.py). Gradients of a and b are those at which b's mass does not count, as it
+    is scaled to a's; where a marginal is 0, they are 0. The potentials are constants.
 
     Example:
         >>> import torch
@@ -84,9 +85,9 @@ class SinkhornResult:
             potentials = rows.to(dtype), columns.to(dtype)
         return cls(
             potentials,
-            torch.tensor([problem.n_iter for problem in problems], dtype=torch.int64),
-            torch.tensor([problem.marginal_error for problem in problems], dtype=torch.float64),
-            torch.tensor([problem.status == "converged" for problem in problems]),
+            _on_cpu([problem.n_iter for problem in problems], torch.int64),
+            _on_cpu([problem.marginal_error for problem in problems], torch.float64),
+            _on_cpu([problem.status == "converged" for problem in problems], torch.bool),
             tuple(problem.status for problem in problems),
             tuple(problems),
             layout,
@@ -152,5 +153,11 @@ class SinkhornResult:
         if self._layout == "single":
             return values[0]
         if any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
-        return torch.tensor(values, dtype=torch.float64)
+            return torch.stack(
+                [torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values]
+            )
+        return _on_cpu(values, torch.float64)
+
+
+def _on_cpu(values: list, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")

@@ -1,30 +1,26 @@
-"""One solved Sinkhorn problem: its plan, its values, and their derivatives by its cost.
-
-Derivatives go through the fixed point, without unrolling the iterations.
-"""
+"""One solved Sinkhorn problem: its plan and its values; derivatives are in sinkhorn_gradient.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dotresize.ops.backends import cpp, threads
+from dotresize.ops.sinkhorn_gradient import plan_of, value_of
+from dotresize.ops.tensors import address
 
 STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
-_RIDGE = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedProblem:
     """One solved problem; the cost is the caller's tensor, not a copy."""
 
-    source: Tensor  # (n, m); may require a gradient
+    source: Tensor  # (n, m); like a and b it may require a gradient
     reg: float
     f: Tensor  # (n,) float64
     g: Tensor  # (m,) float64
@@ -41,7 +37,7 @@ class SolvedProblem:
 
     @property
     def wants_gradient(self) -> bool:
-        return self.source.requires_grad
+        return any(v.requires_grad for v in (self.source, self.a, self.b))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,15 +89,16 @@ class SolvedProblem:
         as_is = self.cost.dtype == self.dtype and self.cost.stride(1) == 1
         as_is = as_is and not self.cost.is_neg()
         if self.backend == "cpp" and as_is and self.status != "invalid":
+            f, g = self.f.contiguous(), self.g.contiguous()
             cpp().plan(
                 n=self.cost.shape[0],
                 m=self.cost.shape[1],
-                cost=self.cost.data_ptr(),
+                cost=address(self.cost, self.dtype),
                 stride=self.cost.stride(0),
                 reg=self.reg,
-                f=self.f.contiguous().data_ptr(),
-                g=self.g.contiguous().data_ptr(),
-                out=out.data_ptr(),
+                f=address(f, torch.float64),
+                g=address(g, torch.float64),
+                out=address(out, self.dtype),
                 use_float64=self.dtype == torch.float64,
                 num_threads=threads(),
             )
@@ -110,13 +107,15 @@ class SolvedProblem:
             out[block] = values
         return out
 
+    @property
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.source, self.a, self.b
+
     def differentiable_plan(self) -> Tensor:
-        return _DifferentiablePlan.apply(self.source, self) if self.wants_gradient else self.plan()
+        return plan_of(*self._inputs, self) if self.wants_gradient else self.plan()
 
     def differentiable_value(self) -> float | Tensor:
-        return (
-            _DifferentiableValue.apply(self.source, self) if self.wants_gradient else self.values[1]
-        )
+        return value_of(*self._inputs, self) if self.wants_gradient else self.values[1]
 
     def differentiable_value_linear(self) -> float | Tensor:
         if not self.wants_gradient:
@@ -135,67 +134,3 @@ class SolvedProblem:
             linear += float(paid.sum())
             entropy += float(torch.special.xlogy(plan, plan).sum())
         return linear, linear + self.reg * entropy
-
-
-class _DifferentiablePlan(torch.autograd.Function):
-    r"""The plan of a solved problem, differentiable through its fixed point.
-
-    With the marginals held, ``dP = P * (u_i + v_j - dC_ij / reg)`` where u and v keep the row and
-    column sums as they are. For an incoming gradient H this gives
-
-    .. math:: \frac{\partial L}{\partial C} = \frac{P \circ (u \oplus v - H)}{\mathrm{reg}}, \quad
-        \begin{pmatrix} \mathrm{diag}(P 1) & P \\ P^\top & \mathrm{diag}(P^\top 1) \end{pmatrix}
-        \begin{pmatrix} u \\ v \end{pmatrix} =
-        \begin{pmatrix} (P \circ H) 1 \\ (P \circ H)^\top 1 \end{pmatrix}
-
-    solved for v by its Schur complement, (m, m), in float64: n m^2 + m^3 / 3 operations.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, problem: SolvedProblem) -> Tensor:
-        ctx.problem = problem
-        ctx.save_for_backward(cost)  # torch then refuses a cost that was changed in between
-        return problem.plan()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        problem: SolvedProblem = ctx.problem
-        (cost,) = ctx.saved_tensors
-        if problem.status == "invalid":
-            return torch.where(incoming == 0, 0.0, torch.nan).to(cost), None
-        plan = torch.cat([block for _, block in problem.blocks()])
-        weighted = torch.where(plan == 0, 0.0, plan * incoming.double())
-        u, v = _keep_marginals(plan, weighted.sum(1), weighted.sum(0))
-        gradient = (plan * (u[:, None] + v) - weighted) / problem.reg
-        return gradient.to(problem.cost.dtype), None
-
-
-class _DifferentiableValue(torch.autograd.Function):
-    """``min <C, P> + reg sum P log P``: by the envelope theorem its gradient is the plan."""
-
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, problem: SolvedProblem) -> Tensor:
-        ctx.problem = problem
-        ctx.save_for_backward(cost)
-        return torch.tensor(problem.values[1], dtype=torch.float64)  # on the CPU, as all values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        problem: SolvedProblem = ctx.problem
-        (cost,) = ctx.saved_tensors
-        return (problem.plan() * incoming).to(cost.dtype), None
-
-
-def _keep_marginals(plan: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u and v with ``P1 * u + P v = rows`` and ``P'u + P'1 * v = columns``."""
-    # A row or column without mass has no equation: 1 on the diagonal gives it 0.
-    a, b = (torch.where(mass > 0, mass, 1.0) for mass in (plan.sum(1), plan.sum(0)))
-    scaled = plan / a[:, None]
-    # In each part of the plan that exchanges no mass with the rest, u + t and v - t do the same:
-    # the ridge picks one, and what it adds to the others is below their rounding.
-    schur = torch.diag(b * (1 + _RIDGE)) - plan.T @ scaled
-    factor = torch.linalg.cholesky(schur)
-    v = torch.cholesky_solve((columns - scaled.T @ rows)[:, None], factor)[:, 0]
-    return (rows - plan @ v) / a, v

@@ -1,4 +1,4 @@
-"""What ``dotresize.ot`` needs around the solver: arrays in and out, gradients of marginals."""
+"""What ``dotresize.ot`` needs around the solver: arrays in and out, and checks of numbers."""
 
 from __future__ import annotations
 
@@ -114,56 +114,6 @@ def positive_reg(reg: Any, exact: str) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"reg is {reg}: must be positive and finite")
     return number
-
-
-def with_marginals(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return the plan ``(B, n, m)``, whose gradient reaches the marginals."""
-    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
-        return plan
-    return _Marginals.apply(plan, a, b)
-
-
-class _Marginals(torch.autograd.Function):
-    """Implicit derivative of a converged plan by its marginals.
-
-    With ``P = exp(f_i + g_j - C_ij / reg)`` and ``W = P * dL/dP``, the gradients solve
-
-        diag(a) λ + P μ = W 1,    P' λ + diag(b) μ = W' 1,    dL/da = λ,  dL/db = μ.
-
-    The free constant is chosen so that <b, μ> = 0: scaling b does not change a plan whose rows are
-    exact, so this is what unrolled iterations converge to.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(plan)
-        ctx.dtypes = a.dtype, b.dtype
-        return plan.view_as(plan)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (plan,) = ctx.saved_tensors
-        p = plan.double()
-        w = p * grads[0].double()
-        a, b = p.sum(2), p.sum(1)
-        # A row or column without mass has a zero right-hand side, and gets the gradient 0.
-        safe_a, safe_b = torch.where(a > 0, a, 1.0), torch.where(b > 0, b, 1.0)
-        right = w.sum(1) - _apply(p.mT, w.sum(2) / safe_a)
-        schur = torch.diag_embed(safe_b) - p.mT @ (p / safe_a[:, :, None])
-        schur = schur + b[:, :, None] * b[:, None, :] / b.sum(1)[:, None, None]
-        # Scaled so, eigenvalues lie in [0, 1]; zeros are what forbidden pairs have disconnected.
-        root = safe_b.rsqrt()
-        inverse = torch.linalg.pinv(
-            schur * root[:, :, None] * root[:, None, :], rtol=1e-12, hermitian=True
-        )
-        mu = root * _apply(inverse, root * right)
-        lam = (w.sum(2) - _apply(p, mu)) / safe_a
-        return grads[0], lam.to(ctx.dtypes[0]), mu.to(ctx.dtypes[1])
-
-
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[:, :, None])[:, :, 0]
 
 
 def linear_loss(plan: Tensor, cost: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from dotresize.ot._arrays import (
     positive_reg,
     tolerance,
     whole_number,
-    with_marginals,
 )
 
 _METHODS = ("auto", "proximal", "log_sinkhorn", "sinkhorn")
@@ -141,14 +140,12 @@ def solve_batch(
     cost = arrays.working(cost.detach() if grad == "detach" else cost, tol)
     batch, n, m = cost.shape
     rows, columns = _marginal("a", a, batch, n, arrays), _marginal("b", b, batch, m, arrays)
+    if grad not in ("autodiff", "last_step"):
+        rows, columns = rows.detach(), columns.detach()
     # Any: of a batch, all attributes are tensors.
     result: Any = sinkhorn(cost, number, rows, columns, max_iter=steps, tol=tol)
     _warn(result, tol, steps)
-    if grad in ("autodiff", "last_step"):
-        alike = columns * (rows.sum(1) / columns.sum(1))[:, None]
-        plan = with_marginals(result.plan, rows, alike)
-    else:
-        plan, rows, columns = result.plan.detach(), rows.detach(), columns.detach()
+    plan = result.plan if grad in ("autodiff", "last_step") else result.plan.detach()
     linear = linear_loss(plan, cost)
     exponent = _log(plan)
     if kind == "kl":

@@ -18,7 +18,6 @@ from dotresize.ot._arrays import (
     positive_reg,
     tolerance,
     whole_number,
-    with_marginals,
 )
 
 _log = logging.getLogger("dotresize.ot")
@@ -161,7 +160,7 @@ class Problem:
             b = self.b[k : k + step]
             scaled = b * (self.a.sum() / b.sum(1, keepdim=True))
             result = self._iterate(cost, scaled, start[k : k + step], tol, iterations)
-            plan = with_marginals(result.plan, self.a.expand(len(b), -1), scaled)
+            plan = result.plan
             found.append(linear_loss(plan, cost) if self.several else plan)
             columns.append(plan.detach().sum(1, dtype=torch.float64))
             results.append(result)
@@ -178,8 +177,8 @@ class Problem:
     def _iterate(self, cost: Tensor, b: Tensor, u: Tensor, tol: float, iterations: int) -> Any:
         """Run ``iterations`` updates of v, then u; the solver starts with its rows, from v."""
         costs = cost.expand(len(b), *cost.shape)
-        turned = costs.detach().mT
-        first: Any = sinkhorn(turned, self.reg, b, self.a, init=(None, u), max_iter=0, tol=0)
+        given = costs.detach().mT, self.reg, b.detach(), self.a.detach()
+        first: Any = sinkhorn(*given, init=(None, u), max_iter=0, tol=0)
         init = (None, first.potential_a.detach())
         return sinkhorn(costs, self.reg, self.a, b, init=init, max_iter=iterations - 1, tol=tol)
 
