@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from . import assignment, harness, l1, plot, rows, scaling, sinkhorn
+from . import assignment, harness, l1, l1_gradient, plot, rows, scaling, sinkhorn
 from .workload import Case, NotHere, need
 
-_OPERATORS = {"l1": l1, "sinkhorn": sinkhorn, "assignment": assignment}
+_OPERATORS = {"l1": l1, "gradient": l1_gradient, "sinkhorn": sinkhorn, "assignment": assignment}
 # Small: a few minutes in all. Pairs of activations, entries times iterations, entries.
-_SMALL = {"l1": 5e9, "sinkhorn": 1e9, "assignment": 5e6}
+_SMALL = {"l1": 5e9, "gradient": 5e9, "sinkhorn": 1e9, "assignment": 5e6}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     """Return what to time and the number of threads; ValueError for anything that cannot be."""
-    what = list(dict.fromkeys(args.what or ["l1", "sinkhorn", "assignment"]))
+    what = list(dict.fromkeys(args.what or _OPERATORS))
     for word in what:
         if word not in (*_OPERATORS, "scaling"):
-            raise ValueError(f"bench {word!r}: must be l1, sinkhorn, assignment or scaling")
+            raise ValueError(
+                f"bench {word!r}: must be l1, gradient, sinkhorn, assignment or scaling"
+            )
     if args.sizes not in ("small", "all"):
         raise ValueError(f"--sizes {args.sizes!r}: must be small or all")
     if args.rounds < 2:
@@ -111,7 +113,7 @@ def table(case: Case, found: list[dict[str, Any]]) -> str:
     """Return the rows of one case as text, fastest first, then whoever was not timed and why."""
     timed = sorted((r for r in found if "median_s" in r), key=lambda r: r["median_s"])
     ours = {r["allocator"]: r["median_s"] for r in timed if r["name"] == l1.OURS}
-    unit, scale = ("G pairs/s", 1e-9) if case.operator == "l1" else ("M entries/s", 1e-6)
+    unit, scale = ("G pairs/s", 1e-9) if "tokens" in case.sizes else ("M entries/s", 1e-6)
     lines = [
         "",
         f"{case.label}",

@@ -41,9 +41,9 @@ def need_installed(install: str) -> None:
 class Case:
     """An operator and the sizes of one piece of work, as they go into a row."""
 
-    operator: str  # "l1", "sinkhorn" or "assignment"
+    operator: str  # "l1", "gradient", "sinkhorn" or "assignment"
     sizes: dict[str, int]
-    kind: str = ""  # of an assignment's scores
+    kind: str = ""  # of an assignment's scores, or whose gradient is wanted
 
     @property
     def shape(self) -> str:
@@ -56,6 +56,8 @@ class Case:
         s, shape = self.sizes, self.shape
         if self.operator == "l1":
             return f"L1 cost, {s['tokens']} tokens, {shape}"
+        if self.operator == "gradient":
+            return f"L1 gradient {self.kind}, {s['tokens']} tokens, {shape}"
         if self.operator == "assignment":
             return f"Assignment, {self.kind}, {shape}"
         return f"Sinkhorn, {s['iterations']} iterations, {shape}"

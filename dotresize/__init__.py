@@ -1,16 +1,21 @@
 """Narrower neural networks by optimal transport: fast solvers, and a compressor made with them."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dotresize import ot
-from dotresize.ops.assignment import AssignmentCertificate, assignment
-from dotresize.ops.backends import BackendError, backends
-from dotresize.ops.l1_accumulator import L1CostAccumulator
-from dotresize.ops.l1_cost import CostStatistics, l1_cost
-from dotresize.ops.sinkhorn import sinkhorn
-from dotresize.ops.sinkhorn_result import SinkhornResult
-from dotresize.ops.transport_map import Factors, factorize, transport_map
+if TYPE_CHECKING:
+    from dotresize import ot
+    from dotresize.checkpoint import load
+    from dotresize.compression import compress
+    from dotresize.merging.merge import merge_feed_forward
+    from dotresize.ops.assignment import AssignmentCertificate, assignment
+    from dotresize.ops.backends import BackendError, backends
+    from dotresize.ops.l1_accumulator import L1CostAccumulator
+    from dotresize.ops.l1_cost import CostStatistics, l1_cost
+    from dotresize.ops.sinkhorn import sinkhorn
+    from dotresize.ops.sinkhorn_result import SinkhornResult
+    from dotresize.ops.transport_map import Factors, factorize, transport_map
+    from dotresize.recovery import recover
 
 __version__ = "0.1.0"
 
@@ -35,16 +40,35 @@ __all__ = [
 ]
 
 
-# Importing the package costs torch and numpy only; models are touched on first use.
-_LATER = {
+# Importing the package costs nothing. A solver costs torch and numpy on its first use, the
+# compressor transformers: the command line can answer before any of them is there.
+_WHERE = {
+    "AssignmentCertificate": "ops.assignment",
+    "BackendError": "ops.backends",
+    "CostStatistics": "ops.l1_cost",
+    "Factors": "ops.transport_map",
+    "L1CostAccumulator": "ops.l1_accumulator",
+    "SinkhornResult": "ops.sinkhorn_result",
+    "assignment": "ops.assignment",
+    "backends": "ops.backends",
     "compress": "compression",
+    "factorize": "ops.transport_map",
+    "l1_cost": "ops.l1_cost",
     "load": "checkpoint",
     "merge_feed_forward": "merging.merge",
     "recover": "recovery",
+    "sinkhorn": "ops.sinkhorn",
+    "transport_map": "ops.transport_map",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name == "ot":
+        return importlib.import_module("dotresize.ot")
+    if name not in _WHERE:
         raise AttributeError(f"module 'dotresize' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dotresize.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"dotresize.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

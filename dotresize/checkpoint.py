@@ -24,9 +24,11 @@ from dotresize.baselines.adapters import is_sliced, load_sliced
 from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.given import causal_model
 from dotresize.models.torch_settings import usual_settings
 from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import open_model
+from dotresize.ops.arguments import shown
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
@@ -87,9 +89,9 @@ def load_with_tokenizer(
     if damaged:
         kind, names = next(iter(damaged.items()))
         raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
-    if to_narrow:
-        architecture_of(config).check(module)
     _forget_quantisation(module)
+    if to_narrow:
+        module = causal_model(module)
     return CausalLM.in_memory(module.to(device).eval()), tokenizer
 
 
@@ -108,6 +110,8 @@ def load(folder: str | Path) -> Any:
         ...     print(error)
         model a-plain-checkpoint: has no format of ours; plain transformers loads others
     """
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
     own = _own_format(Path(folder))
     if own is None:
         raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
@@ -132,7 +136,7 @@ def _one_line(source: str) -> Iterator[None]:
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source)
+    path = _snapshot(Path(source))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"model {source}: no such file")
@@ -146,6 +150,26 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if not _HUB_ID.fullmatch(source) or path.parent.is_dir():
         raise ValueError(f"model {source}: no such directory, nor the form of a hub id")
     return source, {"trust_remote_code": False}
+
+
+def _snapshot(path: Path) -> Path:
+    """Return the model inside a folder of the hub's cache (``models--org--name``); others as is.
+
+    Of several snapshots the one that ``refs/main`` names is meant.
+    """
+    found = sorted((path / "snapshots").glob("*/config.json"))
+    if not found or (path / "config.json").exists():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file():
+        named = path / "snapshots" / main.read_text(encoding="utf-8").strip()
+        if named / "config.json" in found:
+            return named
+    if len(found) > 1:
+        raise ValueError(
+            f"model {path}: holds {len(found)} snapshots; give one, such as {found[0].parent}"
+        )
+    return found[0].parent
 
 
 def _first_line(error: BaseException) -> str:

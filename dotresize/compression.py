@@ -14,11 +14,14 @@ from dotresize.baselines.magnitude import Magnitude
 from dotresize.baselines.per_location import PerLocation, SliceGPT
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.given import causal_model
 from dotresize.models.torch_settings import usual_settings
 from dotresize.narrow.feed_forward import Eliminate
 from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
-from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod, check_word
+from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod
 from dotresize.narrow.pipeline import narrow_model
+from dotresize.narrow.targets import given_targets
+from dotresize.ops.arguments import check_word, shown
 
 # The methods by their names. The last ones are there to be compared with.
 METHODS: dict[str, WidthMethod] = {
@@ -46,6 +49,8 @@ def make_options(
     check_word("method", method, METHODS)
     check_word("scope", scope, SCOPES)
     check_word("ff_method", ff_method, FF_METHODS)
+    if "targets" in choices:
+        choices["targets"] = given_targets(choices["targets"])
     chosen = METHODS[method]
     if scope == "location" and isinstance(chosen, OneMap):
         chosen = PerLocation(chosen)
@@ -65,8 +70,12 @@ def compress(
     """Narrow the residual width, and the feed-forward width, of a causal language model.
 
     Args:
-        model: a transformers model of a supported architecture, on any device; not changed.
-        tokens: int64 (windows, length), calibration text without padding, or an iterable of such.
+        model: a transformers model of a supported architecture, on any device; not changed. One
+            around which ``torch.compile`` was put is unwrapped.
+        tokens: calibration text as token ids: int64 (windows, length), what a tokenizer returns
+            (its ``input_ids``, without the padding that its ``attention_mask`` marks), lists of
+            ids, or an iterable of such. Texts of different lengths are joined, in order, and cut
+            into windows as long as the longest.
         statistics: what ``narrow.calibrate.calibrate`` returned with these tokens, to share one
             calibration between several calls; the model then writes nothing itself.
         choices: the fields of ``narrow.options.Options``, which describes them (width, energy,
@@ -78,8 +87,9 @@ def compress(
         the narrowed model, of the same class and dtype, and a report (a JSON-able dict).
 
     Raises:
-        ValueError: unsupported architecture; a width no loader accepts; a collapsed span; weights
-            or activations that are not finite; unknown options.
+        ValueError: no such model, or weights that are not loaded; unsupported architecture; tokens
+            that are none, or longer than the model's positions; a width no loader accepts; a
+            collapsed span; weights or activations that are not finite; unknown options.
         TypeError: a keyword that is no option.
 
     Formula:
@@ -104,11 +114,15 @@ def compress(
         >>> narrow.config.hidden_size, report["width"]["old"]
         (24, 32)
     """
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ValueError(f"statistics is {shown(statistics)}: must be what calibrate returned")
     unknown = choices.keys() - inspect.signature(compress).parameters.keys()
     if unknown:
         raise TypeError(f"compress() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     options = make_options(**choices)
-    narrow, report = narrow_model(CausalLM.in_memory(model), tokens, options, statistics)
+    narrow, report = narrow_model(
+        CausalLM.in_memory(causal_model(model)), tokens, options, statistics
+    )
     return narrow.module, report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ def _offloaded_logits(
     model: CausalLM, windows: Tensor, batch_windows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits of windows that all pass a layer before the next one is read."""
-    streams = Streams(model, windows, batch_windows)
-    for name in model.layers:
-        with model.resident(name) as layer:
-            for i in range(len(streams)):
-                streams.stream[i] = streams.run(layer, i)
-    with model.resident(model.architecture.final_norm, model.architecture.head):
-        for i, ids in enumerate(streams.batches):
-            yield ids.to(model.device), streams.logits(i)
+    with closing(Streams(model, windows, batch_windows)) as streams:
+        for name in model.layers:
+            with model.resident(name) as layer:
+                for i in range(len(streams)):
+                    streams.stream[i] = streams.run(layer, i)
+        with model.resident(model.architecture.final_norm, model.architecture.head):
+            for i, ids in enumerate(streams.batches):
+                yield ids.to(model.device), streams.logits(i)

@@ -28,8 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize.accounting import check_weights
+from dotresize.calibration.given_tokens import check_tokens
 from dotresize.merging.checkpoint import declared
+from dotresize.models.given import transformers_model
 from dotresize.models.torch_settings import usual_settings
+from dotresize.ops.arguments import check_number, check_whole, shown
 
 BATCH_WINDOWS = 2
 LEARNING_RATE = 2e-4
@@ -89,6 +92,17 @@ def recover(
         >>> figures["steps"]
         4
     """
+    dense, narrow = (
+        transformers_model(model, name=name)
+        for name, model in (("dense", dense), ("narrow", narrow))
+    )
+    tokens = check_tokens(tokens, narrow.config.vocab_size)
+    check_whole("batch_windows", batch_windows, 1)
+    check_whole("seed", seed, -(2**63))
+    if not check_number("learning_rate", learning_rate, "a positive number") > 0:
+        raise ValueError(f"learning_rate {learning_rate:g}: must be positive")
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
     check(narrow.device)
     steps = len(tokens) // batch_windows
     if steps < 1:

@@ -191,7 +191,7 @@ def test_what_is_made_is_named_in_full():
 
 
 def test_a_wrong_buffer_is_refused_before_its_address_is_taken():
-    from dotresize.ops.tensors import address
+    from dotresize.ops.arguments import address
 
     assert address(None, torch.float32) == 0
     for wrong in (torch.zeros(3, dtype=torch.float64), torch.zeros(3, device="meta")):

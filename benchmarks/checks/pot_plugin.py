@@ -1,18 +1,16 @@
 """A pytest plugin: POT's own tests call ``dotresize.ot`` where they mean POT's solvers.
 
-Given to pytest by ``benchmarks/checks/pot_tests.py``, which says what is run. Every test that
-reaches a function of ``dotresize.ot`` becomes a JSON line in the file that POT_TESTS_OUT names.
+Given to pytest by ``benchmarks/checks/pot_tests.py``, which says what is run, beside ``reached``,
+which notes every test that reaches a function of ``dotresize.ot``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import json
-import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ot
@@ -21,6 +19,8 @@ import pytest
 
 import dotresize.ot
 
+from .reached import counted
+
 METHODS = {
     "sinkhorn_knopp": "sinkhorn",
     "sinkhorn_log": "sinkhorn_log",
@@ -28,28 +28,18 @@ METHODS = {
     "sinkhorn_epsilon_scaling": "sinkhorn_epsilon_scaling",
     "greenkhorn": "greenkhorn",
 }
-_reached: set[str] = set()
-
-
-def _counted(function: Callable, **fixed: Any) -> Callable:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _reached.add(os.environ["PYTEST_CURRENT_TEST"].split(" (")[0])
-        return function(*args, **fixed, **kwargs)
-
-    return call
 
 
 def _substitute() -> None:
     """Replace a function in every module of POT, whatever name it has there."""
     ours = dotresize.ot
     new = {
-        ot.bregman.sinkhorn: _counted(ours.sinkhorn),
-        ot.bregman.sinkhorn2: _counted(ours.sinkhorn2),
-        ot.batch.solve_batch: _counted(ours.solve_batch),
+        ot.bregman.sinkhorn: counted(ours.sinkhorn),
+        ot.bregman.sinkhorn2: counted(ours.sinkhorn2),
+        ot.batch.solve_batch: counted(ours.solve_batch),
     }
     for name, method in METHODS.items():
-        new[getattr(ot.bregman, name)] = _counted(ours.sinkhorn, method=method)
+        new[getattr(ot.bregman, name)] = counted(ours.sinkhorn, method=method)
     for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "ot"]:
         for name, value in list(vars(module).items()):
             if callable(value) and getattr(value, "__hash__", None) and value in new:
@@ -85,14 +75,3 @@ def pytest_configure(config: pytest.Config) -> None:
     _substitute()
     pytest.skip_arg = _skip_arg  # type: ignore[attr-defined]
     pytest.skip_backend = functools.partial(_skip_arg, "nx")  # type: ignore[attr-defined]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
-    report = yield
-    if call.when == "call" and item.nodeid in _reached:
-        why = "" if call.excinfo is None else call.excinfo.exconly().strip().splitlines()[0]
-        line = {"test": item.nodeid, "outcome": report.outcome, "why": why[:160]}
-        with open(os.environ["POT_TESTS_OUT"], "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    return report

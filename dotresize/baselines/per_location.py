@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -132,20 +133,20 @@ def sequential_pca(
     tokens: int64 (windows, length). Returns (D, k) float64 per residual location.
     """
     architecture = model.architecture
-    streams = Streams(model, tokens, batch_windows)
     multiplier = architecture.multiplier(model.config)
     turn = maps.level if architecture.layer_norm else None
-    qs = [_project(streams.stream, k, turn)]
-    for name in tqdm(model.layers, desc="slice", unit="layer", disable=None):
-        with model.resident(name) as layer:
-            norm = norms_of(architecture, layer)[1]
-            for i in range(len(streams)):
-                streams.stream[i] = streams.until(layer, norm, i)
-            qs.append(_project(streams.stream, k, turn))
-            block = layer.get_submodule(architecture.sublayers[1].block)
-            for i, middle in enumerate(streams.stream):
-                streams.stream[i] = middle + multiplier * block(norm(middle))
-            qs.append(_project(streams.stream, k, turn))
+    with closing(Streams(model, tokens, batch_windows)) as streams:
+        qs = [_project(streams.stream, k, turn)]
+        for name in tqdm(model.layers, desc="slice", unit="layer", disable=None):
+            with model.resident(name) as layer:
+                norm = norms_of(architecture, layer)[1]
+                for i in range(len(streams)):
+                    streams.stream[i] = streams.until(layer, norm, i)
+                qs.append(_project(streams.stream, k, turn))
+                block = layer.get_submodule(architecture.sublayers[1].block)
+                for i, middle in enumerate(streams.stream):
+                    streams.stream[i] = middle + multiplier * block(norm(middle))
+                qs.append(_project(streams.stream, k, turn))
     return qs
 
 

@@ -13,7 +13,8 @@ class ActivationCache:
     """A list of tensors, one for each batch; entries come back as they were.
 
     place: "device" keeps them where they are, "host" in main memory, "disk" in a temporary file
-    (see TMPDIR). The file has no name: however the process ends, nothing is left of it.
+    (see TMPDIR). The file has no name: however the process ends, nothing is left of it. Who made
+    the cache closes it.
     """
 
     def __init__(self, count: int, place: str = "disk") -> None:
@@ -21,6 +22,12 @@ class ActivationCache:
         self._entries: list[Tensor | None] = [None] * count
         self._file = _File(count) if place == "disk" else None
         self._device = torch.device("cpu")
+
+    def close(self) -> None:
+        """Let all entries go."""
+        self._entries = []
+        if self._file is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -51,6 +58,9 @@ class _File:
         # Each entry's offset, the bytes reserved for it, its shape and its type.
         self._slots: list[tuple[int, int, torch.Size, torch.dtype] | None] = [None] * count
         self._end = 0
+
+    def close(self) -> None:
+        self._file.close()
 
     def write(self, i: int, value: Tensor) -> None:
         begin, room, *_ = self._slots[i] or (0, -1)

@@ -71,6 +71,10 @@ class Streams:
                 except StopForward:
                     continue
 
+    def close(self) -> None:
+        """Let the streams go."""
+        self.stream.close()
+
     def logits(self, i: int) -> Tensor:
         """Return the logits of batch i, from a stream that has passed all layers.
 

@@ -50,11 +50,12 @@ def _continue(
     generator: torch.Generator,
     progress: Any,
 ) -> Tensor:
-    cache = None
+    import transformers
+
+    cache = transformers.DynamicCache(config=model.config)
     for _ in range(length - 1):
         last = ids[:, -1:].to(model.device)
         out = model.module(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
         # What is not finite here is found, and named, by the calibration that follows.
         logits = out.logits[:, -1].float().cpu().nan_to_num(0.0, 0.0, 0.0)
         logits[:, ends] = -torch.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -95,16 +96,16 @@ def collect(
     """
     sums = _Sums(model, cost=cost, moment=moment, apart=apart, backend=backend)
     start = time.perf_counter()
-    streams = Streams(model, tokens, batch_windows)
     layers = model.layers
-    for i, name in enumerate(tqdm(layers, desc="calibration", unit="layer", disable=None)):
-        with model.resident(name) as layer:
-            for j in range(len(streams)):
-                with captured_inputs(norms_of(model.architecture, layer)) as read:
-                    streams.stream[j] = streams.run(layer, j)
-                sums.add(read, 2 * i)
-    for stream in streams.stream:
-        sums.add([stream], 2 * len(layers))
+    with closing(Streams(model, tokens, batch_windows)) as streams:
+        for i, name in enumerate(tqdm(layers, desc="calibration", unit="layer", disable=None)):
+            with model.resident(name) as layer:
+                for j in range(len(streams)):
+                    with captured_inputs(norms_of(model.architecture, layer)) as read:
+                        streams.stream[j] = streams.run(layer, j)
+                    sums.add(read, 2 * i)
+        for stream in streams.stream:
+            sums.add([stream], 2 * len(layers))
     return sums.statistics(tokens.numel(), time.perf_counter() - start)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,81 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+ACCEPTED = "plain text, JSON lines with a field 'text' (also .gz), or .parquet with a column 'text'"
+# Names of JSON lines. Files of other names are read as such where their first line is one.
+_LINES = {".jsonl", ".ndjson", ".jsonlines"}
+# Text, but not prose: braces, commas and tags would be calibrated on.
+_REFUSED = {".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".ipynb"}
+
 
 def read_text(path: str | Path) -> list[str]:
-    """Return the documents of a text file: one, or of .jsonl the ``text`` field of each line.
+    """Return the documents of a text file: of plain text one, of JSON lines the ``text`` of each.
 
-    Raises ValueError, naming the file and line, for what is missing, empty, or not as described.
+    JSON lines are recognised by their name or by their first line, and may be gzipped, as may
+    plain text. Of a .parquet file the documents are its column ``text``, where pyarrow is
+    installed. Raises ValueError, naming the file and line, for what is missing, empty, or neither.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"text file {path} {'is not a file' if path.exists() else 'does not exist'}"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text file {path} is not UTF-8 (byte {error.start})") from None
-    if path.suffix == ".jsonl":
-        documents = [_json_text(path, i, line) for i, line in enumerate(text.split("\n"), 1)]
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    suffix = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
+    if suffix == ".parquet":
+        documents = _parquet(path)
     else:
-        documents = [text]
+        text = _decoded(path, zipped)
+        lines = text.split("\n")
+        if suffix in _LINES or _is_json_line(lines[0]):
+            documents = [_json_text(path, i, line) for i, line in enumerate(lines, 1)]
+        elif suffix in _REFUSED:
+            raise ValueError(f"text file {path} is {suffix}: must be {ACCEPTED}")
+        else:
+            documents = [text]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"text file {path} is empty")
     return documents
+
+
+def _decoded(path: Path, zipped: bool) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"text file {path} cannot be read: {error}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start}"
+        raise ValueError(f"text file {path} is not UTF-8 ({place}): must be {ACCEPTED}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_json_line(line: str) -> bool:
+    """Return whether a line is a JSON object with a text."""
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line).get("text"), str)
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _parquet(path: Path) -> list[str]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"text file {path}: needs pyarrow (pip install pyarrow)") from None
+    try:
+        values = parquet.read_table(path, columns=["text"]).column("text").to_pylist()
+    except Exception as error:  # the reader's own exceptions have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"text file {path}: must have a column 'text': {reason}") from None
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"text file {path}: its column 'text' must hold strings only")
+    return values
 
 
 def _json_text(path: Path, number: int, line: str) -> str:
@@ -86,25 +139,3 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
         windows += [stream[start : start + length] for start in starts.clamp(max=room - 1)]
     order = torch.randperm(len(windows), generator=generator, dtype=torch.int64, device="cpu")
     return torch.stack(windows)[order]
-
-
-def check_tokens(tokens: Tensor | Iterable[Tensor], vocabulary: int) -> Tensor:
-    """Return the calibration windows as one int64 tensor (windows, length), checked.
-
-    Takes such a tensor or an iterable of them, of equal length. ValueError for anything else.
-    """
-    parts = [tokens] if isinstance(tokens, Tensor) else list(tokens)
-    for part in parts:
-        if part.dim() != 2 or part.dtype != torch.int64 or part.shape[1] != parts[0].shape[1]:
-            raise ValueError(
-                f"tokens are {part.dtype} of shape {tuple(part.shape)}: must be int64 "
-                "(windows, length), all of one length"
-            )
-    windows = torch.cat(parts) if parts else torch.empty((0, 0), dtype=torch.int64, device="cpu")
-    if windows.numel() == 0:
-        raise ValueError("there are no calibration tokens")
-    most, least = int(windows.max()), int(windows.min())
-    if most >= vocabulary or least < 0:
-        wrong = most if most >= vocabulary else least
-        raise ValueError(f"token id {wrong}: the model's vocabulary is {vocabulary}")
-    return windows

@@ -11,12 +11,16 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import NoReturn
 
+# Nothing here imports torch: it takes seconds, in which Ctrl-C and mistakes are answered, too.
 from dotresize import __version__
-from dotresize.ops.backends import BackendError
 
 logger = logging.getLogger("dotresize")
+
+# What follows an output's name in that of the folder with its finished stages.
+PARTIAL = ".partial"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         metavar="WHAT",
-        help="l1, sinkhorn, assignment, scaling (all but scaling)",
+        help="l1, gradient, sinkhorn, assignment, scaling (all but scaling)",
     )
     bench.add_argument("--sizes", default="small", help="small or all (small)")
     bench.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
@@ -218,7 +222,9 @@ def _add_texts(parser: argparse.ArgumentParser, *, windows: int) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--window", type=int, default=512, help="tokens per window (512)")
+    parser.add_argument(
+        "--window", type=int, help="tokens per window (512, or the model's positions if fewer)"
+    )
     parser.add_argument(
         "--eval-windows", type=int, help="evaluate this many windows, spread evenly (all)"
     )
@@ -228,16 +234,20 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    args = _parser().parse_args(argv)
-    args.typed = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO)
-    if getattr(args, "quiet", False):
-        os.environ["TQDM_DISABLE"] = "1"
-    if threading.current_thread() is threading.main_thread():
-        for kill in (signal.SIGTERM, signal.SIGHUP):  # polite ones clean up like Ctrl-C does
-            signal.signal(kill, signal.default_int_handler)
+    args = argparse.Namespace(verb=None)
     try:
+        _parser().parse_args(argv, namespace=args)
+        args.typed = sys.argv[1:] if argv is None else argv
+        if hasattr(args, "window"):
+            args.default_window = args.window is None
+            args.window = 512 if args.window is None else args.window
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logger.setLevel(logging.INFO)
+        if getattr(args, "quiet", False):
+            os.environ["TQDM_DISABLE"] = "1"
+        if threading.current_thread() is threading.main_thread():
+            for kill in (signal.SIGTERM, signal.SIGHUP):  # polite ones clean up like Ctrl-C does
+                signal.signal(kill, signal.default_int_handler)
         if args.verb == "bench":
             from dotresize.benchmarks import command
 
@@ -249,25 +259,33 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
         return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
-    except (ValueError, BackendError) as error:
+    except Exception as error:
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise
-        return _fail(str(error), 2)
-    except Exception as error:  # no traceback in a user's face; DOTRESIZE_DEBUG=1 shows it
-        if os.environ.get("DOTRESIZE_DEBUG"):
-            raise
+        # A backend that cannot run here is a RuntimeError of this package.
+        if isinstance(error, ValueError) or type(error).__name__ == "BackendError":
+            return _fail(str(error), 2)
+        # No traceback in a user's face; DOTRESIZE_DEBUG=1 shows it.
         kept = _stages_kept(args)
         return _fail(f"{type(error).__name__}: {error}{'; ' if kept else ''}{kept}", 1)
+
+
+def partial_folder(out: str) -> Path:
+    """Return the folder beside an output directory, whatever slashes its name ends in."""
+    path = Path(out)
+    return path.with_name(f"{path.name}{PARTIAL}")
 
 
 def _stages_kept(args: argparse.Namespace) -> str:
     """Return what is left to go on from, if anything."""
     if args.verb not in ("compress", "merge-ff"):
         return ""
-    from dotresize.cli.resume import partial_folder
-
-    folder = partial_folder(args.out)
-    return f"{folder} is kept, --resume goes on from it" if folder.exists() else ""
+    try:
+        folder = partial_folder(args.out)
+        kept = folder.exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        kept = False
+    return f"{folder} is kept, --resume goes on from it" if kept else ""
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dotresize import distributed
@@ -22,8 +24,7 @@ def check_texts(choices: TextChoices) -> None:
     """Raise ValueError for texts that cannot be read, or that give no windows."""
     if not choices.calibration:
         raise ValueError("--calibration: give at least one text or .jsonl file")
-    for path in choices.files:
-        read_text(path)
+    check_files(choices)
     if choices.windows < len(choices.calibration):
         raise ValueError(
             f"--windows {choices.windows}: must be at least one for each of the "
@@ -31,6 +32,18 @@ def check_texts(choices: TextChoices) -> None:
         )
     if not -(2**63) <= choices.seed < 2**63:
         raise ValueError(f"--seed {choices.seed}: must fit in 64 bits")
+
+
+def check_files(choices: TextChoices) -> None:
+    """Raise ValueError for texts that cannot be read, or are given twice to one option."""
+    for option in ("calibration", "eval", "unseen"):
+        seen: set[Path] = set()
+        for path in getattr(choices, option) or []:
+            read_text(path)
+            real = Path(path).resolve()
+            if real in seen:
+                raise ValueError(f"--{option} {path}: is given twice")
+            seen.add(real)
 
 
 def check_unseen(choices: TextChoices) -> None:

@@ -7,7 +7,7 @@ field's ``flag``. Both what is passed on and what is compared follow from the fi
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from dotresize.compression import make_options
@@ -31,16 +31,24 @@ class TextChoices:
     Attributes:
         calibration, eval, unseen: files; the last ones are of kinds that the calibration has not.
         windows: for calibration, of ``window`` tokens each, placed by ``seed``.
+        default_window: whether nobody asked for that length, so that a model may shorten it.
         eval_windows: of each text to evaluate on; None for all.
     """
 
     calibration: list[str] | None = None
     windows: int = 0
     window: int
+    default_window: bool = field(default=False, metadata={"resume": False})
     seed: int = 0
     eval: list[str] | None = None
     unseen: list[str] | None = None
     eval_windows: int | None
+
+    def fitted(self, config: Any) -> TextChoices:
+        """Return the choices with windows that a model's positions are enough for."""
+        positions = getattr(config, "max_position_embeddings", None) or self.window
+        shorter = self.default_window and positions < self.window
+        return replace(self, window=positions) if shorter else self
 
     @property
     def files(self) -> list[str]:
@@ -63,13 +71,13 @@ class RecoveryChoices:
 
 def chosen(kind: type[_Kind], args: argparse.Namespace) -> _Kind:
     """Return a dataclass of choices as the command line has them."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def compress_options(args: argparse.Namespace, **others: Any) -> Options:
     """Return the choices that the command line shares with ``dotresize.compress``, checked."""
-    names = {"scope", *(field.name for field in fields(Options))} & vars(args).keys()
+    names = {"scope", *(one.name for one in fields(Options))} & vars(args).keys()
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.targets is not None:
         given["targets"] = read_targets(args.targets)
@@ -83,9 +91,9 @@ def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
     ``resume=False`` in its metadata changes nothing.
     """
     flags = [
-        field.metadata.get("flag", field.name)
+        one.metadata.get("flag", one.name)
         for kind in kinds
-        for field in fields(kind)
-        if field.metadata.get("resume", True)
+        for one in fields(kind)
+        if one.metadata.get("resume", True)
     ]
     return {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}

@@ -12,8 +12,7 @@ import torch
 import dotresize
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights
-from dotresize.calibration.text import read_text
-from dotresize.cli.checks import check_windows, find_device
+from dotresize.cli.checks import check_files, check_windows, find_device
 from dotresize.cli.choices import TextChoices, chosen
 from dotresize.cli.compress import compress, sweep
 from dotresize.cli.merge_ff import merge_ff
@@ -64,10 +63,11 @@ def _eval(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     choices = chosen(TextChoices, args)
     check_windows(choices)
-    for path in choices.evaluated:
-        read_text(path)
+    check_files(choices)
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=False)
     check_weights(model.module)
-    for name, windows in evaluation_texts(choices, model, tokenizer).windows.items():
+    for name, windows in evaluation_texts(
+        choices.fitted(model.config), model, tokenizer
+    ).windows.items():
         say(f"{name}  {perplexity(model, windows, desc=name):.4f}")
     return 0

@@ -101,7 +101,8 @@ def compress(args: argparse.Namespace) -> int:
         )
         check_weights(model.module)
         wanted = default_size(model, replace(options, figures=args.report is not None))
-        streams, tokens, texts = _inputs(choices, wanted, model, tokenizer)
+        fitted = choices.fitted(model.config)
+        streams, tokens, texts = _inputs(fitted, wanted, model, tokenizer)
         plan = None
         if work is not None:
             plan = memory.make_plan(args.memory, wanted, model, tokens, texts)
@@ -110,7 +111,7 @@ def compress(args: argparse.Namespace) -> int:
         )
         figures = rows[-1].pop("figures", None)
         if recovery.recover is not None:
-            new = recovery_windows(choices, streams, recovery.recover * BATCH_WINDOWS)
+            new = recovery_windows(fitted, streams, recovery.recover * BATCH_WINDOWS)
             row = comparison.recovered(
                 model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
             )
@@ -158,7 +159,7 @@ def sweep(args: argparse.Namespace) -> int:
     for width in args.widths:
         check_residual(model, replace(options, width=width))
         check_config(model.config, choose_width(width, model.width, divisor))
-    _, tokens, texts = _inputs(choices, options, model, tokenizer)
+    _, tokens, texts = _inputs(choices.fitted(model.config), options, model, tokenizer)
     wanted = [*comparison.compared(options, model), options]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
     dense = comparison.dense_report(model, texts)
@@ -197,7 +198,8 @@ def _inputs(
         asked = 1.0 if options.width is None else options.width
         divisor = model.architecture.divisor(model.config)
         new = choose_width(asked, model.width, divisor)
-        note = f", a multiple of {divisor} as its loader asks" if divisor > 1 else ""
+        rounded = divisor > 1 and new < model.width
+        note = f", a multiple of {divisor} as its loader asks" if rounded else ""
         check_config(model.config, new)
         logger.info("width %d -> %d (asked for %g%s)", model.width, new, asked, note)
         if isinstance(options.targets, Tensor):

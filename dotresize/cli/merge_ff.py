@@ -83,12 +83,13 @@ def merge_ff(args: argparse.Namespace) -> int:
     def run(stages: Stages) -> int:
         model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
         check_weights(model.module)
+        texts_of = choices.fitted(model.config)
         layers = len(layers_of(model.module, stacks_of(model.module)[0]))
         if not 2 <= merging.merge <= layers:
             raise ValueError(f"--merge {merging.merge}: must be 2 to {layers}, the model's layers")
-        streams = calibration_streams(choices, model, tokenizer)
-        tokens = calibration_windows(choices, streams)
-        texts = evaluation_texts(choices, model, tokenizer)
+        streams = calibration_streams(texts_of, model, tokenizer)
+        tokens = calibration_windows(texts_of, streams)
+        texts = evaluation_texts(texts_of, model, tokenizer)
         rows = [_report("dense", model, texts)]
         merged, main = stages.model(
             "merged", lambda: _merged(merging, model, tokens), tokenizer, device
@@ -98,7 +99,7 @@ def merge_ff(args: argparse.Namespace) -> int:
         logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
         new = None
         if recovery.recover is not None:
-            new = recovery_windows(choices, streams, recovery.recover * BATCH_WINDOWS)
+            new = recovery_windows(texts_of, streams, recovery.recover * BATCH_WINDOWS)
         judge = _Judge(model, texts, new, recovery, args.seed, stages)
         rows += judge.reports("merged", merged)
         if args.compare:
@@ -124,7 +125,11 @@ def merge_ff(args: argparse.Namespace) -> int:
 
 def _all_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what was typed, and what was not, for the record."""
-    return {name: value for name, value in vars(args).items() if name not in ("typed", "verb")}
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("typed", "verb", "default_window")
+    }
 
 
 def _check_plot(path: str, merging: MergeChoices) -> None:

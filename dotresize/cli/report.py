@@ -16,9 +16,17 @@ _LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
 
 
 def say(text: str) -> None:
-    """Write a text once, however many processes there are."""
-    if distributed.rank() == 0:
+    """Write a text once, however many processes there are; OSError where nobody can read it."""
+    if distributed.rank():
+        return
+    try:
+        if sys.stdout is None:  # Python's way to say that it was closed from the beginning
+            raise BrokenPipeError
         sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        sys.stdout = None  # nothing more is tried at exit
+        raise OSError("standard output is closed") from None
 
 
 def label(report: dict[str, Any]) -> str:

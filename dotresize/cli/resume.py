@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dotresize import checkpoint, distributed
 from dotresize.calibration.statistics import Statistics
+from dotresize.cli import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
 
 logger = logging.getLogger("dotresize")
@@ -26,10 +28,14 @@ logger = logging.getLogger("dotresize")
 _TENSORS = ("importance", "moment", "cost", "final")
 
 
-def partial_folder(out: str) -> Path:
-    """Return the folder beside an output directory, whatever slashes its name ends in."""
-    path = Path(out)
-    return path.with_name(f"{path.name}.partial")
+def check_name(out: str) -> None:
+    """Raise ValueError for an output whose name leaves no room for that of its unfinished run."""
+    name = Path(out).name
+    size, most = len(os.fsencode(name)), 255 - len(PARTIAL)
+    if not name:
+        raise ValueError(f"output {out!r}: must be the name of a new directory")
+    if size > most:
+        raise ValueError(f"output {name[:40]}...: its name has {size} bytes; at most {most}")
 
 
 def run_in_stages(
@@ -51,6 +57,7 @@ def run_in_stages(
         also: what decides besides what an interrupted run has found.
         check: raises ValueError for what is refused before anything is written.
     """
+    check_name(out)
     if resume and already_done(out, settings):
         if partial_folder(out).exists():
             Stages(out, settings | also, resume=True).remove()

@@ -50,6 +50,11 @@ class Aligner:
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}
         self._found: dict[tuple[int, int], Tensor] = {}
 
+    def close(self) -> None:
+        """Let the features go."""
+        for cache in self._features:
+            cache.close()
+
     def keep(self, layer: int, batch: int, features: Tensor, mask: Tensor | None) -> None:
         """Keep a layer's features, (..., n). mask: what counts, (...); None for all."""
         flat = features.flatten(0, -2)

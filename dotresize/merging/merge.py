@@ -13,7 +13,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,8 +24,10 @@ from tqdm import tqdm
 from dotresize.accounting import unique_parameters
 from dotresize.merging.align import Aligner, counted, features
 from dotresize.merging.tie import dropped, merged, tie, tied
+from dotresize.models.given import transformers_model
 from dotresize.models.stacks import Stack, layers_of, stacks_of
 from dotresize.models.torch_settings import usual_settings
+from dotresize.ops.arguments import check_dense, check_flag, check_number, check_word, shown
 
 ANCHORS = ("first", "middle", "last")
 Metric = Callable[[Any], float]
@@ -87,9 +89,12 @@ def merge_feed_forward(
         >>> len(report["stacks"]["decoder"]["window"])
         2
     """
-    batches = [dict(batch) for batch in batches]
+    model = transformers_model(model)
+    batches = _inputs_of(batches)
     stacks, sizes = _checked(model, batches, k, anchor, permute, soft)
     metric = _default_metric(batches) if metric is None else metric
+    if not callable(metric):
+        raise ValueError(f"metric is {shown(metric)}: must be a callable, model -> float")
     begin = time.perf_counter()
     new = copy.deepcopy(model).eval()
     moved = [{name: x.to(model.device) for name, x in batch.items()} for batch in batches]
@@ -109,6 +114,8 @@ def merge_feed_forward(
             **({"baselines": choice.baselines(metric, best)} if baselines else {}),
         }
         chosen.append((stack, choice.window(best), choice.merged(best)))
+        if permute:
+            found[stack.name].close()
     total = unique_parameters(new)
     shared = [
         names for stack, window, weights in chosen for names in tie(new, stack, window, weights)
@@ -219,6 +226,22 @@ def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
     return minus_loss
 
 
+def _inputs_of(batches: Any) -> list[dict[str, Tensor]]:
+    """Return batches of model inputs; ValueError for what is none."""
+    if isinstance(batches, (str, bytes, Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches is {shown(batches)}: must be an iterable of dicts of tensors")
+    found = []
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batch {i} is {shown(batch)}: must be a dict of tensors")
+        for name, value in batch.items():
+            if not isinstance(name, str):
+                raise ValueError(f"batch {i} has an input {shown(name)}: must be a name")
+            check_dense(f"batch {i}: {name}", value)
+        found.append(dict(batch))
+    return found
+
+
 def _checked(
     model: Any,
     batches: list[dict[str, Tensor]],
@@ -229,11 +252,11 @@ def _checked(
 ) -> tuple[tuple[Stack, ...], dict[str, int]]:
     """Return the stacks to merge, and how many layers of each."""
     stacks = stacks_of(model)
+    check_flag("permute", permute)
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
-    if anchor not in ANCHORS:
-        raise ValueError(f"anchor {anchor!r}: must be one of {', '.join(ANCHORS)}")
-    if soft is not None and not (permute and 0 < soft < float("inf")):
+    check_word("anchor", anchor, ANCHORS)
+    if soft is not None and not (permute and check_number("soft", soft, "a positive number") > 0):
         raise ValueError(f"soft {soft:g}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")

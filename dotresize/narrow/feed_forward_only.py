@@ -10,6 +10,8 @@ narrow/feed_forward.py for the target h W, or with refit for the target y:
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,15 +37,17 @@ def narrow_feed_forwards(
     narrow = model.copied()
     if inner is None:
         return narrow
-    dense_stream = Streams(model, tokens, options.batch_windows)
-    stream = Streams(narrow, tokens, options.batch_windows, dense_stream.place)
-    for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
-        with model.resident(name) as dense_layer, narrow.resident(name) as layer:
-            part = architecture.sublayers[-1]
-            equations = _equations(dense_layer, layer, part, dense_stream, stream)
-            refit_writer(layer, part, equations, inner, options)
-            for i in range(len(stream)):
-                stream.stream[i] = stream.run(layer, i)
+    part = architecture.sublayers[-1]
+    with (
+        closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
+        closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
+    ):
+        for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
+            with model.resident(name) as dense_layer, narrow.resident(name) as layer:
+                equations = _equations(dense_layer, layer, part, dense_stream, stream)
+                refit_writer(layer, part, equations, inner, options)
+                for i in range(len(stream)):
+                    stream.stream[i] = stream.run(layer, i)
     setattr(narrow.config, architecture.inner, inner)
     return narrow
 

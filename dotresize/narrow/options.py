@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.targets import Targets
+from dotresize.ops.arguments import check_flag, check_number, check_whole, check_word
 from dotresize.ops.transport_map import FACTORS
 
 # Weight, in the refit, of the weights as they were.
@@ -194,6 +195,7 @@ class Options:
         """Raise ValueError for the first choice that would be refused whatever the model."""
         check_word("factor", self.factor, FACTORS)
         check_word("params_count", self.params_count, COUNTS)
+        self._check_types()
         self._check_numbers()
         if self.energy is not None and self.width is not None:
             raise ValueError("give width or energy, not both")
@@ -214,22 +216,24 @@ class Options:
             raise ValueError(f"targets: their number is the width; leave {by_rule} out")
         self.method.check(self)
 
+    def _check_types(self) -> None:
+        for name in ("width", "energy", "params", "ff_width", "reg", "ridge"):
+            value = getattr(self, name)
+            if value is not None or name in ("reg", "ridge"):
+                check_number(name, value, "a finite number")
+        for name, least in (("steps", 1), ("seed", -(2**63)), ("batch_windows", 1)):
+            check_whole(name, getattr(self, name), least)
+        if self.self_windows is not None:
+            check_whole("self_windows", self.self_windows, 0)
+        for name in ("refit", "untie", "figures"):
+            check_flag(name, getattr(self, name))
+
     def _check_numbers(self) -> None:
         if not 0 < self.reg < float("inf"):
             raise ValueError(f"reg {self.reg:g}: must be positive and finite")
-        if self.steps < 1:
-            raise ValueError(f"steps {self.steps}: must be at least 1")
-        if self.self_windows is not None and self.self_windows < 0:
-            raise ValueError(f"self_windows {self.self_windows}: must not be negative")
         if not 0 < self.ridge < float("inf"):
             raise ValueError(f"ridge {self.ridge:g}: must be positive and finite")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy {self.energy:g}: must be a share of the variance in (0, 1]")
         if self.params is not None and not 0 < self.params <= 1:
             raise ValueError(f"params {self.params:g}: must be a share of the parameters in (0, 1]")
-
-
-def check_word(name: str, value: Any, words: Any) -> None:
-    """Raise ValueError unless a choice is one of some words."""
-    if value not in words:
-        raise ValueError(f"{name} {value!r}: must be one of {', '.join(words)}")

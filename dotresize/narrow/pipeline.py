@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
+from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import Statistics
-from dotresize.calibration.text import check_tokens
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.budget import split_budget
@@ -45,7 +45,8 @@ def narrow_model(
     check_weights(model.module)
     options = default_size(model, options)
     check_residual(model, options)
-    windows = check_tokens(tokens, model.config.vocab_size)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    windows = check_tokens(tokens, model.config.vocab_size, positions)
     divisor = model.architecture.divisor(model.config)
     asked, width = options.width, model.width
     if options.energy is None and options.params is None:
@@ -62,6 +63,7 @@ def narrow_model(
     if options.energy is not None:
         width = width_for_energy(statistics, options.energy, divisor)
         logger.info("width %d -> %d (energy %g)", model.width, width, options.energy)
+    _warn_of_few(windows, model, width, inner, options)
     given = Calibrated(model, windows, statistics, options)
     seconds = dict.fromkeys(STAGES, 0.0)
     split = None
@@ -87,6 +89,25 @@ def narrow_model(
         shown = made.bases if len(made.bases) > 1 else made.bases * len(moment)
         report["figures"] = maps.figures_of(shown, moment, made.map.details)
     return made.model, report
+
+
+def _warn_of_few(
+    windows: Tensor, model: CausalLM, width: int, inner: int | None, options: Options
+) -> None:
+    """Warn where there are fewer tokens than unknowns in what is solved for."""
+    solved = []
+    if width < model.width or options.energy is not None or options.params is not None:
+        solved.append((model.width, "channels"))
+    if inner is not None or options.params is not None:
+        solved.append((model.inner_width, "inner neurons"))
+    most, what = max(solved, default=(0, ""))
+    tokens, length = windows.numel(), windows.shape[1]
+    if tokens < most:
+        enough = -(-most // length)
+        logger.warning(
+            "%d calibration tokens for %d %s: give at least %d windows of %d",
+            *(tokens, most, what, enough, length),
+        )
 
 
 def _narrowed(

@@ -25,6 +25,8 @@ is read or written, and x has passed its adapter.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -81,13 +83,14 @@ def refit(
     """
     run = _Refit(dense, narrow, q, tokens, inner, options, residual or Residual())
     names = dense.layers
-    for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
-        with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
-            run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3])
-    if inner is not None:
-        setattr(narrow.config, run.architecture.inner, inner)
-    if options.refit and not narrow.tied:
-        run.head(dense, narrow)
+    with closing(run):
+        for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
+            with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
+                run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3])
+        if inner is not None:
+            setattr(narrow.config, run.architecture.inner, inner)
+        if options.refit and not narrow.tied:
+            run.head(dense, narrow)
 
 
 class _Refit:
@@ -116,6 +119,13 @@ class _Refit:
         self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
         locations = 2 * len(dense.layers) + 1
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
+
+    def close(self) -> None:
+        """Let everything that was kept between layers go."""
+        for streams in (self._dense, self._narrow):
+            streams.close()
+        for cache in (*self._delivered, self._middle, self._inner):
+            cache.close()
 
     def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
         """Refit one layer. qs: of what attention and feed-forward read, and of the next one."""

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from dotresize.calibration.statistics import Statistics
 from dotresize.narrow.maps import largest
+from dotresize.ops.arguments import index_tensor
 
 # Union, as aliases are evaluated: Python 3.10 cannot join a Callable and None with a bar.
 Targets = Union[Tensor, Callable[[Statistics, int], Tensor], None]  # noqa: UP007
+
+
+def given_targets(targets: Any) -> Targets:
+    """Return a caller's targets: a tensor of indices, also from a list or an array, or a callable.
+
+    ValueError for anything else.
+    """
+    return targets if targets is None or callable(targets) else index_tensor("targets", targets)
 
 
 def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
@@ -32,7 +41,8 @@ def kept_set(targets: Targets, statistics: Statistics, k: int) -> Tensor:
 
 def check_kept(kept: Tensor, width: int, k: int) -> None:
     """Raise ValueError unless ``kept`` is k different neurons out of ``width``."""
-    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.dim() != 1:
+    kept = index_tensor("targets", kept)
+    if kept.dim() != 1:
         raise ValueError("targets: must be a one-dimensional int64 tensor of neurons")
     kept = kept.sort().values
     if len(kept) != k:

@@ -10,6 +10,7 @@ import copy
 import ctypes
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -20,16 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dotresize.models.causal_lm import CausalLM, PartMaker, fill
+from dotresize.models import architecture_of
+from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied
+from dotresize.models.given import NOT_TIED, same_weight, untied
 from dotresize.offload.headers import INDEX, check_stored, shards
 from dotresize.offload.skeleton import empty, skeleton
 from dotresize.offload.stored_weights import StoredNames, StoredWeights
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE = 2**20
+# Rows of the embedding that are compared at a time.
+TABLE_ROWS = 4096
+
+logger = logging.getLogger("dotresize")
 
 
 def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> CausalLM:
@@ -50,6 +58,8 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> C
     if not shards(folder):
         raise ValueError("has no safetensors files")
     check_stored(folder, config)
+    if is_tied(config) and _head_differs(folder, config):
+        config = untied(config)
     module = skeleton(transformers.AutoModelForCausalLM, config, device)
     if (folder / "generation_config.json").is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -62,6 +72,31 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> C
         if not name.startswith(reached):
             raise ValueError(f"{name} is of no part that --memory knows; leave --memory out")
     return model
+
+
+def _head_differs(folder: Path, config: Any) -> bool:
+    """Return whether files hold a head that is not the embedding; transformers then keeps both."""
+    architecture = architecture_of(config)
+    head, table = (f"{name}.weight" for name in (architecture.head, architecture.embedding))
+    where: dict[str, Path] = {}
+    for path in shards(folder):
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+    if head not in where or table not in where:
+        return False
+    with (
+        safe_open(where[head], framework="pt") as heads,
+        safe_open(where[table], framework="pt") as tables,
+    ):
+        parts = heads.get_slice(head), tables.get_slice(table)
+        rows, *_ = shapes = parts[0].get_shape()
+        if shapes == parts[1].get_shape() and all(
+            same_weight(parts[0][i : i + TABLE_ROWS], parts[1][i : i + TABLE_ROWS])
+            for i in range(0, rows, TABLE_ROWS)
+        ):
+            return False
+    logger.info(NOT_TIED, head, table)
+    return True
 
 
 class Offloaded:
@@ -86,7 +121,9 @@ class Offloaded:
     def opened(cls, module: Any, paths: list[Path], device: torch.device, work: Path) -> CausalLM:
         """Return the model of a skeleton whose weights lie in some files."""
         names = StoredNames(CausalLM.in_memory(module))
-        weights = StoredWeights(paths, device, names, widen=device.type == "cpu")
+        kept = getattr(module.config, "dtype", None)
+        kept = getattr(torch, kept) if isinstance(kept, str) else kept
+        weights = StoredWeights(paths, device, names, widen=device.type == "cpu", kept=kept)
         return CausalLM(module, cls(module, weights, work, "disk"))
 
     @property
@@ -174,7 +211,8 @@ class _Growing(Offloaded):
     def __init__(self, module: Any, maker: PartMaker, dense: Offloaded) -> None:
         model = CausalLM(module, self)
         names = StoredNames(model)
-        weights = StoredWeights([], dense.device, names, widen=dense.weights.widen)
+        given = dense.weights
+        weights = StoredWeights([], dense.device, names, widen=given.widen, kept=given.kept)
         assert dense.activations is not None
         super().__init__(module, weights, dense.work, dense.activations)
         self._maker, self._dense = maker, dense.weights

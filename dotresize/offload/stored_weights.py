@@ -80,14 +80,22 @@ class StoredWeights:
     Attributes:
         where: the file of each stored tensor.
         widen: whether weights in half precision are put into the model as float32.
+        kept: the type that transformers gives every weight when it loads these files, whatever
+            they hold: the config's. None where it keeps theirs.
     """
 
     def __init__(
-        self, paths: list[Path], device: torch.device, names: StoredNames, *, widen: bool
+        self,
+        paths: list[Path],
+        device: torch.device,
+        names: StoredNames,
+        *,
+        widen: bool,
+        kept: torch.dtype | None,
     ) -> None:
         self.device = device
         self.paths: list[Path] = []
-        self.widen = widen
+        self.widen, self.kept = widen, kept
         self.where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, str] = {}
@@ -126,8 +134,9 @@ class StoredWeights:
             return file.get_tensor(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type in which a weight is stored."""
-        return self._piece(self.names.of(name)[0][0]).dtype
+        """Return the type that a weight has when it is loaded, and is written in."""
+        stored = self._piece(self.names.of(name)[0][0]).dtype
+        return self.kept if self.kept is not None and stored.is_floating_point else stored
 
     def check(self, name: str, shape: torch.Size) -> None:
         """Raise ValueError where a weight is not stored, or its pieces have other shapes."""

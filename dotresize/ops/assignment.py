@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from dotresize.ops import reference
+from dotresize.ops.arguments import FLOATS, check_dense, check_flag, exact
 from dotresize.ops.assignment_launch import INVALID, SOLVED, backend_for, solve
-from dotresize.ops.tensors import check_dense
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -65,6 +64,7 @@ def assignment(
 ) -> tuple[Tensor, AssignmentCertificate]: ...
 
 
+@exact
 def assignment(
     score: Tensor, *, maximize: bool = True, certificate: bool = False, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, AssignmentCertificate]:
@@ -105,12 +105,11 @@ def assignment(
         Assignment Problems, Computing 38, 1987.
     """
     check_dense("score", score)
-    for name, value in (("maximize", maximize), ("certificate", certificate)):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}: must be True or False")
+    maximize = check_flag("maximize", maximize)
+    certificate = check_flag("certificate", certificate)
     if score.dim() not in (2, 3) or score.shape[-1] != score.shape[-2]:
         raise ValueError(f"score has shape {tuple(score.shape)}: must be (n, n) or (B, n, n)")
-    if score.dtype not in (*_FLOATS, *_INTEGERS):
+    if score.dtype not in (*FLOATS, *_INTEGERS):
         raise ValueError(f"score has dtype {score.dtype}: must be float16 to float64 or an integer")
     chosen = backend_for(backend, score.device)
     batch = score.detach()[None] if score.dim() == 2 else score.detach()

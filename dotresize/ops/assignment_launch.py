@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dotresize.ops import reference
+from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.sinkhorn import sinkhorn
-from dotresize.ops.tensors import address
 
 # Types that float32 holds exactly; all others are solved from float64.
 _NARROW = (

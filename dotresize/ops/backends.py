@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from dotresize.ops.arguments import check_word
+
 NAMES = ("triton", "cpp", "torch")
 _PROCESS = os.getpid()
 
@@ -37,11 +39,12 @@ def cpp() -> ModuleType:
 
 
 def threads() -> int:
-    """Return the threads of a C++ kernel: torch's number.
+    """Return the threads of a C++ kernel: torch's number, 1 in a process that was forked.
 
-    It is 1 in a process that was forked after this package was imported.
-
-    OpenMP's threads are not forked with it, and waiting for them would never end.
+    Forked means after this module was imported. OpenMP's threads are not forked with a process, and
+    waiting for them would never end. That holds for the kernels of this package alone: operations
+    of torch that a solver makes beside them may still wait for ever in such a process, unless it
+    calls ``torch.set_num_threads(1)`` first. A spawned process has no such limits.
     """
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
@@ -96,11 +99,10 @@ def choose(backend: str, device: torch.device) -> str:
     "auto" takes Triton on CUDA/ROCm, C++ on a CPU, and torch where neither fits. Raises ValueError
     for an unknown name and BackendError, with the reason, for a named backend that cannot run.
     """
-    if isinstance(backend, str) and backend == "auto":
+    check_word("backend", backend, ("auto", *NAMES))
+    if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "cpp"
         return preferred if _why_not(preferred, device) is None else "torch"
-    if not isinstance(backend, str) or backend not in NAMES:
-        raise ValueError(f"backend {backend!r}: must be one of auto, {', '.join(NAMES)}")
     why = _why_not(backend, device)
     if why is not None:
         raise BackendError(f"backend {backend!r} cannot run here: {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import check_dense, check_whole, exact, index_tensor, shown
 from dotresize.ops.constants import TOKEN_BLOCK, L1Operands
 from dotresize.ops.l1_cost import (
     batched_index,
@@ -14,12 +15,6 @@ from dotresize.ops.l1_cost import (
     operands,
 )
 from dotresize.ops.l1_launch import choose_for, divide, launch
-from dotresize.ops.tensors import check_dense
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
-        raise ValueError(f"{name} is {value!r}: must be an integer, not negative")
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -29,7 +24,7 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.empty(0, dtype=torch.float32, device=given).device
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"device {device!r}: {reason}") from None
+        raise ValueError(f"device {shown(device)}: {reason}") from None
 
 
 class L1CostAccumulator:
@@ -74,7 +69,7 @@ class L1CostAccumulator:
         check_options(reduction, precision)
         for name, value in (("n", n), ("m", m), ("batch", batch)):
             if value is not None or name == "n":
-                _check_count(name, value)
+                check_whole(name, value, 0)
         if targets is not None and m is not None:
             raise ValueError("give targets or m, not both")
         self.reduction = reduction
@@ -87,6 +82,7 @@ class L1CostAccumulator:
         self._targets = targets
         problems = 1 if batch is None else batch
         if targets is not None:
+            targets = index_tensor("targets", targets)
             check_targets(targets, problems, n, batch is None)
             self._targets = targets.to(self._device)
         columns = m if m is not None else n if targets is None else targets.shape[-1]
@@ -96,6 +92,7 @@ class L1CostAccumulator:
         self._pending_tokens = 0
         self._dtype: torch.dtype | None = None
 
+    @exact
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add a chunk: x ``(T, n)`` or ``(B, T, n)``, and y likewise if the cost was made with m.
 
@@ -140,6 +137,7 @@ class L1CostAccumulator:
             self._keep(x3[:, stop:], None if y3 is None else y3[:, stop:])
         self.tokens += x3.shape[1]
 
+    @exact
     def result(self) -> Tensor:
         """Return the cost over all tokens so far; more chunks may follow.
 

@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import check_dense, check_flag, check_word, exact, index_tensor
 from dotresize.ops.constants import L1Operands
 from dotresize.ops.l1_gradient import with_gradient
 from dotresize.ops.l1_launch import DTYPES, PRECISIONS, launch
-from dotresize.ops.tensors import check_dense
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -59,6 +59,7 @@ def l1_cost(
 ) -> tuple[Tensor, CostStatistics]: ...
 
 
+@exact
 def l1_cost(
     x: Tensor,
     y: Tensor | None = None,
@@ -79,8 +80,8 @@ def l1_cost(
     Args:
         x: source activations, ``(T, n)`` or ``(B, T, n)``; float32, float16 or bfloat16.
         y: target activations, ``(T, m)`` or ``(B, T, m)``, of the same dtype and device.
-        targets: int64 ``(m,)`` or ``(B, m)`` instead of y: ``y = x[..., targets]``; copied on a
-            GPU only.
+        targets: int64 ``(m,)`` or ``(B, m)``, or a list or array of such, instead of y:
+            ``y = x[..., targets]``; copied on a GPU only.
             With neither, y = x and only half of the pairs are computed.
         reduction: "mean" or "sum" over tokens.
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
@@ -119,8 +120,7 @@ def l1_cost(
                 [1.5000]])
     """
     check_options(reduction, precision)
-    if not isinstance(statistics, bool):
-        raise ValueError(f"statistics is {statistics!r}: must be True or False")
+    statistics = check_flag("statistics", statistics)
     check_dense("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")
@@ -157,12 +157,8 @@ def _wants_gradient(x: Tensor, y: Tensor | None) -> bool:
 
 def check_options(reduction: str, precision: str) -> None:
     """Raise ValueError for a word that is not an option."""
-    for name, word, known in (
-        ("reduction", reduction, _REDUCTIONS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if not isinstance(word, str) or word not in known:
-            raise ValueError(f"{name} {word!r}: must be one of {', '.join(known)}")
+    check_word("reduction", reduction, _REDUCTIONS)
+    check_word("precision", precision, PRECISIONS)
 
 
 def operands(
@@ -186,6 +182,8 @@ def operands(
         return x3, (y if y.dim() == 3 else y[None]).detach().resolve_neg(), None
     if targets is None:
         return x3, None, None
+    if not isinstance(targets, Tensor):
+        targets = index_tensor("targets", targets).to(x.device)
     check_targets(targets, x3.shape[0], x3.shape[2], x.dim() == 2)
     if targets.device != x.device:
         raise ValueError(f"targets are on {targets.device}, x on {x.device}")

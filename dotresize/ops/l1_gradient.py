@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dotresize.ops import reference
+from dotresize.ops.arguments import address
 from dotresize.ops.backends import choose, cpp, threads
 from dotresize.ops.constants import L1Gradients
 from dotresize.ops.l1_launch import operand, readable, targets_first
-from dotresize.ops.tensors import address
 
 
 def with_gradient(

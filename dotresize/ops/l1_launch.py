@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dotresize.ops import l1_fp16, l1_u8, reference
+from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import GROUP, L1Operands, chunk_tokens
-from dotresize.ops.tensors import address
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp

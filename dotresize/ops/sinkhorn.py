@@ -6,11 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import (
+    check_dense,
+    check_number,
+    check_whole,
+    check_word,
+    exact,
+    shown,
+)
 from dotresize.ops.constants import ANDERSON, MOMENTUM, PLAIN, SinkhornBatch
 from dotresize.ops.sinkhorn_checks import Settings, checked, per_problem, rescaled
 from dotresize.ops.sinkhorn_launch import STORAGES, solve
@@ -22,6 +29,7 @@ ACCELERATIONS = {"none": PLAIN, "momentum": MOMENTUM, "anderson": ANDERSON}
 _STAGE_TOLERANCE = 0.05
 
 
+@exact
 def sinkhorn(
     cost: Tensor | Sequence[Tensor],
     reg: float | Tensor,
@@ -98,15 +106,12 @@ def sinkhorn(
     if not isinstance(cost, (Tensor, list, tuple)):
         kind = type(cost).__name__
         raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
-    steps = max_iter if isinstance(max_iter, Integral) and not isinstance(max_iter, bool) else -1
-    if not 0 <= int(steps) < 2**62:
-        raise ValueError(f"max_iter is {max_iter!r:.80}: must be an integer from 0 up")
-    if not isinstance(storage, str) or storage not in STORAGES:
-        raise ValueError(f"storage {storage!r}: must be one of {', '.join(STORAGES)}")
-    if not isinstance(acceleration, str) or acceleration not in ("auto", *ACCELERATIONS):
-        known = ", ".join(ACCELERATIONS)
-        raise ValueError(f"acceleration {acceleration!r}: must be auto or one of {known}")
+    max_iter = check_whole("max_iter", max_iter, 0)
+    check_word("storage", storage, STORAGES)
+    check_word("acceleration", acceleration, ("auto", *ACCELERATIONS))
     ragged = not isinstance(cost, Tensor)
+    if isinstance(cost, Tensor):
+        check_dense("cost", cost)
     count = 1 if isinstance(cost, Tensor) and cost.dim() < 3 else len(cost)
     regs = per_problem("reg", reg, count)
     if not (regs > 0).all():
@@ -122,7 +127,7 @@ def sinkhorn(
     )
     if acceleration == "auto":
         accelerations[tols == 0] = PLAIN
-    settings = Settings(regs, tols, accelerations, int(max_iter))
+    settings = Settings(regs, tols, accelerations, max_iter)
     solved: dict[int, SolvedProblem] = {}
     for batch in checked(cost, a, b, init, settings, backend):
         problems = _solve_stages(batch, stages, storage=storage, backend=backend)
@@ -140,11 +145,13 @@ def _stages(schedule: Sequence[float] | None) -> list[float]:
     """Return the schedule and the 1 that ends it."""
     try:
         given = () if schedule is None else schedule
-        factors = [0.0] if isinstance(given, str) else [float(factor) for factor in given]
-    except (TypeError, ValueError):
+        factors = [check_number("schedule", factor, "a number") for factor in given]
+    except (TypeError, ValueError, RuntimeError):
         factors = [0.0]
     if not all(1 <= later <= factor < math.inf for factor, later in pairwise([*factors, 1.0])):
-        raise ValueError(f"schedule is {schedule!r}: must be falling multiples of reg, 1 or more")
+        raise ValueError(
+            f"schedule is {shown(schedule)}: must be falling multiples of reg, 1 or more"
+        )
     return [*factors, 1.0]
 
 

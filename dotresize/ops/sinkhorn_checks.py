@@ -8,13 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import FLOAT_NAMES, FLOATS, check_dense, shown
 from dotresize.ops.backends import choose
 from dotresize.ops.constants import SinkhornBatch
 from dotresize.ops.sinkhorn_result import SinkhornResult
-from dotresize.ops.tensors import check_dense
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TYPES = "float16, bfloat16, float32 or float64"
 # How far the masses of a and b may be apart, relative to the larger.
 _MASS_TOLERANCE = 1e-5
 
@@ -40,14 +38,12 @@ def checked(
 
     Raises ValueError with the reason why one cannot be solved.
     """
-    if isinstance(cost, Tensor):
-        check_dense("cost", cost)
-    else:
+    if not isinstance(cost, Tensor):
         return _ragged(list(cost), a, b, init, settings, backend)
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
-    if cost.dtype not in DTYPES:
-        raise ValueError(f"cost has dtype {cost.dtype}: must be {_TYPES}")
+    if cost.dtype not in FLOATS:
+        raise ValueError(f"cost has dtype {cost.dtype}: must be {FLOAT_NAMES}")
     batch = cost[None] if cost.dim() == 2 else cost
     choose(backend, cost.device)  # raises before anything is computed
     return [_batch(batch, a, b, init, settings, range(len(batch)))]
@@ -66,9 +62,9 @@ def _ragged(
         raise ValueError("cost is an empty list: there must be problems with entries")
     for i, cost in enumerate(costs):
         check_dense(f"cost {i} of the list", cost)
-        if cost.dim() != 2 or cost.dtype not in DTYPES:
+        if cost.dim() != 2 or cost.dtype not in FLOATS:
             kind = f"{cost.dim()}-D of {cost.dtype}"
-            raise ValueError(f"cost {i} of the list is {kind}: must be 2-D, {_TYPES}")
+            raise ValueError(f"cost {i} of the list is {kind}: must be 2-D, {FLOAT_NAMES}")
     vectors: dict[str, list[Tensor] | None] = {}
     if init is not None and not (isinstance(init, (tuple, list)) and len(init) == 2):
         raise ValueError("init: must be a result, or a pair of potentials (f, g)")
@@ -143,18 +139,20 @@ def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     try:
         if isinstance(value, Tensor):
             check_dense(name, value)
+        if isinstance(value, (str, bytes)) or torch.is_complex(torch.as_tensor(value)):
+            raise ValueError
         given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        shown = " ".join(f"{value!r:.80}".split())
-        raise ValueError(f"{name} is {shown}: must be a number or ({batch},) of them") from None
+        accepted = f"must be a number or ({batch},) of them"
+        raise ValueError(f"{name} is {shown(value)}: {accepted}") from None
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
         raise ValueError(f"{name} has shape {tuple(given.shape)}: must be a number or ({batch},)")
     if not torch.isfinite(given).all():
-        raise ValueError(f"{name} is {_shown(given)}: must be finite")
+        raise ValueError(f"{name} is {_first_wrong(given)}: must be finite")
     return given.expand(batch).contiguous()
 
 
-def _shown(values: Tensor) -> str:
+def _first_wrong(values: Tensor) -> str:
     """Return numbers in one line, those of a vector up to the first that is at fault."""
     if values.dim() == 0:
         return f"{float(values):g}"

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dotresize.ops import reference
+from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
 from dotresize.ops.constants import ANDERSON, MOMENTUM, SinkhornBatch, SinkhornSolution
 from dotresize.ops.solved_problem import STATUS_WORDS, SolvedProblem
-from dotresize.ops.tensors import address
 
 STORAGES = ("exact", "u16")
 

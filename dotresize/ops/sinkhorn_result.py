@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import shown
 from dotresize.ops.solved_problem import SolvedProblem
 
 
@@ -94,7 +95,13 @@ class SinkhornResult:
         )
 
     def __getitem__(self, index: int) -> SinkhornResult:
-        return SinkhornResult.collect([self._problems[operator.index(index)]], "single")
+        number = index if isinstance(index, Integral) else None
+        count = len(self)
+        if number is None:
+            raise TypeError(f"problem {shown(index)}: must be an integer")
+        if not -count <= number < count:
+            raise IndexError(f"problem {shown(index)}: there are {count}")
+        return SinkhornResult.collect([self._problems[int(number)]], "single")
 
     def __len__(self) -> int:
         return len(self._problems)

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import address
 from dotresize.ops.backends import cpp, threads
 from dotresize.ops.sinkhorn_gradient import plan_of, value_of
-from dotresize.ops.tensors import address
 
 STATUS_WORDS = ("converged", "max_iter", "infeasible", "invalid")
 

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import (
+    FLOAT_NAMES,
+    FLOATS,
+    check_dense,
+    check_number,
+    check_word,
+    exact,
+)
+
 # Beyond this condition number, after the constant direction is taken out, a direction of the span
 # is lost in float64 as well.
 MAX_CONDITION = 1e8
@@ -44,6 +53,7 @@ class Factors:
     cond_deflated: float
 
 
+@exact
 def transport_map(plan: Tensor) -> Tensor:
     r"""Return the map of a transport plan: :math:`T_{ij} = P_{ij} / \sum_i P_{ij}`.
 
@@ -59,8 +69,11 @@ def transport_map(plan: Tensor) -> Tensor:
         tensor([[0.5000, 0.0000],
                 [0.5000, 1.0000]])
     """
+    check_dense("plan", plan)
     if plan.dim() not in (2, 3):
         raise ValueError(f"plan has shape {tuple(plan.shape)}: must be (n, k) or (B, n, k)")
+    if plan.dtype not in FLOATS:
+        raise ValueError(f"plan has dtype {plan.dtype}: must be {FLOAT_NAMES}")
     if not torch.isfinite(plan).all() or (plan < 0).any():
         raise ValueError("plan holds negative or non-finite entries")
     mass = plan.sum(-2, keepdim=True)
@@ -71,6 +84,7 @@ def transport_map(plan: Tensor) -> Tensor:
     return plan / mass
 
 
+@exact
 def factorize(
     T: Tensor, method: str = "polar", *, name: str = "the map", max_cond: float = MAX_CONDITION
 ) -> Factors:
@@ -87,7 +101,7 @@ def factorize(
         max_cond: largest accepted condition number of the deflated map.
 
     Raises:
-        ValueError: wrong shape or method, not finite, or a collapsed span, by name.
+        ValueError: wrong shape, dtype or method, not finite, or a collapsed span, by name.
 
     Example:
         >>> import torch
@@ -97,8 +111,13 @@ def factorize(
         >>> bool(torch.allclose(factors.q @ factors.r, T.double()))
         True
     """
-    if method not in FACTORS:
-        raise ValueError(f"method {method!r}: must be one of {', '.join(FACTORS)}")
+    check_word("method", method, FACTORS)
+    check_dense(name, T)
+    max_cond = check_number("max_cond", max_cond, "a number from 1 up")
+    if max_cond < 1:
+        raise ValueError(f"max_cond is {max_cond:g}: must be a number from 1 up")
+    if T.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {T.dtype}: must be {FLOAT_NAMES}")
     if T.dim() != 2 or T.shape[1] > T.shape[0] or T.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(T.shape)}: must be (D, k) with 0 < k <= D")
     work = T.double()

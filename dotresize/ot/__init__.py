@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dotresize.ops.arguments import check_flag
 from dotresize.ot._batch import BatchResult, solve_batch
 from dotresize.ot._problem import METHODS, Problem
 
@@ -99,6 +100,7 @@ def sinkhorn(
     References:
         R. Flamary et al., POT: Python Optimal Transport, JMLR 22(78), 2021.
     """
+    log = check_flag("log", log)
     problem = Problem.checked(a, b, M, reg, method, METHODS, kwargs)
     solved = problem.solve(numItermax, stopThr, verbose, warn, warmstart)
     result = problem.arrays.back(solved.result)
@@ -131,6 +133,7 @@ def sinkhorn2(
         >>> bool(loss < 1e-3)
         True
     """
+    log = check_flag("log", log)
     problem = Problem.checked(a, b, M, reg, method, METHODS[:3], kwargs)
     solved = problem.solve(numItermax, stopThr, verbose, warn, warmstart)
     loss = problem.arrays.back(solved.loss())

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import check_whole, check_word
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ot._arrays import (
     Arrays,
     linear_loss,
     positive_reg,
     tolerance,
-    whole_number,
 )
 
 _METHODS = ("auto", "proximal", "log_sinkhorn", "sinkhorn")
@@ -129,10 +129,9 @@ def solve_batch(
         ("reg_type", kind, _REG_TYPES),
         ("grad", grad, _GRADS),
     ):
-        if not isinstance(given, str) or given not in accepted:
-            raise ValueError(f"{name} is {given!r}: must be one of {', '.join(accepted)}")
+        check_word(name, given, accepted)
     number = positive_reg(reg, "ot.batch.solve_batch(M)")
-    steps, tol = whole_number("max_iter", max_iter, 0), tolerance("tol", tol)
+    steps, tol = check_whole("max_iter", max_iter, 0), tolerance("tol", tol)
     arrays = Arrays.of(M=M, a=a, b=b)
     cost = arrays.tensor(M)
     if cost.dim() != 3:

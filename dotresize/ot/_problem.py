@@ -8,16 +8,17 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dotresize.ops.arguments import check_flag, check_whole, check_word
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ot._arrays import (
     Arrays,
     linear_loss,
     positive_reg,
     tolerance,
-    whole_number,
 )
 
 _log = logging.getLogger("dotresize.ot")
@@ -87,8 +88,7 @@ class Problem:
         cls, a: Any, b: Any, M: Any, reg: Any, method: str, methods: tuple[str, ...], options: dict
     ) -> Problem:
         name = method.lower() if isinstance(method, str) else method
-        if name not in methods:
-            raise ValueError(f"unknown method {method!r}: must be one of {', '.join(methods)}")
+        check_word("unknown method", name, methods)
         arrays = Arrays.of(a=a, b=b, M=M)
         cost = arrays.tensor(M)
         if cost.dim() != 2 or cost.numel() == 0:
@@ -99,14 +99,15 @@ class Problem:
         if several and name not in METHODS[:3]:
             raise ValueError(f"b has shape {tuple(columns.shape)}: {name} takes one, (m,)")
         number = positive_reg(reg, "ot.emd(a, b, M)")
-        inner = whole_number("numInnerItermax", options.get("numInnerItermax", 100), 1)
+        inner = check_whole("numInnerItermax", options.get("numInnerItermax", 100), 1)
         columns = columns.T if several else columns[None]
         return cls(arrays, cost, rows, columns, number, name, several, inner)
 
     def solve(
         self, max_iter: int, stop: float, verbose: bool, warn: bool, warmstart: Any
     ) -> Solved:
-        max_iter, stop = whole_number("numItermax", max_iter, 1), tolerance("stopThr", stop)
+        verbose, warn = check_flag("verbose", verbose), check_flag("warn", warn)
+        max_iter, stop = check_whole("numItermax", max_iter, 1), tolerance("stopThr", stop)
         stages = [(stop, max_iter)]
         if self.method == "sinkhorn_epsilon_scaling":
             # As POT: 35 rounds at least, each as exact as stop asks; then rounds until the squares
@@ -221,7 +222,7 @@ class Problem:
 
 def _histogram(name: str, value: Any, length: int, arrays: Arrays, several: bool = False) -> Tensor:
     """Return a histogram, float64 (length,) or (length, k); empty and None are uniform."""
-    if value is None or len(value) == 0:
+    if value is None or (np.ndim(value) == 1 and len(value) == 0):
         uniform = 1 / max(1, length)
         return torch.full((length,), uniform, dtype=torch.float64, device=arrays.device)
     given = arrays.tensor(value).double()

@@ -1,0 +1,125 @@
+"""Calibration tokens as a caller gives them, made into windows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dotresize.ops.arguments import check_dense, shown
+
+ACCEPTED = (
+    "must be int64 (windows, length), what a tokenizer returns, lists of token ids, or an iterable "
+    "of such"
+)
+
+
+def check_tokens(tokens: Any, vocabulary: int, positions: int | None = None) -> Tensor:
+    """Return the calibration windows as one int64 tensor (windows, length), checked.
+
+    Args:
+        tokens: such a tensor; a mapping with ``input_ids`` and, where there is padding, its
+            ``attention_mask``; lists of ids; NumPy arrays; or an iterable of these. Texts of
+            different lengths are joined in order and cut into windows as long as the longest; what
+            is left over at the end is left out.
+        vocabulary: ids are below it.
+        positions: tokens that the model can tell apart; None for any number.
+
+    Raises:
+        ValueError: for anything else, in words; for no tokens at all.
+    """
+    parts = _parts(tokens)
+    tensors = all(part.dim() == 2 for part in parts)
+    if tensors and len({part.shape[1] for part in parts}) > 1:
+        wrong = next(part for part in parts if part.shape[1] != parts[0].shape[1])
+        raise ValueError(
+            f"tokens are {wrong.dtype} of shape {tuple(wrong.shape)}: must be int64 "
+            "(windows, length), all of one length"
+        )
+    if tensors and parts:
+        windows = torch.cat([part.cpu() for part in parts])
+    else:
+        texts = [text.cpu() for part in parts for text in (part if part.dim() == 2 else [part])]
+        windows = _cut([text for text in texts if len(text)])
+    if windows.numel() == 0:
+        raise ValueError("there are no calibration tokens")
+    most, least = int(windows.max()), int(windows.min())
+    if most >= vocabulary or least < 0:
+        wrong_id = most if most >= vocabulary else least
+        raise ValueError(f"token id {wrong_id}: the model's vocabulary is {vocabulary}")
+    if positions is not None and windows.shape[1] > positions:
+        raise ValueError(
+            f"tokens are windows of {windows.shape[1]}: the model has {positions} positions"
+        )
+    return windows
+
+
+def _cut(texts: list[Tensor]) -> Tensor:
+    """Return texts as windows of one length."""
+    if not texts:
+        return torch.empty((0, 0), dtype=torch.int64, device="cpu")
+    lengths = {len(text) for text in texts}
+    if len(lengths) == 1:
+        return torch.stack(texts)
+    joined, length = torch.cat(texts), max(lengths)
+    return joined[: len(joined) // length * length].view(-1, length)
+
+
+def _parts(tokens: Any) -> list[Tensor]:
+    """Return tensors (windows, length) as they were given, and texts (length,)."""
+    if isinstance(tokens, Mapping):
+        return _masked(tokens)
+    if isinstance(tokens, Tensor):
+        check_dense("tokens", tokens)
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            given = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+            raise ValueError(f"tokens are {given}: must be int64 (windows, length)")
+        return [tokens.detach()]
+    if isinstance(tokens, np.ndarray):
+        if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
+            given = f"a NumPy array of {tokens.dtype}, shape {tokens.shape}"
+            raise ValueError(f"tokens are {given}: must be integers (windows, length)")
+        return [torch.from_numpy(tokens.astype(np.int64))]
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+        advice = "; pass text through the model's tokenizer first"
+        raise ValueError(
+            f"tokens is {shown(tokens)}: {ACCEPTED}{advice if isinstance(tokens, str) else ''}"
+        )
+    entries = list(tokens)
+    whole = [isinstance(entry, Integral) and not isinstance(entry, bool) for entry in entries]
+    if entries and all(whole):
+        if not all(-(2**63) <= int(entry) < 2**63 for entry in entries):
+            raise ValueError("tokens hold a number beyond 64 bits: must be token ids")
+        ids = [int(entry) for entry in entries]
+        return [torch.tensor(ids, dtype=torch.int64, device="cpu")]
+    return [part for entry in entries for part in _parts(entry)]
+
+
+def _masked(batch: Mapping) -> list[Tensor]:
+    """Return the texts of a tokenizer's result, without what its attention mask leaves out."""
+    if "input_ids" not in batch:
+        raise ValueError(f"tokens are {_kind(batch)} without input_ids: {ACCEPTED}")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    texts = [text for part in _parts(_whole(ids)) for text in (part if part.dim() == 2 else [part])]
+    if mask is None:
+        return texts
+    masks = [row for part in _parts(_whole(mask)) for row in (part if part.dim() == 2 else [part])]
+    if [len(text) for text in texts] != [len(row) for row in masks]:
+        raise ValueError("tokens: attention_mask must have the shape of input_ids")
+    return [text[row.to(text.device) != 0] for text, row in zip(texts, masks, strict=True)]
+
+
+def _kind(batch: Mapping) -> str:
+    return f"a {type(batch).__name__}"
+
+
+def _whole(value: Any) -> Any:
+    """Return ids or a mask of any integer type, one text or several, as ``_parts`` takes them."""
+    if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+        value = check_dense("tokens", value).long()
+        return value[None] if value.dim() == 1 else value
+    return value

@@ -1,0 +1,154 @@
+"""Checks of what callers give, each with one line that says what it was and what is accepted."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def shown(value: Any) -> str:
+    """Return in one short line what a value is; the entries of arrays are left out."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a caller's own class may do anything
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_dense(name: str, value: Any) -> Tensor:
+    """Return the value; ValueError for anything but a tensor whose entries lie in memory."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: must be a torch tensor")
+    if is_lazy(value):
+        raise ValueError(f"{name} is an uninitialized parameter: must be a tensor with values")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise ValueError(f"{name} is {kind}: must be a dense tensor")
+    if value.is_quantized:
+        raise ValueError(f"{name} has dtype {value.dtype}: must not be quantized")
+    if value.device.type == "meta" or not _has_memory(value):
+        place = "on meta" if value.device.type == "meta" else "a stand-in without values"
+        advice = "must be a dense tensor with values (those of torch.func and fake ones have none)"
+        raise ValueError(f"{name} is {place}: {advice}")
+    return value
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Return whether all entries of a tensor lie in memory that it owns.
+
+    Tensors that torch traces or vectorises have no address, and a storage may have been freed.
+    """
+    if value.numel() == 0:
+        return True
+    try:
+        steps = zip(value.shape, value.stride(), strict=True)
+        last = value.storage_offset() + sum((size - 1) * step for size, step in steps)
+        room = value.untyped_storage().nbytes()
+        return value.data_ptr() != 0 and (last + 1) * value.element_size() <= room
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def address(tensor: Tensor | None, dtype: torch.dtype) -> int:
+    """Return where a tensor's first entry lies, for the C++ kernels; 0 for None.
+
+    Raises RuntimeError for a dtype or a device that the kernel would misread: whatever defaults a
+    caller has given to torch, memory is never read or written as something else.
+    """
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        given = f"{tensor.dtype} on {tensor.device}"
+        raise RuntimeError(f"a buffer is {given}: the kernel takes {dtype} on cpu")
+    return tensor.data_ptr()
+
+
+def check_word(name: str, value: Any, words: Iterable[str]) -> None:
+    """Raise ValueError unless a choice is one of some words."""
+    known = list(words)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} {shown(value)}: must be one of {', '.join(known)}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return a choice that is True or False; ValueError for anything else."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {shown(value)}: must be True or False")
+    return bool(value)
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Return an integer of at least ``least``; ValueError for anything else."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) < 2**62:
+        raise ValueError(f"{name} is {shown(value)}: must be an integer from {least} up")
+    return int(value)
+
+
+def check_number(name: str, value: Any, accepted: str) -> float:
+    """Return one finite real number; ValueError, saying what is ``accepted``, for anything else.
+
+    NumPy's and torch's numbers, and arrays of one entry, are numbers.
+    """
+    number = math.nan
+    if isinstance(value, Tensor):
+        value = check_dense(name, value).detach().cpu().numpy() if value.numel() == 1 else None
+    if isinstance(value, np.ndarray):
+        value = value.reshape(())[()] if value.size == 1 else None
+    if isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {shown(value)}: must be {accepted}")
+    return number
+
+
+def index_tensor(name: str, value: Any) -> Tensor:
+    """Return indices as int64, from a tensor of that type, or a list or NumPy array of integers.
+
+    ValueError for anything else.
+    """
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.dtype != torch.int64:
+            raise ValueError(f"{name} are {value.dtype}: must be int64")
+        return value
+    if isinstance(value, (list, tuple, range, np.ndarray)):
+        try:
+            given = np.asarray(value)
+        except ValueError:  # rows of different lengths
+            given = np.empty(0, dtype=object)
+        if given.dtype.kind in "iu" and given.dtype.itemsize <= 8 and given.size:
+            return torch.from_numpy(given.astype(np.int64))
+    raise ValueError(f"{name} is {shown(value)}: must be int64 indices, as a tensor, array or list")
+
+
+def exact(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return the function so that an autocast around its call does not round what it computes."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return call
