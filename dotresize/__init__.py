@@ -5,9 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dotresize import ot
-    from dotresize.checkpoint import load
-    from dotresize.compression import compress
-    from dotresize.merging.merge import merge_feed_forward
     from dotresize.ops.assignment import AssignmentCertificate, assignment
     from dotresize.ops.backends import BackendError, backends
     from dotresize.ops.l1_accumulator import L1CostAccumulator
@@ -15,7 +12,6 @@ if TYPE_CHECKING:
     from dotresize.ops.sinkhorn import sinkhorn
     from dotresize.ops.sinkhorn_result import SinkhornResult
     from dotresize.ops.transport_map import Factors, factorize, transport_map
-    from dotresize.recovery import recover
 
 __version__ = "0.1.0"
 

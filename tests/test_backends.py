@@ -7,8 +7,7 @@ import torch
 from conftest import ON_GPU
 
 import dotresize
-from dotresize import BackendError, backends, l1_cost
-from dotresize.ops.backends import choose
+from dotresize import BackendError, backends, l1_cost, sinkhorn
 
 
 def test_report_says_what_runs():
@@ -43,9 +42,12 @@ def test_named_backend_never_falls_back(run_python):
 
 
 def test_wrong_device_is_refused():
+    x = torch.rand(3, 2, device="meta")
     for name in ("cpp", "triton"):
         with pytest.raises(BackendError, match="tensors, not meta"):
-            choose(name, torch.device("meta"))
+            l1_cost(x, backend=name)
+        with pytest.raises(BackendError, match="tensors, not meta"):
+            sinkhorn(x, 1.0, backend=name)
 
 
 def test_impossible_simd_level(run_python):

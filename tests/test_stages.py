@@ -122,7 +122,7 @@ def test_every_option_is_compared(arguments):
         for kind in (Options, TextChoices, RecoveryChoices)
         for field in fields(kind)
     } - recorded.keys()
-    assert unrecorded == {"backend", "batch_windows", "figures"}
+    assert unrecorded == {"backend", "batch_windows", "default_window", "figures"}
     other = _parser().parse_args([*arguments, "--factor", "qr"])
     with pytest.raises(ValueError, match=r"made with another factor \(polar then, qr now\)"):
         refuse_changes(Path("out"), settings(other, Options), recorded)

@@ -11,16 +11,13 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import NoReturn
 
 # Nothing here imports torch: it takes seconds, in which Ctrl-C and mistakes are answered, too.
 from dotresize import __version__
+from dotresize.cli.names import partial_folder
 
 logger = logging.getLogger("dotresize")
-
-# What follows an output's name in that of the folder with its finished stages.
-PARTIAL = ".partial"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,12 +265,6 @@ def main(argv: list[str] | None = None) -> int:
         # No traceback in a user's face; DOTRESIZE_DEBUG=1 shows it.
         kept = _stages_kept(args)
         return _fail(f"{type(error).__name__}: {error}{'; ' if kept else ''}{kept}", 1)
-
-
-def partial_folder(out: str) -> Path:
-    """Return the folder beside an output directory, whatever slashes its name ends in."""
-    path = Path(out)
-    return path.with_name(f"{path.name}{PARTIAL}")
 
 
 def _stages_kept(args: argparse.Namespace) -> str:

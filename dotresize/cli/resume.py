@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dotresize import checkpoint, distributed
 from dotresize.calibration.statistics import Statistics
-from dotresize.cli import PARTIAL, partial_folder
+from dotresize.cli.names import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
 
 logger = logging.getLogger("dotresize")
@@ -35,7 +35,7 @@ def check_name(out: str) -> None:
     if not name:
         raise ValueError(f"output {out!r}: must be the name of a new directory")
     if size > most:
-        raise ValueError(f"output {name[:40]}...: its name has {size} bytes; at most {most}")
+        raise ValueError(f"output {name[:40]}...: File name too long, {size} bytes; at most {most}")
 
 
 def run_in_stages(

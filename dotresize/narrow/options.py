@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.targets import Targets
-from dotresize.ops.arguments import check_flag, check_number, check_whole, check_word
+from dotresize.ops.arguments import check_flag, check_number, check_whole, check_word, shown
 from dotresize.ops.transport_map import FACTORS
 
 # Weight, in the refit, of the weights as they were.
@@ -221,16 +222,22 @@ class Options:
             value = getattr(self, name)
             if value is not None or name in ("reg", "ridge"):
                 check_number(name, value, "a finite number")
-        for name, least in (("steps", 1), ("seed", -(2**63)), ("batch_windows", 1)):
-            check_whole(name, getattr(self, name), least)
-        if self.self_windows is not None:
-            check_whole("self_windows", self.self_windows, 0)
+        for name in ("steps", "batch_windows", "self_windows"):
+            if getattr(self, name) is not None or name != "self_windows":
+                check_whole(name, getattr(self, name), -(2**63))
+        if not isinstance(self.seed, Integral) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
         for name in ("refit", "untie", "figures"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
         if not 0 < self.reg < float("inf"):
             raise ValueError(f"reg {self.reg:g}: must be positive and finite")
+        for name in ("steps", "batch_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.self_windows is not None and self.self_windows < 0:
+            raise ValueError(f"self_windows {self.self_windows}: must not be negative")
         if not 0 < self.ridge < float("inf"):
             raise ValueError(f"ridge {self.ridge:g}: must be positive and finite")
         if self.energy is not None and not 0 < self.energy <= 1:

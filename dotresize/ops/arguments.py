@@ -31,12 +31,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def check_dense(name: str, value: Any) -> Tensor:
-    """Return the value; ValueError for anything but a tensor whose entries lie in memory."""
+def check_tensor(name: str, value: Any) -> Tensor:
+    """Return the value; ValueError for anything but a tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}: must be a torch tensor")
     if is_lazy(value):
         raise ValueError(f"{name} is an uninitialized parameter: must be a tensor with values")
+    return value
+
+
+def check_dense(name: str, value: Any) -> Tensor:
+    """Return the value; ValueError for anything but a tensor whose entries lie in memory."""
+    check_tensor(name, value)
     if value.is_nested or value.layout is not torch.strided:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
         raise ValueError(f"{name} is {kind}: must be a dense tensor")
@@ -96,7 +102,7 @@ def check_flag(name: str, value: Any) -> bool:
 def check_whole(name: str, value: Any, least: int) -> int:
     """Return an integer of at least ``least``; ValueError for anything else."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) < 2**62:
+    if not whole or not least <= int(value) < 2**63:
         raise ValueError(f"{name} is {shown(value)}: must be an integer from {least} up")
     return int(value)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dotresize.ops import reference
-from dotresize.ops.arguments import FLOATS, check_dense, check_flag, exact
+from dotresize.ops.arguments import FLOATS, check_dense, check_flag, check_tensor, exact
 from dotresize.ops.assignment_launch import INVALID, SOLVED, backend_for, solve
 
 _INTEGERS = (
@@ -104,6 +104,8 @@ def assignment(
         R. Jonker and A. Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear
         Assignment Problems, Computing 38, 1987.
     """
+    check_tensor("score", score)
+    chosen = backend_for(backend, score.device)  # raises before anything is looked at
     check_dense("score", score)
     maximize = check_flag("maximize", maximize)
     certificate = check_flag("certificate", certificate)
@@ -111,7 +113,6 @@ def assignment(
         raise ValueError(f"score has shape {tuple(score.shape)}: must be (n, n) or (B, n, n)")
     if score.dtype not in (*FLOATS, *_INTEGERS):
         raise ValueError(f"score has dtype {score.dtype}: must be float16 to float64 or an integer")
-    chosen = backend_for(backend, score.device)
     batch = score.detach()[None] if score.dim() == 2 else score.detach()
     if batch.numel() == 0:
         columns, v = torch.empty(batch.shape[:2], dtype=torch.int64, device="cpu"), None

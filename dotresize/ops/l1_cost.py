@@ -7,10 +7,17 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from dotresize.ops.arguments import check_dense, check_flag, check_word, exact, index_tensor
+from dotresize.ops.arguments import (
+    check_dense,
+    check_flag,
+    check_tensor,
+    check_word,
+    exact,
+    index_tensor,
+)
 from dotresize.ops.constants import L1Operands
 from dotresize.ops.l1_gradient import with_gradient
-from dotresize.ops.l1_launch import DTYPES, PRECISIONS, launch
+from dotresize.ops.l1_launch import DTYPES, PRECISIONS, choose_for, launch
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -121,6 +128,8 @@ def l1_cost(
     """
     check_options(reduction, precision)
     statistics = check_flag("statistics", statistics)
+    check_tensor("x", x)
+    choose_for(precision, backend, x.device)  # raises before anything is looked at
     check_dense("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")

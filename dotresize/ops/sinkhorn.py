@@ -13,11 +13,13 @@ from torch import Tensor
 from dotresize.ops.arguments import (
     check_dense,
     check_number,
+    check_tensor,
     check_whole,
     check_word,
     exact,
     shown,
 )
+from dotresize.ops.backends import choose
 from dotresize.ops.constants import ANDERSON, MOMENTUM, PLAIN, SinkhornBatch
 from dotresize.ops.sinkhorn_checks import Settings, checked, per_problem, rescaled
 from dotresize.ops.sinkhorn_launch import STORAGES, solve
@@ -108,9 +110,13 @@ def sinkhorn(
         raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
     max_iter = check_whole("max_iter", max_iter, 0)
     check_word("storage", storage, STORAGES)
-    check_word("acceleration", acceleration, ("auto", *ACCELERATIONS))
+    if acceleration not in ("auto", *ACCELERATIONS) if isinstance(acceleration, str) else True:
+        known = ", ".join(ACCELERATIONS)
+        raise ValueError(f"acceleration {shown(acceleration)}: must be auto or one of {known}")
     ragged = not isinstance(cost, Tensor)
     if isinstance(cost, Tensor):
+        check_tensor("cost", cost)
+        choose(backend, cost.device)  # raises before anything is looked at
         check_dense("cost", cost)
     count = 1 if isinstance(cost, Tensor) and cost.dim() < 3 else len(cost)
     regs = per_problem("reg", reg, count)

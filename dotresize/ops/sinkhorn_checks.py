@@ -43,7 +43,7 @@ def checked(
     if cost.dim() not in (2, 3):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: must be (n, m) or (B, n, m)")
     if cost.dtype not in FLOATS:
-        raise ValueError(f"cost has dtype {cost.dtype}: must be {FLOAT_NAMES}")
+        raise ValueError(f"cost has dtype {cost.dtype}: must be floating-point, {FLOAT_NAMES}")
     batch = cost[None] if cost.dim() == 2 else cost
     choose(backend, cost.device)  # raises before anything is computed
     return [_batch(batch, a, b, init, settings, range(len(batch)))]
@@ -168,6 +168,8 @@ def _check_marginals(
         uniform = 1 / max(1, length)
         return torch.full((batch, length), uniform, dtype=torch.float64, device=like.device)
     shared, own = (length,), (batch, length)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: must be a tensor of shape {shared}")
     given = check_dense(name, value)
     if tuple(given.shape) not in (shared, own) or given.is_complex():
         kind = f"{tuple(given.shape)} of {given.dtype}"
