@@ -47,6 +47,7 @@ def unique_parameters(module: Any) -> int:
     return sum({id(p): p.numel() for p in module.parameters()}.values())
 
 
+@torch.no_grad()
 def check_weights(module: Any) -> None:
     """Raise ValueError naming the first weight in memory that holds NaN or Inf."""
     for name, weight in module.named_parameters():

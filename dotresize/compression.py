@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dotresize.baselines.feed_forward import HandOn, KeepLargest, Nystrom
@@ -49,6 +50,11 @@ def make_options(
     check_word("method", method, METHODS)
     check_word("scope", scope, SCOPES)
     check_word("ff_method", ff_method, FF_METHODS)
+    # NumPy's numbers are not JSON, which the report is.
+    choices = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in choices.items()
+    }
     if "targets" in choices:
         choices["targets"] = given_targets(choices["targets"])
     chosen = METHODS[method]

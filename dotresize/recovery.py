@@ -49,6 +49,8 @@ def check(device: torch.device) -> None:
 
 
 @usual_settings()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     dense: Any,
     narrow: Any,
@@ -96,9 +98,13 @@ def recover(
         transformers_model(model, name=name)
         for name, model in (("dense", dense), ("narrow", narrow))
     )
+    for weight, value in narrow.named_parameters():
+        if not value.is_floating_point() or value.dtype.itemsize < 2 or value.is_inference():
+            kind = "made in inference mode" if value.is_inference() else f"of {value.dtype}"
+            raise ValueError(f"narrow: weight {weight} is {kind}, which cannot be trained")
     tokens = check_tokens(tokens, narrow.config.vocab_size)
     check_whole("batch_windows", batch_windows, 1)
-    check_whole("seed", seed, -(2**63))
+    check_whole("seed", seed)
     if not check_number("learning_rate", learning_rate, "a positive number") > 0:
         raise ValueError(f"learning_rate {learning_rate:g}: must be positive")
     if not isinstance(folder, (str, Path)):

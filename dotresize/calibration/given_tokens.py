@@ -84,7 +84,7 @@ def _parts(tokens: Any) -> list[Tensor]:
             given = f"a NumPy array of {tokens.dtype}, shape {tokens.shape}"
             raise ValueError(f"tokens are {given}: must be integers (windows, length)")
         return [torch.from_numpy(tokens.astype(np.int64))]
-    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+    if isinstance(tokens, (str, bytes, bytearray, memoryview)) or not isinstance(tokens, Iterable):
         advice = "; pass text through the model's tokenizer first"
         raise ValueError(
             f"tokens is {shown(tokens)}: {ACCEPTED}{advice if isinstance(tokens, str) else ''}"
@@ -107,7 +107,10 @@ def _masked(batch: Mapping) -> list[Tensor]:
     texts = [text for part in _parts(_whole(ids)) for text in (part if part.dim() == 2 else [part])]
     if mask is None:
         return texts
-    masks = [row for part in _parts(_whole(mask)) for row in (part if part.dim() == 2 else [part])]
+    if isinstance(mask, (Tensor, np.ndarray)):
+        mask = np.asarray(mask) != 0  # of whatever type
+        mask = mask.astype(np.int64)
+    masks = [row for part in _parts(mask) for row in (part if part.dim() == 2 else [part])]
     if [len(text) for text in texts] != [len(row) for row in masks]:
         raise ValueError("tokens: attention_mask must have the shape of input_ids")
     return [text[row.to(text.device) != 0] for text, row in zip(texts, masks, strict=True)]

@@ -27,7 +27,14 @@ from dotresize.merging.tie import dropped, merged, tie, tied
 from dotresize.models.given import transformers_model
 from dotresize.models.stacks import Stack, layers_of, stacks_of
 from dotresize.models.torch_settings import usual_settings
-from dotresize.ops.arguments import check_dense, check_flag, check_number, check_word, shown
+from dotresize.ops.arguments import (
+    check_dense,
+    check_flag,
+    check_number,
+    check_whole,
+    check_word,
+    shown,
+)
 
 ANCHORS = ("first", "middle", "last")
 Metric = Callable[[Any], float]
@@ -91,7 +98,8 @@ def merge_feed_forward(
     """
     model = transformers_model(model)
     batches = _inputs_of(batches)
-    stacks, sizes = _checked(model, batches, k, anchor, permute, soft)
+    baselines = check_flag("baselines", baselines)
+    stacks, sizes = _checked(model, batches, k, start, anchor, permute, soft)
     metric = _default_metric(batches) if metric is None else metric
     if not callable(metric):
         raise ValueError(f"metric is {shown(metric)}: must be a callable, model -> float")
@@ -168,7 +176,7 @@ class _Choice:
         for first in tqdm(range(self._windows), desc=name, unit="window", disable=None):
             context = tied(self._model, self._stack, self.window(first), self.merged(first))
             with context:
-                value = float(metric(self._model))
+                value = _value(metric, self._model)
             # A window that breaks the model is the worst, and no reason to stop.
             profile.append({"start": first, "metric": value if math.isfinite(value) else None})
         sound = [entry for entry in profile if entry["metric"] is not None]
@@ -194,10 +202,19 @@ class _Choice:
 
 
 def _measured(metric: Metric, model: Any) -> float:
-    value = float(metric(model))
+    value = _value(metric, model)
     if not math.isfinite(value):
         raise ValueError(f"the metric is {value}: must be a finite number, higher is better")
     return value
+
+
+def _value(metric: Metric, model: Any) -> float:
+    """Return a metric, which may be NaN; ValueError where it is no number."""
+    value = metric(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"the metric is {shown(value)}: must be a number") from None
 
 
 def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
@@ -246,6 +263,7 @@ def _checked(
     model: Any,
     batches: list[dict[str, Tensor]],
     k: int | dict[str, int],
+    start: int | dict[str, int] | None,
     anchor: str,
     permute: bool,
     soft: float | None,
@@ -253,11 +271,16 @@ def _checked(
     """Return the stacks to merge, and how many layers of each."""
     stacks = stacks_of(model)
     check_flag("permute", permute)
+    for given in (k, start):
+        for name, value in given.items() if isinstance(given, dict) else [("", given)]:
+            which = "k" if given is k else "start"
+            if value is not None:
+                check_whole(f"{which} of {name}" if name else which, value)
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
     check_word("anchor", anchor, ANCHORS)
     if soft is not None and not (permute and check_number("soft", soft, "a positive number") > 0):
-        raise ValueError(f"soft {soft:g}: must be positive and finite, and needs permute")
+        raise ValueError(f"soft {shown(soft)}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")
     if not sizes:

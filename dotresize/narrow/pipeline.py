@@ -47,6 +47,10 @@ def narrow_model(
     check_residual(model, options)
     positions = getattr(model.config, "max_position_embeddings", None)
     windows = check_tokens(tokens, model.config.vocab_size, positions)
+    if options.params is not None and windows.shape[1] < 2:
+        raise ValueError(
+            "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
+        )
     divisor = model.architecture.divisor(model.config)
     asked, width = options.width, model.width
     if options.energy is None and options.params is None:

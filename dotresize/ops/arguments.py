@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -21,13 +22,15 @@ FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def shown(value: Any) -> str:
-    """Return in one short line what a value is; the entries of arrays are left out."""
-    if isinstance(value, (Tensor, np.ndarray)):
+    """Return in one short line what a value is: numbers and words themselves, of others the kind.
+
+    The representation of others may be long, of several lines, or not to be had at all.
+    """
+    plain = (str, bytes, bool, int, float, complex, np.generic, Path, torch.dtype, torch.device)
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    if not all(entry is None or isinstance(entry, plain) for entry in entries):
         return f"a {type(value).__name__}"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a caller's own class may do anything
-        text = f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
@@ -75,14 +78,21 @@ def address(tensor: Tensor | None, dtype: torch.dtype) -> int:
     """Return where a tensor's first entry lies, for the C++ kernels; 0 for None.
 
     Raises RuntimeError for a dtype or a device that the kernel would misread: whatever defaults a
-    caller has given to torch, memory is never read or written as something else.
+    caller has given to torch, memory is never read or written as something else. ValueError where
+    there is no memory.
     """
     if tensor is None:
         return 0
     if tensor.dtype != dtype or tensor.device.type != "cpu":
         given = f"{tensor.dtype} on {tensor.device}"
         raise RuntimeError(f"a buffer is {given}: the kernel takes {dtype} on cpu")
-    return tensor.data_ptr()
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        # Inside a transform everything that torch computes is a stand-in, whatever was given.
+        raise ValueError(
+            "this is inside torch.func, whose tensors have no memory: must be called outside"
+        ) from None
 
 
 def check_word(name: str, value: Any, words: Iterable[str]) -> None:
@@ -99,11 +109,13 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_whole(name: str, value: Any, least: int) -> int:
-    """Return an integer of at least ``least``; ValueError for anything else."""
+def check_whole(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer, of at least ``least``; ValueError for anything else."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) < 2**63:
-        raise ValueError(f"{name} is {shown(value)}: must be an integer from {least} up")
+    lowest = -(2**63) if least is None else least
+    if not whole or not lowest <= int(value) < 2**63:
+        accepted = "an integer" + ("" if least is None else f" from {least} up")
+        raise ValueError(f"{name} is {shown(value)}: must be {accepted}")
     return int(value)
 
 

@@ -77,6 +77,9 @@ def transport_map(plan: Tensor) -> Tensor:
     if not torch.isfinite(plan).all() or (plan < 0).any():
         raise ValueError("plan holds negative or non-finite entries")
     mass = plan.sum(-2, keepdim=True)
+    if not torch.isfinite(mass).all():  # entries near the type's largest
+        plan = plan / plan.amax(-2, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
+        mass = plan.sum(-2, keepdim=True)
     if (mass == 0).any():
         *problem, _, column = (mass == 0).nonzero()[0].tolist()
         of = f" of problem {problem[0]}" if problem else ""

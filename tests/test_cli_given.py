@@ -1,0 +1,181 @@
+"""What people type: names, files, folders of a hub's cache, closed pipes, short models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import copy_of, fails
+from safetensors.torch import load_file, save_file
+
+from dotresize.cli import main
+
+COMMAND = [sys.executable, "-m", "dotresize"]
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_an_output_with_a_long_name(arguments, capsys):
+    """Of 247 bytes it is made; a longer one leaves no room for its unfinished run."""
+    parent = Path(arguments[2]).parent
+    for name in ("x" * 250, "é" * 125, "x" * 300):
+        arguments[2] = str(parent / name)
+        for more in ([], ["--resume"]):
+            assert "at most 247" in fails([*arguments, *more], capsys)
+    arguments[2] = str(parent / ("x" * 247))
+    assert main(arguments) == 0
+    assert (parent / ("x" * 247) / "config.json").is_file()
+
+
+def test_an_output_with_no_name(arguments, capsys):
+    arguments[2] = "/"
+    assert "output" in fails(arguments, capsys)
+
+
+def hub_cache(model_directory: Path, folder: Path, commits: tuple[str, ...]) -> Path:
+    cache = folder / "models--some--tiny"
+    for commit in commits:
+        shutil.copytree(model_directory, cache / "snapshots" / commit)
+    return cache
+
+
+def test_a_cache_folder_of_a_hub_is_a_model(model_directory, arguments, tmp_path, capsys):
+    cache = hub_cache(model_directory, tmp_path, ("abc",))
+    arguments[1] = str(cache)
+    assert main(arguments) == 0
+    capsys.readouterr()
+    shutil.copytree(cache / "snapshots" / "abc", cache / "snapshots" / "def")
+    arguments[2] += "-2"
+    assert "holds 2 snapshots; give one" in fails(arguments, capsys)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("def\n")
+    assert main(arguments) == 0
+
+
+def test_the_same_file_twice_is_named(arguments, text_file, tmp_path, capsys):
+    (tmp_path / "link.txt").symlink_to(text_file)
+    for option in ("--calibration", "--eval"):  # each has the file once already
+        for other in (str(text_file), str(tmp_path / "link.txt")):
+            assert f"{option} {other}: is given twice" in fails([*arguments, option, other], capsys)
+
+
+def test_windows_are_no_longer_than_the_model(model_directory, text_file, tmp_path, capsys):
+    """The default of 512 is 256 for a model of 256 positions; a number that was typed is kept."""
+    assert main(["eval", str(model_directory), str(text_file)]) == 0
+    short = capsys.readouterr().out
+    assert main(["eval", str(model_directory), str(text_file), "--window", "256"]) == 0
+    assert capsys.readouterr().out == short
+    arguments = ["compress", str(model_directory), str(tmp_path / "out"), "--width", "16"]
+    arguments += ["--calibration", str(text_file), "--windows", "3", "--quiet"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "dotresize.json").read_text())
+    assert report["calibration"]["tokens"] == 4 * 256  # one of them its own
+    capsys.readouterr()
+    arguments[2] += "-2"
+    assert "256 positions" in fails([*arguments, "--window", "300"], capsys)
+
+
+def test_no_multiple_is_spoken_of_where_the_width_stays(arguments, caplog):
+    at = arguments.index("--width")
+    arguments[at : at + 2] = ["--ff-width", "30"]
+    assert main(arguments) == 0
+    assert "width 24 -> 24 (asked for 1)" in caplog.text
+    assert "multiple" not in caplog.text
+
+
+def with_a_head(model_directory: Path, folder: Path) -> Path:
+    """A directory whose config says tied, and whose files hold another head."""
+    other = copy_of(model_directory, folder / "another head")
+    path = other / "model.safetensors"
+    stored = load_file(path)
+    stored["lm_head.weight"] = torch.randn_like(stored["model.embed_tokens.weight"])
+    save_file(stored, path, metadata={"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    return other
+
+
+@pytest.mark.parametrize("more", [[], ["--memory", "3GB"]])
+@pytest.mark.parametrize("size", [["--width", "24"], ["--ff-width", "40", "--width", "24"]])
+def test_a_head_that_is_not_the_embedding(model_directory, arguments, tmp_path, size, more):
+    import transformers
+
+    source = with_a_head(model_directory, tmp_path)
+    arguments[1] = str(source)
+    at = arguments.index("--width")
+    arguments[at : at + 2] = size
+    assert main([*arguments, "--no-refit", *more]) == 0
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        wanted, found = (
+            transformers.AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+            for folder in (source, arguments[2])
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    config = json.loads((Path(arguments[2]) / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+
+
+def test_a_checkpoint_of_several_dtypes(model_directory, arguments, tmp_path):
+    """With and without --memory the weights come out in the dtype that transformers gives them."""
+    source = copy_of(model_directory, tmp_path / "several")
+    path = source / "model.safetensors"
+    stored = load_file(path)
+    for name in stored:
+        stored[name] = stored[name].to(torch.float32 if "norm" in name else torch.bfloat16)
+    save_file(stored, path, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    arguments[1] = str(source)
+    found = []
+    for i, more in enumerate(([], ["--memory", "3GB"])):
+        out = f"{arguments[2]}-{i}"
+        assert main([*arguments[:2], out, *arguments[3:], *more]) == 0
+        files = sorted(Path(out).glob("*.safetensors"))
+        found.append({n: w.dtype for file in files for n, w in load_file(file).items()})
+    assert found[0] == found[1]
+    assert set(found[0].values()) == {torch.bfloat16}
+
+
+def test_a_closed_standard_output(model_directory, text_file):
+    done = run(["info"], preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (1, "dotresize: OSError: standard output is closed\n")
+    process = subprocess.Popen(
+        [*COMMAND, "eval", str(model_directory), str(text_file), "--quiet"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert said.splitlines()[-1] == "dotresize: OSError: standard output is closed"
+
+
+@pytest.mark.parametrize("wait", [0.3, 0.8, 1.5])
+def test_ctrl_c_while_modules_are_imported(wait):
+    process = subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(wait)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    lines = said.decode().splitlines()
+    if process.returncode == 0:
+        assert lines == []  # it had ended before
+    elif process.returncode == 1:
+        assert lines == ["dotresize: interrupted; nothing was left behind"]
+    else:
+        # Python itself was still starting, and knew of no handler.
+        assert process.returncode in (-signal.SIGINT, 130)
