@@ -2,7 +2,7 @@
 // of another architecture. Prints the SIMD level and the largest errors; exits 1 if one is too big.
 //
 //   g++ -std=c++17 -O3 -fno-math-errno -Icsrc tests/native_check.cpp csrc/dispatch.cpp
-//       csrc/assignment.cpp csrc/l1_cost.cpp csrc/sinkhorn.cpp level_*.o      (level_*.cpp with
+//       csrc/assignment.cpp csrc/l1_*.cpp csrc/sinkhorn.cpp level_*.o      (level_*.cpp with
 //       setup.py's flags)
 //   DOTRESIZE_SIMD=avx512 ./a.out
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "assignment.hpp"
+#include "l1_backward.hpp"
 #include "l1_cost.hpp"
 #include "sinkhorn.hpp"
 #include "threads.hpp"
@@ -113,6 +114,39 @@ void check_l1(int64_t tokens, int64_t n, int64_t m) {
           {words_y.data(), Dtype::kU8, 0, m, m, nullptr}, cost.data(),
           {0, false, 1.0, steps.data(), 2});
   report("l1 bytes", l1_error(steps_x, steps_y, tokens, n, m, cost), 1e-5);
+}
+
+// Both gradients of sum_ij g_ij C_ij, against plain loops; some activations are equal.
+void check_l1_backward(int64_t tokens, int64_t n, int64_t m) {
+  auto x = activations(tokens * n), y = activations(tokens * m);
+  for (auto* values : {&x, &y}) {
+    for (float& v : *values) v = std::floor(v * 4) / 4;
+  }
+  const auto g = activations(n * m);
+  std::vector<double> by_x(tokens * n), by_y(tokens * m);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < m; ++j) {
+        const float apart = x[t * n + i] - y[t * m + j];
+        const double term = g[i * m + j] * static_cast<double>((apart > 0) - (apart < 0));
+        by_x[t * n + i] += term;
+        by_y[t * m + j] -= term;
+      }
+    }
+  }
+  const Activations a = {x.data(), Dtype::kFloat32, tokens * n, n, n, nullptr};
+  const Activations b = {y.data(), Dtype::kFloat32, tokens * m, m, m, nullptr};
+  std::vector<float> found_x(tokens * n), found_y(tokens * m), alone(tokens * n);
+  l1_backward(1, tokens, a, b, g.data(), found_x.data(), found_y.data(), {0, 1.0, 2});
+  l1_backward(1, tokens, a, b, g.data(), alone.data(), nullptr, {0, 1.0, 1});
+  double worst = 0, other = 0;
+  for (int64_t i = 0; i < tokens * n; ++i) {
+    worst = std::max(worst, std::abs(found_x[i] - by_x[i]));
+    other = std::max(other, static_cast<double>(std::abs(found_x[i] - alone[i])));
+  }
+  for (int64_t j = 0; j < tokens * m; ++j) worst = std::max(worst, std::abs(found_y[j] - by_y[j]));
+  report("l1 gradient", worst / std::max(n, m), 1e-6);
+  report("l1 gradient, of x alone", other, 0.0);
 }
 
 void check_half() {
@@ -252,6 +286,10 @@ int main() {
   check_l1(7, 5, 3);
   check_l1(517, 67, 101);
   check_l1(40, 301, 523);
+  check_l1_backward(1, 1, 1);
+  check_l1_backward(7, 5, 3);
+  check_l1_backward(130, 67, 101);
+  check_l1_backward(9, 301, 1030);
   check_half();
   check_exp2<float>(-126, 2);
   check_exp2<double>(-1022, 2);

@@ -105,3 +105,90 @@ def test_an_invalid_problem_leaves_the_gradients_of_the_others():
         getattr(result, quantity)[0].square().sum().backward()
         assert leaf.grad[0].abs().sum() > 0
         assert (leaf.grad[2] == 0).all()
+
+
+def of_same_mass(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a / a.sum(), b / b.sum()
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("wanted", ["a", "b", "both", "all"])
+def test_gradcheck_of_marginals(backend, quantity, wanted):
+    device = device_of(backend)
+    cost = torch.rand(5, 4, dtype=torch.float64, device=device, requires_grad=wanted == "all")
+    a = torch.rand(5, dtype=torch.float64, device=device, requires_grad=wanted != "b")
+    b = torch.rand(4, dtype=torch.float64, device=device, requires_grad=wanted != "a")
+
+    def of(c, a, b):
+        return getattr(exact(c, *of_same_mass(a + 0.1, b + 0.1), backend), quantity)
+
+    assert torch.autograd.gradcheck(of, (cost, a, b), fast_mode=True)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_gradcheck_of_marginals_of_batches_and_lists(quantity):
+    cost = torch.rand(3, 4, 6, dtype=torch.float64)
+    shared = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    own = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def of(a, b):
+        a, b = a + 0.1, b + 0.1
+        return getattr(exact(cost, a / a.sum(), b / b.sum(1, keepdim=True)), quantity)
+
+    assert torch.autograd.gradcheck(of, (shared, own))
+
+    def of_list(a, b):
+        pair = [of_same_mass(v[:n] + 0.1, v[2 : 2 + m] + 0.1) for v, n, m in ((a, 3, 2), (b, 2, 4))]
+        rows, columns = (list(side) for side in zip(*pair, strict=True))
+        costs = [cost[0, : len(r), : len(c)] for r, c in pair]
+        return getattr(exact(costs, rows, columns), quantity)
+
+    vectors = [torch.rand(6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(of_list, vectors)
+
+
+def test_marginal_gradients_do_not_see_the_mass_of_b():
+    """b is scaled to a's mass, so that the gradient by b is that at which its mass is nothing."""
+    cost = torch.rand(5, 4, dtype=torch.float64)
+    a, b = (v.requires_grad_() for v in marginals(5, 4))
+    plan = exact(cost, a, b).plan
+    by_a, by_b = torch.autograd.grad((plan * torch.rand(5, 4)).sum(), (a, b))
+    assert abs(float(by_b @ b)) < 1e-12
+    assert abs(float(by_a[1])) < 1e-12  # no mass, no gradient
+    assert by_a.abs().sum() > 0
+
+
+def test_parts_that_exchange_nothing_have_marginal_gradients():
+    cost = torch.full((4, 4), torch.inf, dtype=torch.float64)
+    cost[:2, :2], cost[2:, 2:] = torch.rand(2, 2), torch.rand(2, 2)
+    weight = torch.rand(4, 4, dtype=torch.float64)
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        # Every part keeps the same mass on both sides.
+        sides = [torch.stack([0.5 * t, 0.5 - 0.5 * t]) for t in v]
+        a, b = torch.cat(sides[:2]), torch.cat(sides[2:])
+        return (exact(cost, a, b).plan * weight).sum()
+
+    shares = (torch.rand(4, dtype=torch.float64) * 0.6 + 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (shares,))
+
+
+def test_the_names_of_pot_have_the_same_gradients():
+    from dotresize import ot
+
+    cost = torch.rand(6, 5, dtype=torch.float64)
+    weight = torch.rand(6, 5, dtype=torch.float64)
+    found = []
+    for solve in (
+        lambda c, a, b: exact(c, a, b).plan,
+        lambda c, a, b: ot.sinkhorn(a, b, c, 0.1, stopThr=1e-14, numItermax=5000),
+        lambda c, a, b: ot.solve_batch(
+            c[None], 0.1, a[None], b[None], tol=1e-14, max_iter=5000, grad="autodiff"
+        ).plan[0],
+    ):
+        leaves = [cost.clone().requires_grad_()]
+        leaves += [torch.full((n,), 1 / n, dtype=torch.float64).requires_grad_() for n in (6, 5)]
+        found.append(torch.autograd.grad((solve(*leaves) * weight).sum(), leaves))
+    for other in found[1:]:
+        for left, right in zip(found[0], other, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
