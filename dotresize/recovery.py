@@ -98,10 +98,12 @@ def recover(
         transformers_model(model, name=name)
         for name, model in (("dense", dense), ("narrow", narrow))
     )
-    for weight, value in narrow.named_parameters():
+    if getattr(dense, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"dense: {type(dense).__name__} has no head, whose predictions are learnt")
+    for weight, value in (*narrow.named_parameters(), *dense.named_parameters()):
         if not value.is_floating_point() or value.dtype.itemsize < 2 or value.is_inference():
             kind = "made in inference mode" if value.is_inference() else f"of {value.dtype}"
-            raise ValueError(f"narrow: weight {weight} is {kind}, which cannot be trained")
+            raise ValueError(f"weight {weight} is {kind}, which cannot be trained with")
     tokens = check_tokens(tokens, narrow.config.vocab_size)
     check_whole("batch_windows", batch_windows, 1)
     check_whole("seed", seed)

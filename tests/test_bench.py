@@ -156,7 +156,7 @@ def test_command_line(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["cdist"], "bench 'cdist': must be l1, sinkhorn, assignment or scaling"),
+        (["cdist"], "bench 'cdist': must be l1, gradient, sinkhorn, assignment or scaling"),
         (["--sizes", "huge"], "must be small or all"),
         (["--rounds", "1"], "must be at least 2"),
         (["--threads", "0"], "must be from 1 to"),

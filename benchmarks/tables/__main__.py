@@ -16,6 +16,7 @@ from dotresize.cli.report import label
 from .. import l1
 from ..code import digest
 from ..rows import read
+from . import checks
 from .api import api
 from .gpu import ceilings, details, peers_table
 from .models import families, large, merging, projected
@@ -211,7 +212,17 @@ def pot() -> str:
 
 TABLES = {
     "docs/api.md": {"api": api},
-    "README.md": {"solvers": solvers, "gpu": gpu, "demo": demo},
+    "README.md": {
+        "solvers": solvers,
+        "gpu": gpu,
+        "demo": demo,
+        "peers": lambda: checks.peers(rows("peer_tests.jsonl"), rows("pot_tests.jsonl")),
+    },
+    "docs/l1_cost.md": {"gradient": lambda: checks.gradient(rows("gradient.jsonl"))},
+    "docs/checks.md": {
+        "types": lambda: checks.types(rows("fuzz_types.jsonl")),
+        "interrupts": lambda: checks.interrupts(rows("interrupts.jsonl")),
+    },
     "docs/compress.md": {
         "quality": lambda: headline(rows("quality.jsonl")),
         "speed": lambda: speed(rows("speed.jsonl")),
@@ -237,6 +248,10 @@ TABLES = {
 SOURCES = {
     "solvers": ("cpu.jsonl", "cpu"),
     "acceleration": ("acceleration.jsonl", "cpu"),
+    "peers": ("peer_tests.jsonl", "cpu"),
+    "gradient": ("gradient.jsonl", "cpu"),
+    "types": ("fuzz_types.jsonl", "compressor"),
+    "interrupts": ("interrupts.jsonl", "cpu"),
     "pot": ("pot_tests.jsonl", "ot"),
     "gpu": ("gpu.jsonl", "gpu"),
     "demo": ("demo.jsonl", "compressor"),
@@ -255,6 +270,9 @@ SHOWN_ROWS = {
     "gpu": _gpu_rows,
     "demo": _demo_rows,
     "pot": lambda: rows("pot_tests.jsonl")[-1:],
+    "peers": lambda: rows("peer_tests.jsonl")[-1:],
+    "types": lambda: rows("fuzz_types.jsonl")[-1:],
+    "interrupts": lambda: rows("interrupts.jsonl")[-1:],
     "recovered": lambda: rows("recovered.jsonl")[-1:],
 }
 

@@ -53,7 +53,8 @@ def check_tokens(tokens: Any, vocabulary: int, positions: int | None = None) -> 
         raise ValueError(f"token id {wrong_id}: the model's vocabulary is {vocabulary}")
     if positions is not None and windows.shape[1] > positions:
         raise ValueError(
-            f"tokens are windows of {windows.shape[1]}: the model has {positions} positions"
+            f"tokens are windows of {windows.shape[1]}: the model has {positions} positions; cut "
+            "them into shorter ones"
         )
     return windows
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dotresize.accounting import unique_parameters
 from dotresize.merging.align import Aligner, counted, features
 from dotresize.merging.tie import dropped, merged, tie, tied
-from dotresize.models.given import transformers_model
+from dotresize.models.given import check_types, transformers_model
 from dotresize.models.stacks import Stack, layers_of, stacks_of
 from dotresize.models.torch_settings import usual_settings
 from dotresize.ops.arguments import (
@@ -276,11 +276,21 @@ def _checked(
             which = "k" if given is k else "start"
             if value is not None:
                 check_whole(f"{which} of {name}" if name else which, value)
+    for stack in stacks:
+        layers_of_stack = layers_of(model, stack)
+        check_types(
+            model,
+            (
+                f"{stack.layers}.{name}"
+                for name, weight in layers_of_stack.named_parameters()
+                if weight.dim() > 1
+            ),
+        )
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
     check_word("anchor", anchor, ANCHORS)
     if soft is not None and not (permute and check_number("soft", soft, "a positive number") > 0):
-        raise ValueError(f"soft {shown(soft)}: must be positive and finite, and needs permute")
+        raise ValueError(f"soft {float(soft):g}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")
     if not sizes:

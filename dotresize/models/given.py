@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dotresize.models import architecture_of
-from dotresize.models.architecture import Architecture
 
 logger = logging.getLogger("dotresize")
 
@@ -51,7 +51,14 @@ def causal_model(model: Any) -> Any:
                 "with its head, as AutoModelForCausalLM makes it, without adapters around it"
             ) from None
     architecture.check(model)
-    _check_types(model, architecture)
+    check_types(
+        model,
+        (
+            f"{layer}.{name}"
+            for layer, sublayer in architecture.each(model)
+            for name in (*sublayer.readers, sublayer.writer)
+        ),
+    )
     if not getattr(model.config, "tie_word_embeddings", False):
         return model
     if same_weight(model.get_submodule(head).weight, model.get_submodule(table).weight):
@@ -80,21 +87,20 @@ def same_weight(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left, right.to(left.device))
 
 
-def _check_types(model: Any, architecture: Architecture) -> None:
-    """Raise ValueError for quantised weights, or layers of different dtypes."""
+def check_types(model: Any, names: Iterable[str]) -> None:
+    """Raise ValueError where some of the named weights are quantised, or of different dtypes."""
     first: tuple[str, torch.dtype] | None = None
-    for layer, sublayer in architecture.each(model):
-        for name in (*sublayer.readers, sublayer.writer):
-            weight = model.get_parameter(f"{layer}.{name}")
-            if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-                raise ValueError(
-                    f"model: weight {layer}.{name} has dtype {weight.dtype}, which is quantised; "
-                    "load the model in float16, bfloat16 or float32"
-                )
-            if first is None:
-                first = f"{layer}.{name}", weight.dtype
-            if weight.dtype != first[1]:
-                raise ValueError(
-                    f"model: weight {layer}.{name} is {weight.dtype} and {first[0]} is {first[1]}; "
-                    "give all layers one dtype, for example by model.float()"
-                )
+    for name in names:
+        weight = model.get_parameter(name)
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"model: weight {name} has dtype {weight.dtype}, which is quantised; load the "
+                "model in float16, bfloat16 or float32"
+            )
+        if first is None:
+            first = name, weight.dtype
+        if weight.dtype != first[1]:
+            raise ValueError(
+                f"model: weight {name} is {weight.dtype} and {first[0]} is {first[1]}; give all "
+                "layers one dtype, for example by model.float()"
+            )

@@ -22,6 +22,8 @@ from dotresize.ops.transport_map import FACTORS
 
 # Weight, in the refit, of the weights as they were.
 RIDGE = 0.1
+# Transports in a row: the map is the limit's long before.
+MOST_STEPS = 10_000
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
 
@@ -236,6 +238,8 @@ class Options:
         for name in ("steps", "batch_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps {self.steps}: must be at most {MOST_STEPS}")
         if self.self_windows is not None and self.self_windows < 0:
             raise ValueError(f"self_windows {self.self_windows}: must not be negative")
         if not 0 < self.ridge < float("inf"):

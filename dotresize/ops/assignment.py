@@ -73,7 +73,8 @@ def assignment(
     .. math:: \max_{x \in S_n} \sum_{i=1}^{n} \mathrm{score}_{i, x_i}
 
     Exact: computed in float64 from the score as it is given. Where all scores are integers, or
-    integers times one power of two, below ``2^53 / n``, nothing is rounded at all.
+    integers times one power of two, below ``2^53 / n``, nothing is rounded at all. Nothing of the
+    result is differentiable.
 
     Args:
         score: ``(n, n)`` or ``(B, n, n)``, floating-point or integer (rounded to float64), in any

@@ -33,7 +33,8 @@ class L1CostAccumulator:
     Chunks may have any length: tokens are regrouped into blocks of 256, so the result is the one
     of a single call over all tokens, to the last bit. With "fp16" and "u8" a
     chunk is converted by itself and the result depends on the chunks; the error of "u8" is stated
-    for chunks of thousands of tokens.
+    for chunks of thousands of tokens. Nothing is differentiable; chunks that require a gradient are
+    refused.
 
     Args:
         n: number of source neurons.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -136,6 +137,8 @@ def _batch(
 
 def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     """Return one number per problem, float64 (B,) on the CPU; ValueError for anything else."""
+    if isinstance(value, float) and math.isfinite(value):  # nearly always
+        return torch.full((batch,), value, dtype=torch.float64, device="cpu")
     try:
         if isinstance(value, Tensor):
             check_dense(name, value)

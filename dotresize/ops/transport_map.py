@@ -60,7 +60,8 @@ def transport_map(plan: Tensor) -> Tensor:
     plan: (n, k) or (B, n, k), non-negative -> the same shape, columns summing to 1: each new neuron
     is a convex mix of old ones, as for weights that write them. ``transport_map(plan.mT).mT`` has
     rows summing to 1: each old neuron is handed on whole, as for weights that read them. Raises
-    ValueError naming the first column that receives no mass.
+    ValueError naming the first column that receives no mass, and for what is no plan.
+    Differentiable by the plan.
 
     Example:
         >>> import torch
@@ -96,6 +97,7 @@ def factorize(
     A model narrowed with T depends on span(T) only (r cancels against the pseudo-inverse), so
     both methods give the same function; "polar" is the orthonormal basis nearest to T, hence the
     nearest to a plain selection of neurons, which keeps tied embeddings tied (see ``align``).
+    q and r are differentiable as torch's decompositions are, condition numbers are not.
 
     Args:
         T: (D, k) with k <= D. Computed in float64.
@@ -128,8 +130,7 @@ def factorize(
         raise ValueError(f"{name} holds non-finite entries")
     u, s, vh = torch.linalg.svd(work, full_matrices=False)
     floor = s[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    cond = float(s[0] / floor)
-    cond_deflated = float(s[min(1, len(s) - 1)] / floor)
+    cond, cond_deflated = (float(s[i].detach() / floor.detach()) for i in (0, min(1, len(s) - 1)))
     # Lost: too small beside the rest of the span, or no more than the rounding of its largest part.
     noise = 4 * torch.finfo(T.dtype).eps * max(T.shape) ** 0.5 * s[0]
     lost = int((s <= torch.maximum(s[min(1, len(s) - 1)] / max_cond, noise)).sum())

@@ -222,7 +222,8 @@ class Problem:
 
 def _histogram(name: str, value: Any, length: int, arrays: Arrays, several: bool = False) -> Tensor:
     """Return a histogram, float64 (length,) or (length, k); empty and None are uniform."""
-    if value is None or (np.ndim(value) == 1 and len(value) == 0):
+    sized = isinstance(value, (np.ndarray, Tensor))
+    if value is None or (value.shape == (0,) if sized else value == []):
         uniform = 1 / max(1, length)
         return torch.full((length,), uniform, dtype=torch.float64, device=arrays.device)
     given = arrays.tensor(value).double()
