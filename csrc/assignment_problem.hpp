@@ -74,13 +74,15 @@ class AssignmentProblem {
     for (int64_t i = 0; i < n_; ++i) {
       if (columns_[i] < 0 && !augment(i)) return AssignmentStatus::kInfeasible;
     }
-    if (stop_.asked()) return AssignmentStatus::kInfeasible;
     std::copy(columns_.begin(), columns_.end(), p_.columns + index * n_);
     for (int64_t j = 0; j < n_; ++j) p_.v[index * n_ + j] = v_[j] / std::abs(scale_);
     return AssignmentStatus::kSolved;
   }
 
  private:
+  // Steps over a row are short, and a look at the clock is not nothing beside one.
+  bool stops() { return ++steps_ % 64 == 0 && stop_.asked(); }
+
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
   AssignmentRow<T> row(int64_t i) const { return {score_ + i * p_.row_stride, n_, scale_}; }
@@ -92,7 +94,7 @@ class AssignmentProblem {
     scale_ = p_.sign;
     CostSurvey survey = {-kInfinity, true, true};
     std::fill(v_.begin(), v_.end(), kInfinity);
-    for (int64_t i = 0; i < n_ && !stop_.asked(); ++i) {
+    for (int64_t i = 0; i < n_ && !stops(); ++i) {
       kernels_.survey_row(row(i), v_.data(), &survey);
     }
     if (!survey.valid) return AssignmentStatus::kInvalid;
@@ -155,7 +157,7 @@ class AssignmentProblem {
       displaced.clear();
       for (int64_t i : waiting) {
         for (; i >= 0 && steps > 0; --steps) {
-          if (stop_.asked()) return false;
+          if (stops()) return false;
           const TwoSmallest two = smallest(i);
           if (two.column < 0) return false;
           const bool rises = lower_dual(i, two, rise);
@@ -225,7 +227,7 @@ class AssignmentProblem {
                                  places_.data()};
     double shortest = kInfinity, base = 0;
     for (int64_t i = start;;) {
-      if (stop_.asked()) return false;
+      if (stops()) return false;
       shortest = kernels_.relax_row(row(i), i, base, shortest, v_.data(), bounds(i), tree);
       const NearestColumn next = kernels_.nearest_column(tree, blocks_);
       if (next.distance >= shortest) break;  // also where both are infinite
@@ -259,6 +261,7 @@ class AssignmentProblem {
 
   const AssignmentProblems& p_;
   Stop& stop_;
+  int64_t steps_ = 0;
   const int64_t n_, blocks_;
   const AssignmentKernels<T>& kernels_;
   const T* score_ = nullptr;

@@ -25,7 +25,6 @@ constexpr int64_t kTasksPerThread = 4;
 // Tile of the incoming gradient, and the tokens that pass a panel of it together.
 constexpr int64_t kHeight = 256, kWidth = 512, kTogether = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t count, int64_t multiple) { return ceil_div(count, multiple) * multiple; }
 
 // What a thread works with: activations and sums of a task's tokens, padded, and a tile.

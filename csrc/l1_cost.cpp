@@ -26,8 +26,6 @@ constexpr int64_t kHeight = 256, kWidth = 512;
 // Tiles wanted per thread, so that the last one to finish does not keep the others waiting long.
 constexpr int64_t kTilesPerThread = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The cut of every problem's output into tiles.
 struct Grid {
   int64_t batch, tall, wide, height, width;

@@ -48,8 +48,12 @@ std::vector<SinkhornProblem> problems(int64_t batch, uintptr_t table, uintptr_t 
   return all;
 }
 
-// Runs Python's signal handlers, if this is its main thread; what they raise stays set until the
-// operator has returned.
+// Python runs signal handlers in its main thread alone. In others the look would be in vain, and
+// would end the process where it meets an interpreter that is shutting down.
+unsigned long main_thread = 0;
+bool in_main_thread() { return PyThread_get_thread_ident() == main_thread; }
+
+// Runs the handlers; what they raise stays set until the operator has returned.
 bool python_raised() {
   const PyGILState_STATE state = PyGILState_Ensure();
   const bool raised = PyErr_CheckSignals() != 0;
@@ -60,8 +64,11 @@ bool python_raised() {
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  hears_signals = in_main_thread;
   signal_raised = python_raised;
-  py::register_exception_translator([](std::exception_ptr thrown) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const Interrupted&) {

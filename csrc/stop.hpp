@@ -11,7 +11,9 @@
 
 namespace dotresize {
 
-// Asks whether a signal handler has raised. Set once, by module.cpp; null without Python.
+// Whether the calling thread hears of signals at all, and whether a handler has raised in it. Set
+// once, by module.cpp; null without Python.
+inline bool (*hears_signals)() = nullptr;
 inline bool (*signal_raised)() = nullptr;
 
 // Thrown where a kernel has stopped early; what it was to write is then unspecified.
@@ -25,9 +27,9 @@ class Stop {
   // To be asked between blocks of work, a few milliseconds apart at most. Any thread may.
   bool asked() {
     if (asked_.load(std::memory_order_relaxed)) return true;
-    if (std::this_thread::get_id() != caller_) return false;
+    if (!listens_ || std::this_thread::get_id() != caller_) return false;
     const auto now = std::chrono::steady_clock::now();
-    if (now < next_ || signal_raised == nullptr) return false;
+    if (now < next_) return false;
     next_ = now + kPause;
     if (signal_raised()) asked_.store(true, std::memory_order_relaxed);
     return asked_.load(std::memory_order_relaxed);
@@ -40,7 +42,7 @@ class Stop {
 
   // The caller goes on listening until `done` reaches `count`; other threads return at once.
   void listen(const std::atomic<int64_t>& done, int64_t count) {
-    if (std::this_thread::get_id() != caller_) return;
+    if (!listens_ || std::this_thread::get_id() != caller_) return;
     const auto start = std::chrono::steady_clock::now();
     while (done.load(std::memory_order_acquire) < count && !asked()) {
       // Sleeping costs up to its own length, so that only a long wait is slept through.
@@ -56,13 +58,14 @@ class Stop {
   // Between two looks, each of which takes the interpreter's lock.
   static constexpr auto kPause = std::chrono::milliseconds(50);
   const std::thread::id caller_ = std::this_thread::get_id();
+  const bool listens_ = hears_signals != nullptr && hears_signals();
   std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + kPause;
   std::atomic<bool> asked_{false};
 };
 
 // Calls work(index) for every index below `count`, each on one thread, in rising order as threads
-// come free. Each thread makes its own `work` by make_work(), which may allocate. Throws
-// std::bad_alloc or Interrupted, after all threads have ended.
+// come free. Each thread makes its own `work` by make_work(); of exceptions both may throw
+// std::bad_alloc alone. Throws that, or Interrupted, after all threads have ended.
 template <typename MakeWork>
 void share_out(int64_t count, int num_threads, Stop& stop, const MakeWork& make_work) {
   std::atomic<int64_t> next{0}, done{0};

@@ -16,6 +16,8 @@
 
 namespace dotresize {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();

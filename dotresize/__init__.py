@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dotresize.ops import process  # noqa: F401 - remembers the process, and costs nothing
+
 if TYPE_CHECKING:
     from dotresize import ot
     from dotresize.ops.assignment import AssignmentCertificate, assignment

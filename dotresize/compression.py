@@ -19,10 +19,10 @@ from dotresize.models.given import causal_model
 from dotresize.models.torch_settings import usual_settings
 from dotresize.narrow.feed_forward import Eliminate
 from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
-from dotresize.narrow.options import FeedForwardMethod, Options, WidthMethod
+from dotresize.narrow.options import NUMBERS, FeedForwardMethod, Options, WidthMethod
 from dotresize.narrow.pipeline import narrow_model
 from dotresize.narrow.targets import given_targets
-from dotresize.ops.arguments import check_word, shown
+from dotresize.ops.arguments import check_number, check_word, shown
 
 # The methods by their names. The last ones are there to be compared with.
 METHODS: dict[str, WidthMethod] = {
@@ -50,11 +50,12 @@ def make_options(
     check_word("method", method, METHODS)
     check_word("scope", scope, SCOPES)
     check_word("ff_method", ff_method, FF_METHODS)
-    # NumPy's numbers are not JSON, which the report is.
-    choices = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in choices.items()
-    }
+    # Numbers of NumPy and torch are not JSON, which the report is.
+    for name, value in choices.items():
+        if name in NUMBERS and isinstance(value, (np.ndarray, Tensor)):
+            choices[name] = check_number(name, value, "a finite number")
+        elif isinstance(value, np.generic):
+            choices[name] = value.item()
     if "targets" in choices:
         choices["targets"] = given_targets(choices["targets"])
     chosen = METHODS[method]

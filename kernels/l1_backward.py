@@ -156,7 +156,7 @@ def _launch(x: Tensor, y: Tensor, gradient: Tensor, divisor: float) -> Tensor:
     for start in range(0, tokens, step):
         part = slice(start, min(start + step, tokens))
         own, rows = x[:, part], _padded(y[:, part].mT, CONFIG.block_m)
-        found = out if own.shape[1] == tokens else torch.empty_like(out[:, part].contiguous())
+        found = out if own.shape[1] == tokens else out.new_empty(own.shape)
         grid = (batch * triton.cdiv(own.shape[1], CONFIG.block_m) * triton.cdiv(n, CONFIG.block_n),)
         with torch.cuda.device_of(x):
             l1_backward_kernel[grid](

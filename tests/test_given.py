@@ -45,6 +45,10 @@ def test_tokens_as_tokenizers_return_them(model, tokens):
         transformers.BatchEncoding({"input_ids": tokens}),
         {"input_ids": tokens.int(), "attention_mask": torch.ones_like(tokens)},
         {"input_ids": tokens.tolist(), "attention_mask": np.ones(tokens.shape)},
+        {"input_ids": tokens, "attention_mask": torch.ones(tokens.shape, dtype=torch.bfloat16)},
+        {"input_ids": tokens.tolist(), "attention_mask": [[True] * 32] * 8},
+        tokens.int(),
+        list(tokens),
         tokens.tolist(),
         tokens.numpy(),
         [{"input_ids": row} for row in tokens],
@@ -81,6 +85,7 @@ def test_padding_is_left_out():
         (torch.zeros(2, 3), "torch.float32 of shape"),
         (torch.zeros(2, 3, dtype=torch.int64).to_sparse(), "must be a dense tensor"),
         (torch.zeros(2, 3, dtype=torch.int64, device="meta"), "is on meta"),
+        ({"input_ids": [[1]], "attention_mask": [["x"]]}, "shape of input_ids|must be numbers"),
         ([torch.zeros(2, 3).long(), torch.zeros(2, 4).long()], "all of one length"),
         ([[1, 2**70]], "beyond 64 bits"),
         (torch.zeros(1, 300, dtype=torch.int64), "windows of 300: the model has 256 positions"),
@@ -94,9 +99,13 @@ def test_other_tokens_are_refused(model, tokens, message):
 
 def test_a_compiled_model_is_unwrapped(model, tokens):
     expected, _ = compress(model, tokens, width=16)
-    narrow, _ = compress(torch.compile(model), tokens, width=16)
-    assert type(narrow) is type(model)
-    assert_same(narrow, expected)
+    in_place = tiny_model("llama")
+    in_place.load_state_dict(model.state_dict())
+    in_place.compile()
+    for compiled in (torch.compile(model), in_place):
+        narrow, _ = compress(compiled, tokens, width=16)
+        assert type(narrow) is type(model)
+        assert_same(narrow, expected)
 
 
 def test_models_that_are_none(model, tokens):
@@ -106,12 +115,15 @@ def test_models_that_are_none(model, tokens):
     quantised.model.layers[0].mlp.up_proj.weight = nn.Parameter(
         torch.zeros(40, 24, dtype=torch.int8), requires_grad=False
     )
+    headless = tiny_model("llama")
+    headless.lm_head = nn.Identity()
     with torch.device("meta"):
         unloaded = tiny_model("llama")
     others = [
         ("some/model", "model is a str: must be a transformers model"),
         (nn.Linear(3, 3), "model is a Linear: must be a transformers model"),
         (model.model, "LlamaModel has no model.embed_tokens; must be a causal language model"),
+        (headless, "has no lm_head; must be a causal language model"),
         (unloaded, "model.embed_tokens.weight is on meta.*--memory"),
         (layers, "layers.1.self_attn.q_proj.weight is torch.bfloat16 and"),
         (quantised, "up_proj.weight has dtype torch.int8, which is quantised"),
@@ -120,7 +132,7 @@ def test_models_that_are_none(model, tokens):
         with pytest.raises(ValueError, match=message) as error:
             compress(other, tokens, width=16)
         assert "\n" not in str(error.value)
-    for other, message in (others[0], others[1], others[3]):
+    for other, message in (others[0], others[1], others[4]):
         with pytest.raises(ValueError, match=message):
             merge_feed_forward(other, [{"input_ids": tokens}], k=2)
     for batches in ("text", tokens, [tokens], [{"input_ids": [1]}], {"input_ids": tokens}, 7):
@@ -140,12 +152,24 @@ def test_models_that_are_none(model, tokens):
         ({"method": ["dot"]}, r"method \['dot'\]: must be one of"),
         ({"targets": "all", "method": "dot"}, "targets is 'all'"),
         ({"targets": [0.5], "method": "dot"}, r"targets is \[0.5\]"),
+        ({"width": np.array([0.5, 0.5])}, "width is a ndarray"),
         ({"statistics": 3}, "statistics is 3"),
     ],
 )
 def test_choices_of_other_types(model, tokens, choices, message):
     with pytest.raises(ValueError, match=message):
         compress(model, tokens, **({"width": 16} | choices))
+
+
+def test_numbers_of_numpy_and_torch(model, tokens):
+    expected, _ = compress(model, tokens, width=0.75, ridge=0.25)
+    for width, ridge in (
+        (torch.tensor(0.75), np.array(0.25)),
+        (np.float64(0.75), np.float32(0.25)),
+    ):
+        narrow, report = compress(model, tokens, width=width, ridge=ridge)
+        assert_same(narrow, expected)
+        json.dumps(report)
 
 
 def test_targets_as_lists_and_arrays(model, tokens):
@@ -250,6 +274,9 @@ def test_plain_text_and_parquet(tmp_path):
         ("a.csv.gz", gzip.compress(b"text\nx\n", mtime=0), "is .csv: must be"),
         ("a.gz", b"no gzip", "cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:20], "cannot be read"),
+        ("a.txt", b'\n{"body": "x"}\n', "line 2: must be a JSON object"),
+        ("a.tar", b"name\0\0text", "holds zero bytes"),
+        ("a.parquet.gz", gzip.compress(b"PAR1\0", mtime=0), "holds zero bytes"),
         ("a.bin", b"\xff\xfe\x00", r"not UTF-8 \(byte 0\): must be plain text"),
         ("a.parquet", b"PAR1", "must have a column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "line 2: must be a JSON object"),

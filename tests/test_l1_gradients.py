@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import device_of
+from torch.autograd import forward_ad
 
-from dotresize import L1CostAccumulator, l1_cost
+from dotresize import L1CostAccumulator, l1_cost, sinkhorn
 from dotresize.ops import reference
 
 SHAPES = [(1, 1, 1, 1), (2, 7, 5, 3), (1, 33, 130, 17), (3, 5, 31, 64)]
@@ -163,6 +167,34 @@ def test_activations_changed_before_backward_are_refused():
         x.mul_(2)
     with pytest.raises(RuntimeError, match="has been m"):
         loss.backward()
+    index = torch.tensor([0, 1])
+    loss = l1_cost(x, targets=index).sum()
+    index += 1
+    with pytest.raises(RuntimeError, match="has been m"):
+        loss.backward()
+
+
+def test_a_cost_is_let_go_without_the_garbage_collector():
+    x = torch.randn(4, 3, requires_grad=True)
+    gc.disable()
+    try:
+        cost = l1_cost(x)
+        seen = weakref.ref(cost)
+        cost.sum().backward()
+        del cost
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_forward_mode_is_refused():
+    x = torch.randn(4, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (lambda: l1_cost(dual), lambda: sinkhorn(dual, 1.0)):
+            with pytest.raises(ValueError, match="forward-mode tangent"):
+                call()
+        assert l1_cost(x).shape == (3, 3)
 
 
 def test_no_entries():

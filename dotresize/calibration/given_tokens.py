@@ -76,10 +76,11 @@ def _parts(tokens: Any) -> list[Tensor]:
         return _masked(tokens)
     if isinstance(tokens, Tensor):
         check_dense("tokens", tokens)
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        whole = tokens.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if tokens.dim() not in (1, 2) or not whole:
             given = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
             raise ValueError(f"tokens are {given}: must be int64 (windows, length)")
-        return [tokens.detach()]
+        return [tokens.detach().long()]
     if isinstance(tokens, np.ndarray):
         if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
             given = f"a NumPy array of {tokens.dtype}, shape {tokens.shape}"
@@ -91,8 +92,7 @@ def _parts(tokens: Any) -> list[Tensor]:
             f"tokens is {shown(tokens)}: {ACCEPTED}{advice if isinstance(tokens, str) else ''}"
         )
     entries = list(tokens)
-    whole = [isinstance(entry, Integral) and not isinstance(entry, bool) for entry in entries]
-    if entries and all(whole):
+    if entries and all(isinstance(e, Integral) and not isinstance(e, bool) for e in entries):
         if not all(-(2**63) <= int(entry) < 2**63 for entry in entries):
             raise ValueError("tokens hold a number beyond 64 bits: must be token ids")
         ids = [int(entry) for entry in entries]
@@ -109,9 +109,14 @@ def _masked(batch: Mapping) -> list[Tensor]:
     if mask is None:
         return texts
     if isinstance(mask, (Tensor, np.ndarray)):
-        mask = np.asarray(mask) != 0  # of whatever type
-        mask = mask.astype(np.int64)
-    masks = [row for part in _parts(mask) for row in (part if part.dim() == 2 else [part])]
+        given = check_dense("attention_mask", mask) if isinstance(mask, Tensor) else mask
+        mask = (torch.as_tensor(given).detach().cpu() != 0).long()  # of whatever type
+    else:
+        try:
+            mask = [(np.asarray(row, dtype=np.float64) != 0).astype(np.int64) for row in mask]
+        except (TypeError, ValueError):
+            raise ValueError(f"tokens: attention_mask is {shown(mask)}: must be numbers") from None
+    masks = [row for part in _parts(_whole(mask)) for row in (part if part.dim() == 2 else [part])]
     if [len(text) for text in texts] != [len(row) for row in masks]:
         raise ValueError("tokens: attention_mask must have the shape of input_ids")
     return [text[row.to(text.device) != 0] for text, row in zip(texts, masks, strict=True)]

@@ -22,7 +22,7 @@ _REFUSED = {".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".ipynb"}
 def read_text(path: str | Path) -> list[str]:
     """Return the documents of a text file: of plain text one, of JSON lines the ``text`` of each.
 
-    JSON lines are recognised by their name or by their first line, and may be gzipped, as may
+    JSON lines are recognised by their name or by their first object, and may be gzipped, as may
     plain text. Of a .parquet file the documents are its column ``text``, where pyarrow is
     installed. Raises ValueError, naming the file and line, for what is missing, empty, or neither.
     """
@@ -34,12 +34,12 @@ def read_text(path: str | Path) -> list[str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     suffix = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
-    if suffix == ".parquet":
+    if suffix == ".parquet" and not zipped:
         documents = _parquet(path)
     else:
         text = _decoded(path, zipped)
-        lines = text.split("\n")
-        if suffix in _LINES or _is_json_line(lines[0]):
+        if suffix in _LINES or _is_json_object(text.lstrip().partition("\n")[0]):
+            lines = text.split("\n")
             documents = [_json_text(path, i, line) for i, line in enumerate(lines, 1)]
         elif suffix in _REFUSED:
             raise ValueError(f"text file {path} is {suffix}: must be {ACCEPTED}")
@@ -61,16 +61,16 @@ def _decoded(path: Path, zipped: bool) -> str:
     except UnicodeDecodeError as error:
         place = f"byte {error.start}"
         raise ValueError(f"text file {path} is not UTF-8 ({place}): must be {ACCEPTED}") from None
+    if "\0" in text:
+        raise ValueError(f"text file {path} holds zero bytes: must be {ACCEPTED}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _is_json_line(line: str) -> bool:
-    """Return whether a line is a JSON object with a text."""
-    if not line.lstrip().startswith("{"):
-        return False
+def _is_json_object(line: str) -> bool:
+    """Return whether a line is a JSON object, with whatever in it."""
     try:
-        return isinstance(json.loads(line).get("text"), str)
-    except (ValueError, AttributeError, RecursionError):
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
 
 

@@ -35,15 +35,14 @@ def check_texts(choices: TextChoices) -> None:
 
 
 def check_files(choices: TextChoices) -> None:
-    """Raise ValueError for texts that cannot be read, or are given twice to one option."""
-    for option in ("calibration", "eval", "unseen"):
-        seen: set[Path] = set()
-        for path in getattr(choices, option) or []:
-            read_text(path)
-            real = Path(path).resolve()
-            if real in seen:
-                raise ValueError(f"--{option} {path}: is given twice")
-            seen.add(real)
+    """Raise ValueError for texts that cannot be read, or would count twice in the calibration."""
+    for path in choices.files:
+        read_text(path)
+    seen: set[Path] = set()
+    for path in choices.calibration or []:
+        if Path(path).resolve() in seen:
+            raise ValueError(f"--calibration {path}: is given twice")
+        seen.add(Path(path).resolve())
 
 
 def check_unseen(choices: TextChoices) -> None:

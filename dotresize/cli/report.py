@@ -24,6 +24,8 @@ def say(text: str) -> None:
             raise BrokenPipeError
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+    except UnicodeError:
+        raise
     except (BrokenPipeError, ValueError):
         sys.stdout = None  # nothing more is tried at exit
         raise OSError("standard output is closed") from None

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ def merge_feed_forward(
         k: how many become one, the same in every stack or by the stack's name ("encoder",
             "decoder"); a stack left out stays as it is.
         metric: of a model; higher is better. By default minus the mean loss on the batches, of
-            the next token where they have no labels.
+            the next token where they have no labels. It is called with torch's own defaults:
+            float32, the CPU, no autocast.
         anchor: the layer of a window that the others are aligned to: first, middle or last.
         permute: False averages the layers as they are.
         soft: align by the entropic transport plan at this reg, in units of the mean of
@@ -107,6 +108,24 @@ def merge_feed_forward(
     new = copy.deepcopy(model).eval()
     moved = [{name: x.to(model.device) for name, x in batch.items()} for batch in batches]
     found = features(new, stacks, moved, soft, backend) if permute else {}
+    with ExitStack() as opened:
+        for aligner in found.values():
+            opened.callback(aligner.close)
+        return _merged(new, stacks, sizes, metric, anchor, start, found, begin, baselines)
+
+
+def _merged(
+    new: Any,
+    stacks: tuple[Stack, ...],
+    sizes: dict[str, int],
+    metric: Metric,
+    anchor: str,
+    start: int | dict[str, int] | None,
+    found: dict[str, Aligner],
+    begin: float,
+    baselines: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """Choose and tie the windows of every stack, in place; see ``merge_feed_forward``."""
     collected = time.perf_counter() - begin
     before, chosen = _measured(metric, new), []
     report: dict[str, Any] = {"metric": {"dense": before}, "stacks": {}}
@@ -117,13 +136,11 @@ def merge_feed_forward(
         report["stacks"][stack.name] = {
             "window": choice.window(best),
             "anchor": choice.anchor(best),
-            "tokens": found[stack.name].tokens if permute else None,
+            "tokens": found[stack.name].tokens if found else None,
             "profile": profile,
             **({"baselines": choice.baselines(metric, best)} if baselines else {}),
         }
         chosen.append((stack, choice.window(best), choice.merged(best)))
-        if permute:
-            found[stack.name].close()
     total = unique_parameters(new)
     shared = [
         names for stack, window, weights in chosen for names in tie(new, stack, window, weights)
@@ -245,7 +262,9 @@ def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
 
 def _inputs_of(batches: Any) -> list[dict[str, Tensor]]:
     """Return batches of model inputs; ValueError for what is none."""
-    if isinstance(batches, (str, bytes, Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (str, bytes, memoryview, Tensor, Mapping)) or not isinstance(
+        batches, Iterable
+    ):
         raise ValueError(f"batches is {shown(batches)}: must be an iterable of dicts of tensors")
     found = []
     for i, batch in enumerate(batches):

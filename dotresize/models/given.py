@@ -18,6 +18,9 @@ logger = logging.getLogger("dotresize")
 def transformers_model(model: Any, *, name: str = "model") -> Any:
     """Return a transformers model, out of ``torch.compile`` if need be; ValueError for others."""
     model = getattr(model, "_orig_mod", model)
+    if getattr(model, "_compiled_call_impl", None) is not None:  # by its own method
+        model = copy.copy(model)
+        model._compiled_call_impl = None
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         kind = type(model).__name__
         raise ValueError(
@@ -44,7 +47,9 @@ def causal_model(model: Any) -> Any:
     head, table = architecture.head, architecture.embedding
     for part in (table, architecture.layers, architecture.final_norm, head):
         try:
-            model.get_submodule(part)
+            found = model.get_submodule(part)
+            if part in (table, head):
+                found.weight.shape  # noqa: B018 - a head may be no matrix
         except AttributeError:
             raise ValueError(
                 f"model: {type(model).__name__} has no {part}; must be a causal language model "

@@ -24,6 +24,8 @@ from dotresize.ops.transport_map import FACTORS
 RIDGE = 0.1
 # Transports in a row: the map is the limit's long before.
 MOST_STEPS = 10_000
+# Options that are any finite number, as far as their type goes.
+NUMBERS = ("width", "energy", "params", "ff_width", "reg", "ridge")
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
 
@@ -220,7 +222,7 @@ class Options:
         self.method.check(self)
 
     def _check_types(self) -> None:
-        for name in ("width", "energy", "params", "ff_width", "reg", "ridge"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if value is not None or name in ("reg", "ridge"):
                 check_number(name, value, "a finite number")

@@ -99,6 +99,17 @@ def _head_differs(folder: Path, config: Any) -> bool:
     return True
 
 
+def _first_type(paths: list[Path]) -> torch.dtype | None:
+    """Return the dtype that transformers takes for a config without one: the first weight's."""
+    for path in paths[:1]:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                dtype = file.get_slice(name)[:1].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return None
+
+
 class Offloaded:
     """A store of safetensors files; parts are in memory while somebody holds them.
 
@@ -121,7 +132,7 @@ class Offloaded:
     def opened(cls, module: Any, paths: list[Path], device: torch.device, work: Path) -> CausalLM:
         """Return the model of a skeleton whose weights lie in some files."""
         names = StoredNames(CausalLM.in_memory(module))
-        kept = getattr(module.config, "dtype", None)
+        kept = getattr(module.config, "dtype", None) or _first_type(paths)
         kept = getattr(torch, kept) if isinstance(kept, str) else kept
         weights = StoredWeights(paths, device, names, widen=device.type == "cpu", kept=kept)
         return CausalLM(module, cls(module, weights, work, "disk"))

@@ -81,7 +81,7 @@ class StoredWeights:
         where: the file of each stored tensor.
         widen: whether weights in half precision are put into the model as float32.
         kept: the type that transformers gives every weight when it loads these files, whatever
-            they hold: the config's. None where it keeps theirs.
+            they hold: the config's, or else the first one's; None without any.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 _P = ParamSpec("_P")
@@ -55,6 +56,9 @@ def check_dense(name: str, value: Any) -> Tensor:
         place = "on meta" if value.device.type == "meta" else "a stand-in without values"
         advice = "must be a dense tensor with values (those of torch.func and fake ones have none)"
         raise ValueError(f"{name} is {place}: {advice}")
+    inside = forward_ad._current_level >= 0
+    if inside and forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(f"{name} has a forward-mode tangent: gradients are reverse-mode here")
     return value
 
 
@@ -124,14 +128,14 @@ def check_number(name: str, value: Any, accepted: str) -> float:
 
     NumPy's and torch's numbers, and arrays of one entry, are numbers.
     """
-    number = math.nan
-    if isinstance(value, Tensor):
-        value = check_dense(name, value).detach().cpu().numpy() if value.numel() == 1 else None
-    if isinstance(value, np.ndarray):
-        value = value.reshape(())[()] if value.size == 1 else None
-    if isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool):
+    number, only = math.nan, value
+    if isinstance(value, Tensor) and check_dense(name, value).numel() == 1:
+        only = value.detach().reshape(()).tolist()
+    elif isinstance(value, np.ndarray) and value.size == 1:
+        only = value.reshape(())[()]
+    if isinstance(only, (float, int, np.floating, np.integer)) and not isinstance(only, bool):
         try:
-            number = float(value)
+            number = float(only)
         except OverflowError:
             number = math.inf
     if not math.isfinite(number):

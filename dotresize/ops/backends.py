@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 from dotresize.ops.arguments import check_word
+from dotresize.ops.process import IMPORTED_IN
 
 NAMES = ("triton", "cpp", "torch")
-_PROCESS = os.getpid()
 
 
 class BackendError(RuntimeError):
@@ -41,12 +41,12 @@ def cpp() -> ModuleType:
 def threads() -> int:
     """Return the threads of a C++ kernel: torch's number, 1 in a process that was forked.
 
-    Forked means after this module was imported. OpenMP's threads are not forked with a process, and
+    Forked means after dotresize was imported. OpenMP's threads are not forked with a process, and
     waiting for them would never end. That holds for the kernels of this package alone: operations
     of torch that a solver makes beside them may still wait for ever in such a process, unless it
     calls ``torch.set_num_threads(1)`` first. A spawned process has no such limits.
     """
-    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+    return torch.get_num_threads() if os.getpid() == IMPORTED_IN else 1
 
 
 @functools.cache

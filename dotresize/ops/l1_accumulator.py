@@ -92,6 +92,7 @@ class L1CostAccumulator:
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         self._pending_tokens = 0
         self._dtype: torch.dtype | None = None
+        self._broken = False  # an update has ended halfway
 
     @exact
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -101,6 +102,7 @@ class L1CostAccumulator:
         not finite and for those that require a gradient; the chunk is then not counted.
         """
         dims = 2 if self._batch is None else 3
+        self._check_whole()
         check_dense("x", x)
         if y is not None:
             check_dense("y", y)
@@ -124,6 +126,17 @@ class L1CostAccumulator:
             if value is not None:
                 check_activations(value, "y" if value is y3 else "x")
         self._dtype = x.dtype
+        # What ends halfway, by Ctrl-C or for want of memory, leaves some entries with the chunk.
+        self._broken = True
+        self._add_chunk(x3, y3)
+        self._broken = False
+        self.tokens += x3.shape[1]
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise ValueError("an update was interrupted, and half of it counted: make a new one")
+
+    def _add_chunk(self, x3: Tensor, y3: Tensor | None) -> None:
         start = 0
         if self._pending_tokens:
             start = min(TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
@@ -136,14 +149,14 @@ class L1CostAccumulator:
             self._add(x3[:, start:stop], None if y3 is None else y3[:, start:stop], self._total)
         if stop < x3.shape[1]:
             self._keep(x3[:, stop:], None if y3 is None else y3[:, stop:])
-        self.tokens += x3.shape[1]
 
     @exact
     def result(self) -> Tensor:
         """Return the cost over all tokens so far; more chunks may follow.
 
-        Raises ValueError if there are none.
+        Raises ValueError if there are none, or if an update was interrupted.
         """
+        self._check_whole()
         if self.tokens == 0:
             raise ValueError("no tokens were added: a mean over none is undefined")
         total = self._total.clone()

@@ -26,31 +26,37 @@ def with_gradient(
     cost: Tensor, x: Tensor, y: Tensor | None, index: Tensor | None, divisor: float, backend: str
 ) -> Tensor:
     """Return a computed cost so that gradients pass from it to x and y, as the caller gave them."""
-    return _L1Cost.apply(x, y, _Computed(cost, index, divisor, backend))
+    return _L1Cost.apply(x, y, index, _Computed([cost], divisor, backend))
 
 
 class _Computed:
-    """A cost and how it was computed; wrapped, since autograd would take a tensor for an input."""
+    """A cost, in a list until it is handed out, and how it was computed.
 
-    def __init__(self, cost: Tensor, index: Tensor | None, divisor: float, backend: str) -> None:
-        self.cost, self.index, self.divisor, self.backend = cost, index, divisor, backend
+    Kept here it would refer to itself through its graph, and stay until garbage is collected; as an
+    argument autograd would take it for an input.
+    """
+
+    def __init__(self, cost: list[Tensor], divisor: float, backend: str) -> None:
+        self.cost, self.divisor, self.backend = cost, divisor, backend
 
 
 class _L1Cost(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, computed: _Computed) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, index: Tensor | None, computed: _Computed
+    ) -> Tensor:
         ctx.computed = computed
-        ctx.save_for_backward(x, y)  # torch then refuses activations that were changed in between
-        return computed.cost
+        ctx.save_for_backward(x, y, index)  # torch then refuses what was changed in between
+        return computed.cost.pop()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, y), computed = ctx.saved_tensors, ctx.computed
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, y, index), computed = ctx.saved_tensors, ctx.computed
         work = L1Gradients(
             x=_batched(x),
             y=None if y is None else _batched(y),
-            targets=computed.index,
+            targets=index,
             gradient=_batched(incoming),
             divisor=computed.divisor,
         )
@@ -60,6 +66,7 @@ class _L1Cost(torch.autograd.Function):
         return (
             None if by_x is None else by_x.view(x.shape).to(x.dtype),
             None if by_y is None else by_y.view(y.shape).to(y.dtype),
+            None,
             None,
         )
 

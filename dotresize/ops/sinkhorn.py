@@ -110,7 +110,7 @@ def sinkhorn(
         raise ValueError(f"cost is a {kind}: must be a torch tensor, or a list of them")
     max_iter = check_whole("max_iter", max_iter, 0)
     check_word("storage", storage, STORAGES)
-    if acceleration not in ("auto", *ACCELERATIONS) if isinstance(acceleration, str) else True:
+    if not isinstance(acceleration, str) or acceleration not in ("auto", *ACCELERATIONS):
         known = ", ".join(ACCELERATIONS)
         raise ValueError(f"acceleration {shown(acceleration)}: must be auto or one of {known}")
     ragged = not isinstance(cost, Tensor)

@@ -139,13 +139,19 @@ def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     """Return one number per problem, float64 (B,) on the CPU; ValueError for anything else."""
     if isinstance(value, float) and math.isfinite(value):  # nearly always
         return torch.full((batch,), value, dtype=torch.float64, device="cpu")
+    no_gradient = False
     try:
         if isinstance(value, Tensor):
             check_dense(name, value)
+            if value.requires_grad and torch.is_grad_enabled():
+                no_gradient = True
+                raise TypeError
         if isinstance(value, (str, bytes)) or torch.is_complex(torch.as_tensor(value)):
             raise ValueError
         given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError):
+        if no_gradient:
+            raise ValueError(f"{name} requires a gradient, and results have none by it") from None
         accepted = f"must be a number or ({batch},) of them"
         raise ValueError(f"{name} is {shown(value)}: {accepted}") from None
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):
@@ -153,6 +159,10 @@ def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     if not torch.isfinite(given).all():
         raise ValueError(f"{name} is {_first_wrong(given)}: must be finite")
     return given.expand(batch).contiguous()
+
+
+def _is_real(value: Tensor) -> bool:
+    return value.dtype in FLOATS or not (value.is_floating_point() or value.is_complex())
 
 
 def _first_wrong(values: Tensor) -> str:
@@ -174,7 +184,7 @@ def _check_marginals(
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}: must be a tensor of shape {shared}")
     given = check_dense(name, value)
-    if tuple(given.shape) not in (shared, own) or given.is_complex():
+    if tuple(given.shape) not in (shared, own) or not _is_real(given):
         kind = f"{tuple(given.shape)} of {given.dtype}"
         raise ValueError(f"{name} has shape {kind}: must be {shared} or {own}, real numbers")
     if given.device != like.device:
@@ -207,7 +217,7 @@ def _check_init(init: tuple | None, batch: int, m: int, like: Tensor) -> Tensor:
     g = init[1] if isinstance(init, (tuple, list)) and len(init) == 2 else None
     if isinstance(g, Tensor):
         check_dense("init: g", g)
-    if not isinstance(g, Tensor) or g.is_complex() or tuple(g.shape) not in ((batch, m), (m,)):
+    if not isinstance(g, Tensor) or not _is_real(g) or tuple(g.shape) not in ((batch, m), (m,)):
         raise ValueError(f"init: g, its second entry, must be a tensor of shape {(batch, m)}")
     if g.device != like.device:
         raise ValueError(f"init: g is on {g.device}, the cost on {like.device}")
