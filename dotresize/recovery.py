@@ -98,8 +98,10 @@ def recover(
         transformers_model(model, name=name)
         for name, model in (("dense", dense), ("narrow", narrow))
     )
-    if getattr(dense, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"dense: {type(dense).__name__} has no head, whose predictions are learnt")
+    for name, model in (("dense", dense), ("narrow", narrow)):
+        if getattr(model, "get_output_embeddings", lambda: None)() is None:
+            kind = type(model).__name__
+            raise ValueError(f"{name}: {kind} has no head, whose predictions are learnt")
     for weight, value in (*narrow.named_parameters(), *dense.named_parameters()):
         if not value.is_floating_point() or value.dtype.itemsize < 2 or value.is_inference():
             kind = "made in inference mode" if value.is_inference() else f"of {value.dtype}"

@@ -81,6 +81,8 @@ def _parts(tokens: Any) -> list[Tensor]:
             given = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
             raise ValueError(f"tokens are {given}: must be int64 (windows, length)")
         return [tokens.detach().long()]
+    if isinstance(tokens, np.ma.MaskedArray):
+        raise ValueError("tokens are a masked array: give the tokens that count")
     if isinstance(tokens, np.ndarray):
         if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
             given = f"a NumPy array of {tokens.dtype}, shape {tokens.shape}"

@@ -308,10 +308,23 @@ def _checked(
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
     check_word("anchor", anchor, ANCHORS)
-    if soft is not None and not (permute and check_number("soft", soft, "a positive number") > 0):
-        raise ValueError(f"soft {float(soft):g}: must be positive and finite, and needs permute")
+    if soft is not None:
+        reg = check_number("soft", soft, "a positive number")
+        if not permute or reg <= 0:
+            raise ValueError(f"soft {reg:g}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")
+    vocabulary = getattr(model.config, "vocab_size", None)
+    for i, batch in enumerate(batches):
+        for name in ("input_ids", "decoder_input_ids") if vocabulary is not None else ():
+            ids = batch.get(name)
+            if ids is None or ids.numel() == 0:
+                continue
+            for wrong in (int(ids.min()), int(ids.max())):
+                if not 0 <= wrong < vocabulary:
+                    raise ValueError(
+                        f"batch {i}: {name} hold {wrong}, the model's vocabulary is {vocabulary}"
+                    )
     if not sizes:
         raise ValueError(f"k: names no stack, but there is {', '.join(names)}")
     for name, size in sizes.items():

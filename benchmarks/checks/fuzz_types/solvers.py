@@ -168,7 +168,9 @@ def transport_map(draw: Draw) -> Call:
         dtype = getattr(given["plan"], "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and result.dtype != dtype:
             return f"{result.dtype} for a plan of {dtype}"
-        return apart(result, plain["plan"] / plain["plan"].sum(-2, keepdim=True), 2e-2)
+        # Scaled first: a sum of float64's largest would be infinite.
+        scaled = plain["plan"] / plain["plan"].amax(-2, keepdim=True)
+        return apart(result, scaled / scaled.sum(-2, keepdim=True), 2e-2)
 
     return Call(dotresize.transport_map, {"plan": plan}, check)
 
