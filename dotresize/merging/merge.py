@@ -278,6 +278,17 @@ def _inputs_of(batches: Any) -> list[dict[str, Tensor]]:
     return found
 
 
+def _check_ids(batches: list[dict[str, Tensor]], vocabulary: float) -> None:
+    for i, batch in enumerate(batches):
+        for name in batch.keys() & {"input_ids", "decoder_input_ids"}:
+            ids = batch[name].flatten().tolist()
+            for wrong in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= wrong < vocabulary:
+                    raise ValueError(
+                        f"batch {i}: {name} hold {wrong}, the model's vocabulary is {vocabulary}"
+                    )
+
+
 def _checked(
     model: Any,
     batches: list[dict[str, Tensor]],
@@ -314,17 +325,7 @@ def _checked(
             raise ValueError(f"soft {reg:g}: must be positive and finite, and needs permute")
     if not batches:
         raise ValueError("there are no batches")
-    vocabulary = getattr(model.config, "vocab_size", None)
-    for i, batch in enumerate(batches):
-        for name in ("input_ids", "decoder_input_ids") if vocabulary is not None else ():
-            ids = batch.get(name)
-            if ids is None or ids.numel() == 0:
-                continue
-            for wrong in (int(ids.min()), int(ids.max())):
-                if not 0 <= wrong < vocabulary:
-                    raise ValueError(
-                        f"batch {i}: {name} hold {wrong}, the model's vocabulary is {vocabulary}"
-                    )
+    _check_ids(batches, getattr(model.config, "vocab_size", math.inf))
     if not sizes:
         raise ValueError(f"k: names no stack, but there is {', '.join(names)}")
     for name, size in sizes.items():
