@@ -128,7 +128,7 @@ def features(
     for number, batch in enumerate(batches):
         with ExitStack() as hooks:
             seen = [hooks.enter_context(captured(_known_by(model, stack))) for stack in stacks]
-            model(**batch)
+            run(model, batch)
         for stack, delivered in zip(stacks, seen, strict=True):
             mask = counted(stack, batch)
             for i, output in enumerate(delivered):
@@ -143,6 +143,18 @@ def features(
         if not aligner.tokens:
             raise ValueError(f"no token counts in the {aligner.stack.name}: all are masked")
     return found
+
+
+def run(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """Return the model's outputs; ValueError in one line for inputs that it cannot take."""
+    try:
+        return model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        names = ", ".join(inputs)
+        raise ValueError(f"the model cannot run a batch of {names}: {reason}") from error
 
 
 def _known_by(model: Any, stack: Stack) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize.accounting import unique_parameters
-from dotresize.merging.align import Aligner, counted, features
+from dotresize.merging.align import Aligner, counted, features, run
 from dotresize.merging.tie import dropped, merged, tie, tied
 from dotresize.models.given import check_types, transformers_model
 from dotresize.models.stacks import Stack, layers_of, stacks_of
@@ -35,6 +35,7 @@ from dotresize.ops.arguments import (
     check_word,
     shown,
 )
+from dotresize.ops.backends import choose
 
 ANCHORS = ("first", "middle", "last")
 Metric = Callable[[Any], float]
@@ -100,7 +101,7 @@ def merge_feed_forward(
     model = transformers_model(model)
     batches = _inputs_of(batches)
     baselines = check_flag("baselines", baselines)
-    stacks, sizes = _checked(model, batches, k, start, anchor, permute, soft)
+    stacks, sizes = _checked(model, batches, k, start, anchor, permute, soft, backend)
     metric = _default_metric(batches) if metric is None else metric
     if not callable(metric):
         raise ValueError(f"metric is {shown(metric)}: must be a callable, model -> float")
@@ -253,7 +254,7 @@ def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
             number = int(((labels[:, 1:] if causal else labels) != -100).sum())
             if not number:
                 continue
-            total += float(model(**inputs).loss) * number
+            total += float(run(model, inputs).loss) * number
             count += number
         return -total / count if count else -math.inf
 
@@ -297,6 +298,7 @@ def _checked(
     anchor: str,
     permute: bool,
     soft: float | None,
+    backend: str,
 ) -> tuple[tuple[Stack, ...], dict[str, int]]:
     """Return the stacks to merge, and how many layers of each."""
     stacks = stacks_of(model)
@@ -319,6 +321,7 @@ def _checked(
     names = [stack.name for stack in stacks]
     sizes = k if isinstance(k, dict) else dict.fromkeys(names, k)
     check_word("anchor", anchor, ANCHORS)
+    choose(backend, model.device)
     if soft is not None:
         reg = check_number("soft", soft, "a positive number")
         if not permute or reg <= 0:

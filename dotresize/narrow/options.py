@@ -229,7 +229,8 @@ class Options:
         for name in ("steps", "batch_windows", "self_windows"):
             if getattr(self, name) is not None or name != "self_windows":
                 check_whole(name, getattr(self, name))
-        if not isinstance(self.seed, Integral) or not -(2**63) <= self.seed < 2**63:
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+        if not whole or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
         for name in ("refit", "untie", "figures"):
             check_flag(name, getattr(self, name))
