@@ -106,6 +106,8 @@ def recover(
         if not value.is_floating_point() or value.dtype.itemsize < 2 or value.is_inference():
             kind = "made in inference mode" if value.is_inference() else f"of {value.dtype}"
             raise ValueError(f"weight {weight} is {kind}, which cannot be trained with")
+    if not any(value.requires_grad for value in narrow.parameters()):
+        raise ValueError("narrow: all its weights are frozen; call requires_grad_() on it")
     tokens = check_tokens(tokens, narrow.config.vocab_size)
     check_whole("batch_windows", batch_windows, 1)
     check_whole("seed", seed)

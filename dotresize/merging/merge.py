@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -263,7 +264,7 @@ def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
 
 def _inputs_of(batches: Any) -> list[dict[str, Tensor]]:
     """Return batches of model inputs; ValueError for what is none."""
-    if isinstance(batches, (str, bytes, memoryview, Tensor, Mapping)) or not isinstance(
+    if isinstance(batches, (str, bytes, memoryview, Tensor, np.ndarray, Mapping)) or not isinstance(
         batches, Iterable
     ):
         raise ValueError(f"batches is {shown(batches)}: must be an iterable of dicts of tensors")
