@@ -22,7 +22,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         given = torch.device("cpu" if device is None else device)
         return torch.empty(0, dtype=torch.float32, device=given).device
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"device {shown(device)}: {reason}") from None
 
