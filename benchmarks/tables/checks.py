@@ -57,7 +57,7 @@ def gradient(rows: list[dict[str, Any]]) -> str:
     last = {r["case"]: r["run"] for r in rows}
     lines = ["| gradient | dotresize | times the cost itself | torch.cdist took, times as long |"]
     lines.append("|---|---|---|---|")
-    shown = [r for r in rows if r["run"] == last[r["case"]] and r["allocator"] == "default"]
+    shown = [r for r in rows if r["run"] == last[r["case"]] and r.get("allocator") == "default"]
     for case in last:
         times = {r["name"]: r["median_s"] for r in shown if r["case"] == case and "median_s" in r}
         ours, cost = times["dotresize cpp"], times["dotresize cpp, the cost"]
