@@ -7,7 +7,7 @@ other way round; the cost itself takes two. The gradient by y is the same sum wi
 and y exchanged, in a launch of its own.
 
 A tile is tokens x neurons of x, whose activations and sums stay in registers while the neurons of
-y pass: for each of them a thread takes 8 tokens' activations and 8 entries of G from shared memory,
+y pass: for each of them a thread takes 8 tokens' activations and 4 entries of G from shared memory,
 where they come in chunks, the next ones on their way, as in the forward kernel (l1_tile.py). Sums
 have two levels, as there: TOKEN_BLOCK terms in registers, then the total in ``out``.
 
@@ -29,8 +29,9 @@ from dotresize.kernels.l1_cost import ASYNC, L1Config, lanes_of
 from dotresize.kernels.l1_tile import fetch, next_chunk, sent
 from dotresize.ops.constants import TOKEN_BLOCK, L1Gradients, chunk_tokens
 
-# 64 activations and 64 sums of a thread; not yet timed.
-CONFIG = L1Config(64, 128, 4, (2, 2), 8, 3, 255)
+# 32 activations and 32 sums of a thread. Not yet timed; with twice as many, triton 3.6 moves
+# registers about: 5.4 instructions a pair instead of 4.3.
+CONFIG = L1Config(64, 64, 4, (2, 2), 8, 3, 255)
 
 
 @jit

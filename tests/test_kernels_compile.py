@@ -111,12 +111,12 @@ def test_l1_takes_two_additions_a_pair_and_reads_16_bytes(rows):
 
 def test_the_gradient_of_l1_takes_four_instructions_a_pair(rows):
     """Two comparisons and two additions under them; nothing is read from memory in between."""
-    for row in of(rows, "l1_backward/64x128", "sm_80", "sm_90"):
+    for row in of(rows, "l1_backward/64x64", "sm_80", "sm_90"):
         if row["kernel"].endswith("/1"):
             continue
         assert count(row, "FSETP") + count(row, "FADD") <= 4 * row["elements"] + 8, row
-        assert sum(row["loop"].values()) <= 4.3 * row["elements"], row
-        assert count(row, "LDS.128") == 4 * row["elements"] // 64, row
+        assert sum(row["loop"].values()) <= 4.4 * row["elements"], row
+        assert count(row, "LDS.128") == 3 * row["elements"] // 32, row
         assert count(row, "LDG.") == 0, row
 
 
