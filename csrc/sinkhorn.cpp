@@ -27,16 +27,18 @@ struct Outcome {
 // updates of g there are max_iter + 1 sweeps.
 template <typename T>
 void work(Problem<T>& problem, int member, Barrier& barrier, double tol, int64_t max_iter,
-          Outcome& outcome) {
+          Outcome& outcome, Stop& stop) {
+  // The thread that hears of signals may be the one that waits, for another that is held up.
+  const auto listen = [&] { stop.asked(); };
   problem.scan(member);
-  barrier.wait();
+  barrier.wait(listen);
   problem.settle(member);
-  barrier.wait();
+  barrier.wait(listen);
   if (problem.state() != Status::kMaxIter) return;
   problem.scale(member);
   for (int64_t it = 0;; ++it) {
     problem.sweep(member, it);
-    barrier.wait();
+    barrier.wait(listen);
     if (problem.stopped(it)) return;
     const double error = problem.column_error(member, it);
     const bool converged = tol > 0 && error <= tol;
@@ -46,7 +48,7 @@ void work(Problem<T>& problem, int member, Barrier& barrier, double tol, int64_t
     }
     if (problem.has_tiny_columns(member)) {
       problem.redo_columns(member);
-      barrier.wait();
+      barrier.wait(listen);
     }
     problem.update_columns(member, error);
   }
@@ -78,7 +80,7 @@ void solve(const SinkhornProblem& given, int team, int64_t max_iter, Stop& stop)
       out_of_memory = true;
     }
     if (!out_of_memory) {
-      work(*problem, thread_index(), *barrier, given.tol, max_iter, outcome);
+      work(*problem, thread_index(), *barrier, given.tol, max_iter, outcome, stop);
     }
   }
   if (out_of_memory) throw std::bad_alloc();

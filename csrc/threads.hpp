@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -57,7 +58,9 @@ class Barrier {
  public:
   explicit Barrier(int parties) : parties_(parties) {}
 
-  void wait() {
+  // Whoever waits long calls `meanwhile` again and again.
+  template <typename Meanwhile>
+  void wait(const Meanwhile& meanwhile) {
     if (parties_ == 1) return;
     const int64_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parties_) {
@@ -73,12 +76,18 @@ class Barrier {
       if (phase_.load(std::memory_order_acquire) != phase) return;
       std::this_thread::yield();
     }
+    const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return phase_.load(std::memory_order_acquire) != phase; });
+    while (!changed_.wait_for(lock, kPatience, passed)) {
+      lock.unlock();
+      meanwhile();
+      lock.lock();
+    }
   }
 
  private:
   static constexpr int kOffers = 100;
+  static constexpr auto kPatience = std::chrono::milliseconds(20);
   std::mutex mutex_;
   std::condition_variable changed_;
   const int parties_;
