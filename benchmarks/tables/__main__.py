@@ -271,6 +271,7 @@ SHOWN_ROWS = {
     "demo": _demo_rows,
     "pot": lambda: rows("pot_tests.jsonl")[-1:],
     "peers": lambda: rows("peer_tests.jsonl")[-1:],
+    "gradient": lambda: checks.last_runs(rows("gradient.jsonl")),
     "types": lambda: rows("fuzz_types.jsonl")[-1:],
     "interrupts": lambda: rows("interrupts.jsonl")[-1:],
     "recovered": lambda: rows("recovered.jsonl")[-1:],

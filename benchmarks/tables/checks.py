@@ -52,12 +52,18 @@ def interrupts(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "`benchmarks/results/interrupts.jsonl`."])
 
 
+def last_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of each case's last run."""
+    last = {r["case"]: r["run"] for r in rows}
+    return [r for r in rows if r["run"] == last[r["case"]]]
+
+
 def gradient(rows: list[dict[str, Any]]) -> str:
     """Return how long the gradient of the L1 cost takes, in the last run of each case."""
-    last = {r["case"]: r["run"] for r in rows}
+    rows, last = last_runs(rows), {r["case"]: r["run"] for r in rows}
     lines = ["| gradient | dotresize | times the cost itself | torch.cdist took, times as long |"]
     lines.append("|---|---|---|---|")
-    shown = [r for r in rows if r["run"] == last[r["case"]] and r.get("allocator") == "default"]
+    shown = [r for r in rows if r.get("allocator") == "default"]
     for case in last:
         times = {r["name"]: r["median_s"] for r in shown if r["case"] == case and "median_s" in r}
         ours, cost = times["dotresize cpp"], times["dotresize cpp, the cost"]
