@@ -158,7 +158,7 @@ def test_a_model_that_stays_in_its_files_has_no_budget(kind, size, tokens, caplo
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("share", [0.5, 0.62, 0.77, 0.78, 0.785, 0.79])
 def test_the_smallest_budgets_are_kept_to(kind, share, tokens):
-    """As a width 1 means all of it, so no budget may choose a single neuron."""
+    """No budget chooses a single neuron: a width of 1 means all of them."""
     model = tiny_model(kind)
     if kind == "gpt2" and share < 0.785:  # the other weights alone are more
         with pytest.raises(ValueError, match="has so few"):

@@ -29,7 +29,7 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def test_an_output_with_a_long_name(arguments, capsys):
-    """Of 247 bytes it is made; a longer one leaves no room for its unfinished run."""
+    """A name of 247 bytes is taken; a longer one leaves no room for that of the unfinished run."""
     parent = Path(arguments[2]).parent
     for name in ("x" * 250, "é" * 125, "x" * 300):
         arguments[2] = str(parent / name)

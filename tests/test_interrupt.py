@@ -44,6 +44,13 @@ print('right')
 """
 
 
+def run(code: str, patience: float) -> subprocess.CompletedProcess:
+    """Run code in an interpreter of its own, for so many seconds at most."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience, check=False
+    )
+
+
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_stops(name, threads):
@@ -53,9 +60,7 @@ def test_a_kernel_stops(name, threads):
         .replace("import torch\n", f"import torch\ntorch.set_num_threads({threads})\n")
     )
     # None of the calls ends by itself within this limit.
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=45, check=False
-    )
+    done = run(code, 45)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["stopped", "right"]
 
@@ -75,9 +80,7 @@ def test_a_handler_of_the_callers_own_decides():
         "try: sinkhorn(torch.rand(900, 900), 1e-3, tol=0, max_iter=10**6)\n"
         "except LookupError as error: print(error, len(seen))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run(code, 120)
     assert done.stdout.split() == ["enough", "2"], done.stderr
 
 
@@ -109,7 +112,5 @@ def test_a_thread_that_solves_while_the_process_ends():
         "threading.Thread(target=solve, daemon=True).start()\n"
         "time.sleep(0.7)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run(code, 60)
     assert done.returncode == 0, done.stderr

@@ -106,7 +106,7 @@ def commands() -> list[pytest.param]:
 
 @pytest.mark.parametrize("lines", commands())
 def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
-    """As they are written, but for a hub's model, and sizes that a tiny model has not."""
+    """The commands run as written, but for a hub's model, and sizes that a tiny model has not."""
     from dotresize.cli import main
 
     monkeypatch.chdir(folder)

@@ -43,8 +43,7 @@ def check_tokens(tokens: Any, vocabulary: int, positions: int | None = None) -> 
     if tensors and parts:
         windows = torch.cat([part.cpu() for part in parts])
     else:
-        texts = [text.cpu() for part in parts for text in (part if part.dim() == 2 else [part])]
-        windows = _cut([text for text in texts if len(text)])
+        windows = _cut([text.cpu() for text in _texts(parts) if len(text)])
     if windows.numel() == 0:
         raise ValueError("there are no calibration tokens")
     most, least = int(windows.max()), int(windows.min())
@@ -105,9 +104,8 @@ def _parts(tokens: Any) -> list[Tensor]:
 def _masked(batch: Mapping) -> list[Tensor]:
     """Return the texts of a tokenizer's result, without what its attention mask leaves out."""
     if "input_ids" not in batch:
-        raise ValueError(f"tokens are {_kind(batch)} without input_ids: {ACCEPTED}")
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    texts = [text for part in _parts(_whole(ids)) for text in (part if part.dim() == 2 else [part])]
+        raise ValueError(f"tokens are a {type(batch).__name__} without input_ids: {ACCEPTED}")
+    texts, mask = _texts(_parts(_whole(batch["input_ids"]))), batch.get("attention_mask")
     if mask is None:
         return texts
     if isinstance(mask, (Tensor, np.ndarray)):
@@ -118,19 +116,19 @@ def _masked(batch: Mapping) -> list[Tensor]:
             mask = [(np.asarray(row, dtype=np.float64) != 0).astype(np.int64) for row in mask]
         except (TypeError, ValueError):
             raise ValueError(f"tokens: attention_mask is {shown(mask)}: must be numbers") from None
-    masks = [row for part in _parts(_whole(mask)) for row in (part if part.dim() == 2 else [part])]
+    masks = _texts(_parts(mask))
     if [len(text) for text in texts] != [len(row) for row in masks]:
         raise ValueError("tokens: attention_mask must have the shape of input_ids")
     return [text[row.to(text.device) != 0] for text, row in zip(texts, masks, strict=True)]
 
 
-def _kind(batch: Mapping) -> str:
-    return f"a {type(batch).__name__}"
+def _texts(parts: list[Tensor]) -> list[Tensor]:
+    """Return the texts of parts, each of one or several."""
+    return [text for part in parts for text in (part if part.dim() == 2 else [part])]
 
 
 def _whole(value: Any) -> Any:
-    """Return ids or a mask of any integer type, one text or several, as ``_parts`` takes them."""
+    """Return ids of any integer type as ``_parts`` takes them."""
     if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
-        value = check_dense("tokens", value).long()
-        return value[None] if value.dim() == 1 else value
+        return check_dense("tokens", value).long()
     return value

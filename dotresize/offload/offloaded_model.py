@@ -29,13 +29,12 @@ from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied
 from dotresize.models.given import NOT_TIED, same_weight, untied
 from dotresize.offload.headers import INDEX, check_stored, shards
+from dotresize.offload.memory_plan import TABLE_ROWS
 from dotresize.offload.skeleton import empty, skeleton
 from dotresize.offload.stored_weights import StoredNames, StoredWeights
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE = 2**20
-# Rows of the embedding that are compared at a time.
-TABLE_ROWS = 4096
 
 logger = logging.getLogger("dotresize")
 

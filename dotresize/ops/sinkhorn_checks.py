@@ -46,7 +46,6 @@ def checked(
     if cost.dtype not in FLOATS:
         raise ValueError(f"cost has dtype {cost.dtype}: must be floating-point, {FLOAT_NAMES}")
     batch = cost[None] if cost.dim() == 2 else cost
-    choose(backend, cost.device)  # raises before anything is computed
     return [_batch(batch, a, b, init, settings, range(len(batch)))]
 
 
@@ -139,19 +138,15 @@ def per_problem(name: str, value: float | Tensor, batch: int) -> Tensor:
     """Return one number per problem, float64 (B,) on the CPU; ValueError for anything else."""
     if isinstance(value, float) and math.isfinite(value):  # nearly always
         return torch.full((batch,), value, dtype=torch.float64, device="cpu")
-    no_gradient = False
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and results have none by it")
     try:
-        if isinstance(value, Tensor):
-            check_dense(name, value)
-            if value.requires_grad and torch.is_grad_enabled():
-                no_gradient = True
-                raise TypeError
         if isinstance(value, (str, bytes)) or torch.is_complex(torch.as_tensor(value)):
             raise ValueError
         given = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        if no_gradient:
-            raise ValueError(f"{name} requires a gradient, and results have none by it") from None
         accepted = f"must be a number or ({batch},) of them"
         raise ValueError(f"{name} is {shown(value)}: {accepted}") from None
     if given.dim() > 1 or (given.dim() == 1 and given.shape[0] != batch):

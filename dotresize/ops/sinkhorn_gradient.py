@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of the Schur complement, whose eigenvalues are scaled to lie in [0, 1]: smaller ones are what
-# parts of a plan that exchange no mass leave of a constant of their own.
+# The Schur complement's eigenvalues are scaled to lie in [0, 1]. Those below this belong to
+# constants of parts of the plan that exchange no mass, and count as 0.
 _SINGULAR = 1e-12
 
 

@@ -264,7 +264,7 @@ def backends(draw: Draw) -> Call:
 
 
 READ = ("plan", "value", "value_linear", "potential_a", "potential_b", "reason")
-# By public name: the maker of a call, and how often it is drawn.
+# Each public name has the maker of its calls, and how often it is drawn.
 SOLVERS: dict[str, tuple[Callable[[Draw], Call], float]] = {
     "l1_cost": (l1_cost, 8),
     "L1CostAccumulator": (accumulator, 5),
