@@ -69,6 +69,7 @@ setup(
         "dotresize.ops",
         "dotresize.ot",
         "dotresize.models",
+        "dotresize.checkpoint",
         "dotresize.offload",
         "dotresize.calibration",
         "dotresize.narrow",

@@ -12,21 +12,26 @@ from tqdm import tqdm
 
 from dotresize import distributed
 from dotresize.calibration.residual_stream import Streams
+from dotresize.calibration.text import begun
 from dotresize.models.causal_lm import CausalLM
 
 
-def evaluation_windows(stream: Tensor, length: int, count: int | None = None) -> Tensor:
+def evaluation_windows(
+    stream: Tensor, length: int, count: int | None = None, first: int | None = None
+) -> Tensor:
     """Return consecutive windows of a text's tokens, or ``count`` of them spread evenly over it.
 
-    No token is in two windows. A text shorter than one window is one shorter window.
+    No token is in two windows. A text shorter than one window is one shorter window. With a ``first``
+    token every window begins with it, as the model's tokenizer begins every text.
     """
     if len(stream) < 2:
         raise ValueError(f"the text has {len(stream)} tokens: perplexity needs at least 2")
-    length = min(length, len(stream))
+    length = min(length - (first is not None), len(stream))
     whole = stream[: len(stream) // length * length].view(-1, length)
     if count is None or count >= len(whole):
-        return whole
-    return whole[torch.arange(count, dtype=torch.int64, device=whole.device) * len(whole) // count]
+        return begun(whole, first)
+    spread = torch.arange(count, dtype=torch.int64, device=whole.device) * len(whole) // count
+    return begun(whole[spread], first)
 
 
 @torch.inference_mode()

@@ -12,7 +12,6 @@ from dotresize.accounting import count_parameters
 from dotresize.compression import make_options
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow import budget
 from dotresize.narrow.budget import (
     POWERS,
     Budget,
@@ -54,7 +53,7 @@ def test_a_law_goes_through_its_points():
 
 def test_the_cheaper_width_is_cut_first():
     model = CausalLM.in_memory(tiny_model())
-    room = Budget(model, 0.8, "non_embedding")
+    room = Budget(model, make_options(params=0.8, params_count="non_embedding"))
     dear, cheap = Law(10.0, 1.0), Law(0.1, 1.0)
     residual_dear = best_split(model, room.pairs(), dear, cheap)
     inner_dear = best_split(model, room.pairs(), cheap, dear)
@@ -67,7 +66,7 @@ def test_the_cheaper_width_is_cut_first():
 
 def test_a_budget_nothing_fits():
     with pytest.raises(ValueError, match=r"params 0\.001: no pair of widths"):
-        Budget(CausalLM.in_memory(tiny_model()), 0.001, "total").pairs()
+        Budget(CausalLM.in_memory(tiny_model()), make_options(params=0.001)).pairs()
 
 
 def test_laws_that_hang_on_the_windows_are_held_in():
@@ -172,7 +171,6 @@ def test_the_smallest_budgets_are_kept_to(kind, share, tokens):
 def test_a_gain_is_compared_as_a_loss_is(tokens, monkeypatch):
     """A pair must be better by the margin also where narrowing gains."""
     steep = Law(1.0, 6.0), Law(1.0, 6.0)  # so that a pair is tried
-    monkeypatch.setattr(budget, "INNER_STEP", 1)
     monkeypatch.setattr(Measured, "laws", lambda self: steep)
     monkeypatch.setattr(Measured, "excess", probe_as(lambda x, y: -0.48 if x and y else -0.5))
     _, report = compress(tiny_model(), tokens, params=0.7, params_count="non_embedding")

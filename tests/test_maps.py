@@ -7,7 +7,6 @@ import torch
 
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.baselines.magnitude import selected
-from dotresize.narrow.choose_width import choose_width
 from dotresize.narrow.maps import WidthMap, align, largest, level
 from dotresize.narrow.principal import pca
 from dotresize.narrow.transport import transports
@@ -131,29 +130,6 @@ def test_baselines():
     leading = torch.linalg.eigh(moment).eigenvectors[:, -4:]
     assert same_span(plain.q, leading)
     assert largest(torch.tensor([3.0, 1.0, 2.0]), 2).tolist() == [0, 2]
-
-
-@pytest.mark.parametrize(
-    ("asked", "width", "divisor", "expected"),
-    [
-        (0.8, 576, 9, 468),  # SmolLM2: multiples of 36, within 2 %
-        (1.0, 576, 9, 576),
-        (0.999, 576, 9, 576),
-        (0.8, 4096, 32, 3328),  # within 2 % of 3276.8 and a multiple of 256
-        (0.8, 2048, 1, 1664),
-        (0.5, 24, 4, 12),
-        (468, 576, 9, 468),
-        (1, 102, 1, 102),
-    ],
-)
-def test_widths(asked, width, divisor, expected):
-    assert choose_width(asked, width, divisor) == expected
-
-
-@pytest.mark.parametrize("asked", [0, -1, 0.001, 577, 460, 468.5, float("nan"), float("inf")])
-def test_widths_no_loader_accepts(asked):
-    with pytest.raises(ValueError, match="width"):
-        choose_width(asked, 576, 9)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 24])

@@ -19,6 +19,7 @@ from dotresize.calibration.residual_stream import Streams, norms_of
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
+from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.one_map import OneMap
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.refit import refit
@@ -54,6 +55,8 @@ class Located(WidthMethod):
             residual = AdaptedResidual()
             refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
             seconds["refit"] = time.perf_counter() - start
+        else:
+            scale_norms(narrow, AdaptedResidual().body)
         return Narrowed(narrow, located[0], qs)
 
 

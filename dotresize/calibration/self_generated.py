@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dotresize.calibration.text import begun
 from dotresize.models.causal_lm import CausalLM
 
 # Windows written at a time: each keeps a cache, and all share one pass over the weights.
@@ -21,20 +22,25 @@ BATCH = 32
 
 
 @torch.inference_mode()
-def sample(model: CausalLM, count: int, length: int, seed: int = 0) -> Tensor:
+def sample(
+    model: CausalLM, count: int, length: int, seed: int = 0, begin: int | None = None
+) -> Tensor:
     """Return ``count`` windows sampled at temperature 1: int64 (count, length).
 
-    The first token of each is uniform over the vocabulary; an end of text is never drawn. The
-    same seed gives the same windows on the same device.
+    The first token of each is uniform over the vocabulary, behind the token that texts ``begin``
+    with, if there is one; an end of text is never drawn. The same seed gives the same windows on
+    the same device.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(
+    drawn = torch.randint(
         model.config.vocab_size, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
     )
+    first = begun(drawn, begin)[:, :length]
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]
-    progress = tqdm(total=count * (length - 1), desc="write text", unit="token", disable=None)
+    left = length - first.shape[1]
+    progress = tqdm(total=count * left, desc="write text", unit="token", disable=None)
     parts = []
     for ids in first.split(BATCH):
         parts.append(_continue(model, ids, length, ends, generator, progress))
@@ -53,13 +59,14 @@ def _continue(
     import transformers
 
     cache = transformers.DynamicCache(config=model.config)
-    for _ in range(length - 1):
-        last = ids[:, -1:].to(model.device)
+    last = ids
+    while ids.shape[1] < length:
+        last = last.to(model.device)
         out = model.module(input_ids=last, past_key_values=cache, use_cache=True)
         # What is not finite here is found, and named, by the calibration that follows.
         logits = out.logits[:, -1].float().cpu().nan_to_num(0.0, 0.0, 0.0)
         logits[:, ends] = -torch.inf
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, drawn], 1)
+        ids, last = torch.cat([ids, drawn], 1), drawn
         progress.update(len(ids))
     return ids

@@ -102,6 +102,20 @@ def _json_text(path: Path, number: int, line: str) -> str:
     return text
 
 
+def added_around(tokenizer: Any) -> tuple[int | None, int | None]:
+    """Return the tokens that ``tokenizer(text)`` puts in front of a text and behind it.
+
+    Of Gemma, Llama and Mistral the first is the beginning of text (BOS); None where there is none.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for i in range(len(whole) - len(plain) + 1):
+        if whole[i : i + len(plain)] == plain:
+            after = whole[i + len(plain) :]
+            return (whole[0] if i else None), (after[-1] if after else None)
+    return None, None
+
+
 def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
     """Return all tokens of a text file.
 
@@ -116,19 +130,23 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
-def random_windows(streams: list[Tensor], count: int, length: int, seed: int) -> Tensor:
+def random_windows(
+    streams: list[Tensor], count: int, length: int, seed: int, first: int | None = None
+) -> Tensor:
     """Return ``count`` windows of ``length`` tokens placed at random over all of the streams.
 
     Each stream gives an equal share, whatever its length: calibration on a mixture of sources is
     worth more than any choice of map. The windows of one stream are spread evenly (one in each of
     equal stretches, at a random place), so that they cover all of it; the first windows alone gave
-    maps far worse on other text. Returns int64 (count, length), shuffled.
+    maps far worse on other text. With a ``first`` token every window begins with it, as the model's
+    tokenizer begins every text. Returns int64 (count, length), shuffled.
     """
+    own = length - (first is not None)  # tokens of the text itself
     generator = torch.Generator().manual_seed(seed)
     shares = [count // len(streams) + (i < count % len(streams)) for i in range(len(streams))]
     windows = []
     for stream, share in zip(streams, shares, strict=True):
-        room = len(stream) - length + 1
+        room = len(stream) - own + 1
         if share and room < 1:
             raise ValueError(f"the text has {len(stream)} tokens: a window takes {length}")
         stretch = torch.rand(share, generator=generator, dtype=torch.float64, device="cpu")
@@ -136,6 +154,13 @@ def random_windows(streams: list[Tensor], count: int, length: int, seed: int) ->
             (torch.arange(share, dtype=torch.int64, device="cpu") + stretch)
             * (room / max(1, share))
         ).long()
-        windows += [stream[start : start + length] for start in starts.clamp(max=room - 1)]
+        windows += [stream[start : start + own] for start in starts.clamp(max=room - 1)]
     order = torch.randperm(len(windows), generator=generator, dtype=torch.int64, device="cpu")
-    return torch.stack(windows)[order]
+    return begun(torch.stack(windows)[order], first)
+
+
+def begun(windows: Tensor, first: int | None) -> Tensor:
+    """Return windows with a token put in front of each, (count, length + 1); None for none."""
+    if first is None:
+        return windows
+    return torch.cat([windows.new_full((len(windows), 1), first), windows], 1)

@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("eval", nargs="+", metavar="FILE", help="text or .jsonl")
     _add_common(evaluate)
 
+    export = verbs.add_parser("export", help="write a model directory as a GGUF file for llama.cpp")
+    export.add_argument("model", metavar="OUT", help="directory of a Llama, Mistral or Qwen2")
+    export.add_argument("out", metavar="FILE.gguf", help="file to write")
+    export.add_argument(
+        "--type", default="f16", metavar="TYPE", help="f32, f16, bf16, q8_0 or q4_0 (f16)"
+    )
+    export.add_argument("--quiet", action="store_true", help="no progress bars")
+
     bench = verbs.add_parser("bench", help="time the CPU operators beside every installed peer")
     bench.add_argument(
         "what",
@@ -123,6 +131,24 @@ def _add_narrowing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
     parser.add_argument("--scope", default="global", help="global or location (global)")
     parser.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
+    parser.add_argument(
+        "--multiple-of",
+        type=int,
+        metavar="N",
+        help="of what widths are a multiple (256, 128, 64 or 32: the largest one near enough)",
+    )
+    parser.add_argument(
+        "--keep-type",
+        action="store_true",
+        help="refuse a width for which a llama would be saved as mistral",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices it will be split over; the feed-forward width is a multiple of N times more",
+    )
     parser.add_argument(
         "--ff-method",
         default="eliminate",
@@ -261,10 +287,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # A backend that cannot run here is a RuntimeError of this package.
         if isinstance(error, ValueError) or type(error).__name__ == "BackendError":
-            return _fail(str(error), 2)
+            return _fail(_as_typed(str(error), args), 2)
         # No traceback in a user's face; DOTRESIZE_DEBUG=1 shows it.
         kept = _stages_kept(args)
         return _fail(f"{type(error).__name__}: {error}{'; ' if kept else ''}{kept}", 1)
+
+
+def _as_typed(message: str, args: argparse.Namespace) -> str:
+    """Return a message that begins with an option's name as Python has it, with the one typed."""
+    name, space, rest = message.partition(" ")
+    end = ":" if name.endswith(":") else ""
+    name = name.removesuffix(":")
+    if name in ("model", "out", "eval", "verb") or not hasattr(args, name):
+        return message
+    return f"--{name.replace('_', '-')}{end}{space}{rest}"
 
 
 def _stages_kept(args: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,13 @@ def check_windows(choices: TextChoices) -> None:
         raise ValueError(f"--window {choices.window}: must be at least 2 tokens")
     if choices.eval_windows is not None and choices.eval_windows < 1:
         raise ValueError(f"--eval-windows {choices.eval_windows}: must be at least 1")
+
+
+def check_positions(choices: TextChoices, config: Any) -> None:
+    """Raise ValueError for windows that are longer than a model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and not choices.default_window and choices.window > positions:
+        raise ValueError(f"--window {choices.window}: the model has {positions} positions")
 
 
 def check_texts(choices: TextChoices) -> None:

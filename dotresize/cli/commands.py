@@ -15,6 +15,7 @@ from dotresize.accounting import check_weights
 from dotresize.cli.checks import check_files, check_windows, find_device
 from dotresize.cli.choices import TextChoices, chosen
 from dotresize.cli.compress import compress, sweep
+from dotresize.cli.export import export
 from dotresize.cli.merge_ff import merge_ff
 from dotresize.cli.report import say
 from dotresize.cli.texts import evaluation_texts
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         "sweep": sweep,
         "merge-ff": merge_ff,
         "eval": _eval,
+        "export": export,
         "info": _info,
     }
     distributed.begin()

@@ -15,6 +15,7 @@ from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, peak_memory
 from dotresize.cli import comparison, html_page, memory, report
 from dotresize.cli.checks import (
+    check_positions,
     check_recovery,
     check_texts,
     check_unseen,
@@ -38,17 +39,16 @@ from dotresize.cli.texts import (
     recovery_windows,
 )
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.budget import check_budget
 from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import (
     DEFAULT_SIZE,
-    check_config,
-    check_residual,
-    choose_inner_width,
-    choose_width,
+    Widths,
+    announce,
+    choose_widths,
     default_size,
 )
 from dotresize.narrow.options import Options
-from dotresize.narrow.targets import check_kept
 from dotresize.offload.memory_plan import shown
 from dotresize.ops.backends import choose
 from dotresize.recovery import BATCH_WINDOWS
@@ -78,6 +78,8 @@ def compress(args: argparse.Namespace) -> int:
     targets = [args.targets] if args.targets is not None else []
     recorded["text_sha256"] = digests([*choices.files, *targets])
 
+    planned: list[tuple[Options, Widths]] = []
+
     def check() -> None:
         if args.report is not None:
             html_page.check()
@@ -93,6 +95,7 @@ def compress(args: argparse.Namespace) -> int:
                 "--report": args.report is not None,
             }
             memory.check(args.memory, args.model, options, others)
+        planned.append(_planned(args, options, choices))
 
     def run(stages: Stages) -> int:
         work = None if args.memory is None else stages.offload()
@@ -100,12 +103,12 @@ def compress(args: argparse.Namespace) -> int:
             args.model, device, to_narrow=True, work=work
         )
         check_weights(model.module)
-        wanted = default_size(model, replace(options, figures=args.report is not None))
+        wanted, widths = planned[0]
         fitted = choices.fitted(model.config)
-        streams, tokens, texts = _inputs(fitted, wanted, model, tokenizer)
+        streams, tokens, texts = _inputs(fitted, model, tokenizer)
         plan = None
         if work is not None:
-            plan = memory.make_plan(args.memory, wanted, model, tokens, texts)
+            plan = memory.make_plan(args.memory, wanted, widths, model, tokens, texts)
         narrow, rows = comparison.narrowed(
             model, tokenizer, tokens, wanted, texts, stages, compare=args.compare
         )
@@ -153,13 +156,13 @@ def sweep(args: argparse.Namespace) -> int:
     check_windows(choices)
     choose(args.backend, device)
     checkpoint.check_output(args.out)
+    outline = checkpoint.outline(args.model)
+    check_positions(choices, outline.config)
+    for width in args.widths:
+        choose_widths(outline, replace(options, width=width))
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model.module)
-    divisor = model.architecture.divisor(model.config)
-    for width in args.widths:
-        check_residual(model, replace(options, width=width))
-        check_config(model.config, choose_width(width, model.width, divisor))
-    _, tokens, texts = _inputs(choices.fitted(model.config), options, model, tokenizer)
+    _, tokens, texts = _inputs(choices.fitted(model.config), model, tokenizer)
     wanted = [*comparison.compared(options, model), options]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
     dense = comparison.dense_report(model, texts)
@@ -171,6 +174,21 @@ def sweep(args: argparse.Namespace) -> int:
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     report.say(f"{report.table(rows)}\n\n{args.out}/index.html")
     return 0
+
+
+def _planned(
+    args: argparse.Namespace, options: Options, choices: TextChoices
+) -> tuple[Options, Widths]:
+    """Return the options with a size, and the widths that the model's config lets be said."""
+    outline = checkpoint.outline(args.model)
+    check_positions(choices, outline.config)
+    figures = args.report is not None
+    wanted = default_size(outline, replace(options, figures=figures), whole=args.memory is None)
+    widths = choose_widths(outline, wanted)
+    if wanted.params is not None:
+        check_budget(outline, wanted)
+    announce(outline, widths, wanted)
+    return wanted, widths
 
 
 def _write_page(
@@ -186,25 +204,9 @@ def _write_page(
 
 
 def _inputs(
-    choices: TextChoices, options: Options, model: CausalLM, tokenizer: Any
+    choices: TextChoices, model: CausalLM, tokenizer: Any
 ) -> tuple[list[Tensor], Tensor, Texts]:
-    """Return calibration streams, windows of them, evaluation texts; announce the widths."""
+    """Return calibration streams, windows of them, and evaluation texts."""
     streams = calibration_streams(choices, model, tokenizer)
     tokens = calibration_windows(choices, streams)
-    texts = evaluation_texts(choices, model, tokenizer)
-    check_residual(model, options)
-    inner = choose_inner_width(options.ff_width, model)
-    if options.energy is None and options.params is None:
-        asked = 1.0 if options.width is None else options.width
-        divisor = model.architecture.divisor(model.config)
-        new = choose_width(asked, model.width, divisor)
-        rounded = divisor > 1 and new < model.width
-        note = f", a multiple of {divisor} as its loader asks" if rounded else ""
-        check_config(model.config, new)
-        logger.info("width %d -> %d (asked for %g%s)", model.width, new, asked, note)
-        if isinstance(options.targets, Tensor):
-            check_kept(options.targets, model.width, new)
-    if inner is not None:
-        old = model.inner_width
-        logger.info("feed-forward width %d -> %d (asked for %g)", old, inner, options.ff_width)
-    return streams, tokens, texts
+    return streams, tokens, evaluation_texts(choices, model, tokenizer)

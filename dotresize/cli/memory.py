@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dotresize.cli.texts import Texts
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.choose_width import choose_inner_width, choose_width
+from dotresize.narrow.choose_width import Widths
 from dotresize.narrow.options import Options
 from dotresize.offload.memory_plan import MemoryPlan, parse, plan, shown
 
@@ -39,14 +39,11 @@ def check(size: str, model: str, options: Options, others: dict[str, bool]) -> N
 
 
 def make_plan(
-    size: str, options: Options, model: CausalLM, tokens: Tensor, texts: Texts
+    size: str, options: Options, widths: Widths, model: CausalLM, tokens: Tensor, texts: Texts
 ) -> MemoryPlan:
     """Return the run's plan, which is announced, and which the model's store follows."""
-    width = model.width  # --energy finds it later, and no more than this
-    if options.energy is None and not model.architecture.fixed_residual:
-        share = 1.0 if options.width is None else options.width
-        width = choose_width(share, width, model.architecture.divisor(model.config))
-    inner = choose_inner_width(options.ff_width, model) or model.inner_width
+    width = widths.residual or model.width  # --energy finds it later, and no more than this
+    inner = widths.inner or model.inner_width
     try:
         longest = max((windows.numel() for windows in texts.windows.values()), default=0)
         found = plan(model, tokens, width, inner, options.batch_windows, parse(size), longest)

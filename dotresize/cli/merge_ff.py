@@ -16,7 +16,13 @@ from torch import Tensor
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
 from dotresize.cli import comparison, report
-from dotresize.cli.checks import check_recovery, check_texts, check_windows, find_device
+from dotresize.cli.checks import (
+    check_positions,
+    check_recovery,
+    check_texts,
+    check_windows,
+    find_device,
+)
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
 from dotresize.cli.resume import Stages, digests, files_of, run_in_stages
 from dotresize.cli.texts import (
@@ -59,6 +65,14 @@ class MergeChoices:
         if not 1 <= self.select_windows <= windows:
             raise ValueError(f"--select-windows {self.select_windows}: must be 1 to {windows}")
 
+    def check_layers(self, layers: int) -> None:
+        """Raise ValueError for a window that a model with so many layers does not have."""
+        if not 2 <= self.merge <= layers:
+            raise ValueError(f"--merge {self.merge}: must be 2 to {layers}, the model's layers")
+        last = layers - self.merge
+        if self.start is not None and not 0 <= self.start <= last:
+            raise ValueError(f"--start {self.start}: must be 0 to {last} for {layers} layers")
+
 
 def merge_ff(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
@@ -79,14 +93,15 @@ def merge_ff(args: argparse.Namespace) -> int:
     def check() -> None:
         if args.plot is not None:
             _check_plot(args.plot, merging)
+        outline = checkpoint.outline(args.model)
+        check_positions(choices, outline.config)
+        merging.check_layers(len(layers_of(outline.module, stacks_of(outline.module)[0])))
 
     def run(stages: Stages) -> int:
         model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
         check_weights(model.module)
         texts_of = choices.fitted(model.config)
         layers = len(layers_of(model.module, stacks_of(model.module)[0]))
-        if not 2 <= merging.merge <= layers:
-            raise ValueError(f"--merge {merging.merge}: must be 2 to {layers}, the model's layers")
         streams = calibration_streams(texts_of, model, tokenizer)
         tokens = calibration_windows(texts_of, streams)
         texts = evaluation_texts(texts_of, model, tokenizer)

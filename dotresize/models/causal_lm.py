@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dotresize.models import Architecture, architecture_of
+from dotresize.models.resized import class_for
 
 
 class PartMaker(Protocol):
@@ -61,7 +62,7 @@ class Store(Protocol):
         """Hold the weights of some parts in memory for a block."""
 
     def derived(self, maker: PartMaker) -> CausalLM:
-        """Return a model of the same class, made of other weights, which lives in a like store."""
+        """Return a model made of other weights, which lives in a like store."""
 
     def copied(self) -> CausalLM:
         """Return a copy of the model, which lives in a like store."""
@@ -138,7 +139,7 @@ class CausalLM:
             yield modules[0] if len(names) == 1 else modules
 
     def derived(self, maker: PartMaker) -> CausalLM:
-        """Return a model of the same class, made of other weights; this one is untouched."""
+        """Return a model made of other weights; this one is untouched."""
         return self.store.derived(maker)
 
     def copied(self) -> CausalLM:
@@ -184,8 +185,9 @@ class InMemory:
         if maker.tied:
             head, table = (f"{name}.weight" for name in (architecture.head, architecture.embedding))
             weights[head] = weights[table]
+        kind = class_for(module, maker.config)
         with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and then replaced
-            new = type(module)(maker.config)
+            new = kind(maker.config)
         # Assigned, not copied: every weight keeps the dtype it has in the given model.
         new.load_state_dict(weights, assign=True)
         new.tie_weights()

@@ -17,7 +17,6 @@ Q_r' Q_(r+1), which no plain checkpoint can hold (see baselines/adapters.py).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.resized import resized
 from dotresize.offload.memory_plan import TABLE_ROWS
 
 
@@ -43,7 +43,8 @@ def absorb(model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False
             small only if q is close to a selection of axes.
 
     Returns:
-        a model of the same class and dtype whose plain checkpoint holds the result.
+        a model of the same dtype, and class unless its type changes (models/resized.py), whose
+        plain checkpoint holds the result.
     """
     return model.derived(Absorption(model, q, untie=untie))
 
@@ -166,13 +167,3 @@ def _written(weight: Tensor, matrix: Tensor) -> Tensor:
 
 def _like(old: Tensor, value: Tensor) -> Tensor:
     return value.to(old.device, old.dtype).contiguous()
-
-
-def resized(config: Any, width: int) -> Any:
-    """Return a copy of a config with another residual width, its heads as large as before."""
-    config = copy.deepcopy(config)
-    # Explicit from now on: no longer what the width divided by the heads would give.
-    heads = config.num_attention_heads
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    config.hidden_size = width
-    return config

@@ -28,9 +28,11 @@ from dotresize import distributed
 from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.absorb import resized
+from dotresize.models.resized import resized
 from dotresize.narrow.calibrate import collect_for
-from dotresize.narrow.options import Calibrated
+from dotresize.narrow.choose_width import residual_step
+from dotresize.narrow.options import Calibrated, Options
+from dotresize.narrow.round_width import round_width
 
 logger = logging.getLogger("dotresize")
 
@@ -38,8 +40,6 @@ logger = logging.getLogger("dotresize")
 WINDOWS = 8
 WINDOW_SHARE = 1 / 3
 CUT_WINDOWS = 12
-# Feed-forward widths are a multiple of this: matrix products want that.
-INNER_STEP = 16
 # Both widths together must be better than one of them alone by this share of its excess.
 MARGIN = 0.05
 # Bounds of a law's exponent: outside them two points say more of the windows than of the model.
@@ -104,54 +104,90 @@ class Split:
 class Budget:
     """What a share of a model's parameters leaves room for."""
 
-    def __init__(self, model: CausalLM, share: float, count: str, *, untied: bool = False) -> None:
-        """Count.
-
-        Args:
-            share: of the parameters to keep.
-            count: "total" (tied tensors once) or "non_embedding".
-            untied: whether a tied model's head gets weights of its own, which count.
-        """
-        self._model, self._share = model, share
+    def __init__(self, model: CausalLM, options: Options) -> None:
+        """Count what ``params`` and ``params_count`` of the options allow."""
+        assert options.params is not None
+        count = options.params_count
+        self._model, self._options = model, options
         self._parameters = parameters_at(model, count)
-        self.allowed = share * self._parameters(model.width, model.inner_width)
+        self.allowed = options.params * self._parameters(model.width, model.inner_width)
         outputs = len(model.module.get_submodule(model.architecture.head).weight)
-        self._head = outputs if untied and model.tied and count == "total" else 0
-        self._divisor = model.architecture.divisor(model.config)
+        # A tied model's head that gets weights of its own counts.
+        self._head = outputs if options.untie and model.tied and count == "total" else 0
+
+    @property
+    def least(self) -> float:
+        """The share of the parameters that the narrowest widths to be had would keep."""
+        width = 1 if not self._model.architecture.fixed_residual else self._model.width
+        step = residual_step(self._model, self._options)
+        least = self._parameters(max(width, step), min(LEAST_INNER, self._model.inner_width))
+        return least / self._parameters(self._model.width, self._model.inner_width)
 
     def inner_at(self, width: int) -> int:
-        """Return the largest feed-forward width that fits beside a residual width; 0 for none."""
+        """Return the largest feed-forward width that fits beside a residual width; 0 for none.
+
+        It is one that hardware takes (narrow/round_width.py).
+        """
         parameters, inner = self._parameters, self._model.inner_width
         slope = parameters(width, 1) - parameters(width, 0)
         room = int((self.allowed - parameters(width, 0) - self._head * width) // slope)
-        rounded = room // INNER_STEP * INNER_STEP or room  # few neurons are better than none
-        found = min(inner, room if room >= inner else rounded)
-        return found if found >= min(LEAST_INNER, inner) else 0
+        if room >= inner:
+            return inner
+        options = self._options
+        rule: dict[str, Any] = {
+            "multiple_of": options.multiple_of,
+            "times": options.tensor_parallel,
+        }
+        found = round_width(room, inner, towards="down", **rule) if room > 0 else 0
+        return found if LEAST_INNER <= found <= room else 0
+
+    def widths(self) -> list[int]:
+        """Return the residual widths to choose from: those that rounding down leads to."""
+        full, options = self._model.width, self._options
+        rule: dict[str, Any] = {"multiple_of": options.multiple_of}
+        step = residual_step(self._model, options)
+        found = {
+            round_width(wanted, full, towards="down", divisor=step, **rule)
+            for wanted in range(step, full + 1)
+        }
+        return sorted(found)
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the pairs of widths that fit, the widest feed-forward for each residual width.
 
         Raises ValueError where even the narrowest model has more parameters.
         """
-        widths = range(self._divisor, self._model.width + 1, self._divisor)
-        found = [(k, m) for k in widths if (m := self.inner_at(k))]
+        found = [(k, m) for k in self.widths() if (m := self.inner_at(k))]
         if not found:
-            raise ValueError(f"params {self._share:g}: no pair of widths has so few parameters")
+            raise ValueError(self.refusal("no pair of widths has so few"))
         return found
+
+    def refusal(self, why: str) -> str:
+        """Return why a budget cannot be met, and which could."""
+        return f"params {self._options.params:g}: {why} parameters; the least is {self.least:.3f}"
 
     def width_alone(self) -> int:
         """Return the largest residual width that fits beside the whole feed-forward; 0 for none."""
         return max((k for k, m in self.pairs() if m == self._model.inner_width), default=0)
 
 
-def split_budget(given: Calibrated, divisor: int) -> Split:
-    """Return the widths that share ``options.params`` of the model's parameters best.
+def check_budget(model: CausalLM, options: Options) -> None:
+    """Raise ValueError for a budget that no widths meet. model: its config is enough."""
+    budget = Budget(model, options)
+    if model.architecture.fixed_residual:
+        if not budget.inner_at(model.width):
+            raise ValueError(budget.refusal("no feed-forward width has so few"))
+    elif model.architecture.has_inner_width:
+        budget.pairs()
+    elif not budget.width_alone():
+        raise ValueError(budget.refusal("no width has so few"))
 
-    divisor: of the residual width.
-    """
+
+def split_budget(given: Calibrated) -> Split:
+    """Return the widths that share ``options.params`` of the model's parameters best."""
     model, options = given.model, given.options
     assert options.params is not None
-    split = _best(given, divisor)
+    split = _best(given)
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s",
         options.params,
@@ -165,23 +201,18 @@ def split_budget(given: Calibrated, divisor: int) -> Split:
     return split
 
 
-def _best(given: Calibrated, divisor: int) -> Split:
+def _best(given: Calibrated) -> Split:
     model, options = given.model, given.options
     assert options.params is not None
-    budget = Budget(model, options.params, options.params_count, untied=options.untie)
+    check_budget(model, options)
+    budget = Budget(model, options)
     if model.architecture.fixed_residual:
-        inner = budget.inner_at(model.width)
-        if not inner:
-            raise ValueError(f"params {options.params:g}: no feed-forward width has so few")
-        return Split(model.width, inner)
+        return Split(model.width, budget.inner_at(model.width))
     if not model.architecture.has_inner_width:
-        width = budget.width_alone()
-        if not width:
-            raise ValueError(f"params {options.params:g}: no width has so few")
-        return Split(width, model.inner_width)
+        return Split(budget.width_alone(), model.inner_width)
     if (model.width, model.inner_width) in budget.pairs():
         return Split(model.width, model.inner_width)
-    measured = measure(given, divisor, budget)
+    measured = measure(given, budget)
     laws = measured.laws()
     split = best_split(model, budget.pairs(), *laws)
     alone = [m for m in measured.excesses if (m[0], m[1]) in budget.pairs()]
@@ -287,12 +318,13 @@ def _law(points: list[tuple[float, float]]) -> Law:
     return Law.through((low, high), (first, second))
 
 
-def measure(given: Calibrated, divisor: int, budget: Budget) -> Measured:
+def measure(given: Calibrated, budget: Budget) -> Measured:
     """Measure each width alone, as far as the budget asks, or ``LEAST`` allows, and half as far."""
     model = given.model
     measured = Measured(given)
     alone = (budget.width_alone(), budget.inner_at(model.width))
-    for axis, (full, step) in enumerate(((model.width, divisor), (model.inner_width, 1))):
+    steps = residual_step(model, given.options), 1
+    for axis, (full, step) in enumerate(zip((model.width, model.inner_width), steps, strict=True)):
         fewest = max(-(-LEAST * full // step) * step, step, LEAST_INNER * axis)
         removed = full - int(max(alone[axis], fewest))
         if removed <= 0:

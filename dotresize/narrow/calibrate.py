@@ -23,7 +23,7 @@ def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor
     # Every token that an offloaded model writes would read all weights from their files.
     own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
     if own and distributed.rank() == 0:
-        written = sample(model, own, tokens.shape[1], wanted[0].seed)
+        written = sample(model, own, tokens.shape[1], wanted[0].seed, first_token(model, tokens))
         tokens = torch.cat([tokens, written.to(tokens.device)])
     tokens = distributed.from_first(tokens)
     if len(tokens) < distributed.size():
@@ -36,6 +36,18 @@ def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor
     statistics.own_windows = own
     statistics.seconds["self-generated text"] = took
     return tokens, statistics
+
+
+def first_token(model: CausalLM, tokens: Tensor) -> int | None:
+    """Return the token that all windows begin with, which the tokenizer puts there; None for none.
+
+    tokens: int64 (windows, length). Of a single window it is the one that the config names.
+    """
+    first = int(tokens[0, 0])
+    named = getattr(model.config, "bos_token_id", None)
+    if len(tokens) == 1 or tokens.shape[1] == 1:
+        return first if first == named else None
+    return first if bool((tokens[:, 0] == first).all()) else None
 
 
 def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics:

@@ -13,6 +13,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.maps import WidthMap, align, level
+from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import refit
@@ -46,6 +47,8 @@ class OneMap(WidthMethod):
             start = time.perf_counter()
             refit_weights(given, narrow, q, inner)
             seconds["refit"] = time.perf_counter() - start
+        else:
+            scale_norms(narrow)
         return Narrowed(narrow, width_map, [q])
 
     def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:

@@ -117,9 +117,9 @@ class Options:
     """The choices of ``dotresize.compress``.
 
     Attributes:
-        width: residual width, a fraction up to 1, rounded to what loaders accept, or an exact
-            number of channels.
-        energy: instead of width: the share of the activations' variance to keep.
+        width: residual width, a share up to 1, rounded to what hardware takes
+            (narrow/round_width.py), or an exact number of channels.
+        energy: instead of width: the share of the activations' variance to keep, rounded up.
         params: instead of both widths: the share of the parameters to keep, split over them by
             measured sensitivity (narrow/budget.py). 0.8 if nothing else says how narrow to get;
             where no budget can be measured (an offloaded model, a map for each location, given
@@ -133,6 +133,11 @@ class Options:
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,
             "nystrom", "magnitude" or "transport" (baselines/feed_forward.py).
+        multiple_of: of what a width that was not given exactly is a multiple; by default of 256,
+            128, 64 or 32, by narrow/round_width.py.
+        keep_type: refuse widths for which a Llama would be saved as a Mistral (models/resized.py).
+        tensor_parallel: devices that the result will be split over: the feed-forward width is a
+            multiple of so many times the multiple that was chosen.
         refit: refit the weights by least squares on the same tokens (narrow/refit.py).
         ridge: weight of the old weights in the refit, relative to the mean Gram diagonal.
         reg: entropic regularisation in units of the mean cost ("dot").
@@ -158,6 +163,9 @@ class Options:
     targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     ff_width: float | None = None
     ff_method: FeedForwardMethod
+    multiple_of: int | None = None
+    keep_type: bool = False
+    tensor_parallel: int = 1
     refit: bool = field(default=True, metadata={"flag": "no_refit"})
     ridge: float = RIDGE
     reg: float = 3.0
@@ -226,20 +234,21 @@ class Options:
             value = getattr(self, name)
             if value is not None or name in ("reg", "ridge"):
                 check_number(name, value, "a finite number")
-        for name in ("steps", "batch_windows", "self_windows"):
-            if getattr(self, name) is not None or name != "self_windows":
+        optional = ("self_windows", "multiple_of")
+        for name in ("steps", "batch_windows", "tensor_parallel", *optional):
+            if getattr(self, name) is not None or name not in optional:
                 check_whole(name, getattr(self, name))
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         if not whole or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
-        for name in ("refit", "untie", "figures"):
+        for name in ("refit", "untie", "figures", "keep_type"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
         if not 0 < self.reg < float("inf"):
             raise ValueError(f"reg {self.reg:g}: must be positive and finite")
-        for name in ("steps", "batch_windows"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch_windows", "multiple_of", "tensor_parallel"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.steps > MOST_STEPS:
             raise ValueError(f"steps {self.steps}: must be at most {MOST_STEPS}")

@@ -16,16 +16,13 @@ from dotresize.narrow import maps
 from dotresize.narrow.budget import split_budget
 from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import (
-    check_config,
-    check_residual,
-    choose_inner_width,
-    choose_width,
+    announce_found,
+    choose_widths,
     default_size,
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 from dotresize.narrow.options import Calibrated, Narrowed, Options
-from dotresize.narrow.targets import check_kept
 from dotresize.ops.backends import choose
 
 logger = logging.getLogger("dotresize")
@@ -44,28 +41,20 @@ def narrow_model(
     model.architecture.check(model.module)
     check_weights(model.module)
     options = default_size(model, options)
-    check_residual(model, options)
+    widths = choose_widths(model, options)
+    width, inner = widths.residual or model.width, widths.inner
     positions = getattr(model.config, "max_position_embeddings", None)
     windows = check_tokens(tokens, model.config.vocab_size, positions)
     if options.params is not None and windows.shape[1] < 2:
         raise ValueError(
             "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
         )
-    divisor = model.architecture.divisor(model.config)
-    asked, width = options.width, model.width
-    if options.energy is None and options.params is None:
-        asked = 1.0 if options.width is None else options.width
-        width = choose_width(asked, model.width, divisor)
-        check_config(model.config, width)
-    inner = choose_inner_width(options.ff_width, model)
-    if isinstance(options.targets, Tensor):
-        check_kept(options.targets, model.width, width)
     if statistics is None:
         windows, statistics = calibrate(model, windows, options)
     if not model.architecture.fixed_residual:
         _check_statistics(statistics, options)
     if options.energy is not None:
-        width = width_for_energy(statistics, options.energy, divisor)
+        width = width_for_energy(statistics, model, options)
         logger.info("width %d -> %d (energy %g)", model.width, width, options.energy)
     _warn_of_few(windows, model, width, inner, options)
     given = Calibrated(model, windows, statistics, options)
@@ -73,16 +62,19 @@ def narrow_model(
     split = None
     if options.params is not None:
         start = time.perf_counter()
-        split = split_budget(given, divisor)
+        split = split_budget(given)
         width = split.width
         inner = split.inner if split.inner < model.inner_width else None
         seconds["budget"] = time.perf_counter() - start
+    if widths.residual is None:
+        announce_found(model, width, inner)
     for stage in ("self-generated text", "calibration"):
         seconds[stage] = statistics.seconds.get(stage, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
     made = _narrowed(given, width, inner, seconds)
     report = _report(model, made.model, statistics, options, seconds)
-    report["width"] |= {"asked": asked, "multiple_of": divisor}
+    asked = 1.0 if widths.residual is not None and options.width is None else options.width
+    report["width"]["asked"] = asked
     report["budget"] = None
     if split is not None:
         count = {"asked": options.params, "count": options.params_count}
@@ -124,7 +116,6 @@ def _narrowed(
         narrow.finish()
         seconds["refit"] = time.perf_counter() - start
         return Narrowed(narrow, maps.WidthMap.none(), [])
-    check_config(model.config, width)
     made = options.method.narrow(given, width, inner, seconds)
     if not made.model.store.whole:
         start = time.perf_counter()
@@ -153,6 +144,7 @@ def _report(
             "new": new,
             "method": options.ff_method.name if new < old else None,
         },
+        "model_type": {"old": model.config.model_type, "new": narrow.config.model_type},
         "tied": narrow.tied,
         "plain_checkpoint": options.method.plain,
         "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},

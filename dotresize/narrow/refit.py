@@ -38,6 +38,7 @@ from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.narrow.absorb import matmul_in_blocks
+from dotresize.narrow.norm_scales import scale_final_norm, scale_layer
 from dotresize.narrow.options import Options
 
 # A feed-forward's writer has three times the inputs of a reader, and fewer that matter.
@@ -68,6 +69,8 @@ def refit(
 ) -> None:
     """Refit ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
+    Each layer's scales are then moved into its norms (narrow/norm_scales.py).
+
     Args:
         dense: the original model.
         narrow: ``absorb(dense, q)``, perhaps with adapters.
@@ -87,10 +90,12 @@ def refit(
         for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
             with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
                 run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3])
+                scale_layer(run.architecture, run.residual.body(layer))
         if inner is not None:
             setattr(narrow.config, run.architecture.inner, inner)
         if options.refit and not narrow.tied:
             run.head(dense, narrow)
+        scale_final_norm(narrow)
 
 
 class _Refit:
@@ -107,7 +112,7 @@ class _Refit:
         residual: Residual,
     ) -> None:
         self.architecture = dense.architecture
-        self._options, self._inner_width, self._residual = options, inner, residual
+        self._options, self._inner_width, self.residual = options, inner, residual
         self._dense = Streams(dense, tokens, options.batch_windows)
         place = self._dense.place
         self._narrow = Streams(narrow, tokens, options.batch_windows, place)
@@ -130,7 +135,7 @@ class _Refit:
     def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
         """Refit one layer. qs: of what attention and feed-forward read, and of the next one."""
         attention, feed_forward = self.architecture.sublayers
-        body = self._residual.body(layer)
+        body = self.residual.body(layer)
         dense_norms = norms_of(self.architecture, dense_layer)
         norms = norms_of(self.architecture, body)
         self._run_dense(dense_layer, dense_norms)
@@ -150,7 +155,7 @@ class _Refit:
             return
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
-            self._middle[i] = self._residual.past_feed_forward(layer, x)
+            self._middle[i] = self.residual.past_feed_forward(layer, x)
         kept = self._write(body, feed_forward, qs[2])
         writer = linear_of(body, feed_forward.writer)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):

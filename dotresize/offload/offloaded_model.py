@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied
 from dotresize.models.given import NOT_TIED, same_weight, untied
+from dotresize.models.resized import class_for
 from dotresize.offload.headers import INDEX, check_stored, shards
 from dotresize.offload.memory_plan import TABLE_ROWS
 from dotresize.offload.skeleton import empty, skeleton
@@ -171,7 +172,7 @@ class Offloaded:
         """Nothing: what was read stays as it is in the files."""
 
     def derived(self, maker: PartMaker) -> CausalLM:
-        module = skeleton(type(self._module), maker.config, self.device)
+        module = skeleton(class_for(self._module, maker.config), maker.config, self.device)
         module.generation_config = copy.deepcopy(self._module.generation_config)
         return CausalLM(module, _Growing(module, maker, self))
 

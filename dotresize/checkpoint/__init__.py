@@ -95,6 +95,43 @@ def load_with_tokenizer(
     return CausalLM.in_memory(module.to(device).eval()), tokenizer
 
 
+def outline(source: str) -> CausalLM:
+    """Return the model of a directory, a .gguf file or a hub id as its config has it.
+
+    Its parameters have shapes and no memory: what the config alone can refuse is refused before
+    weights are read. Raises ValueError as ``load_with_tokenizer`` does.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    where, options = _locate(source)
+    with _one_line(source):
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+    architecture_of(config)
+    with _one_line(source), torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(config)
+    return CausalLM.in_memory(module)
+
+
+def parts_of(source: str) -> tuple[Path, Any, Any]:
+    """Return folder, config and tokenizer of a model directory, its weights unread.
+
+    ValueError where it is none that plain transformers loads.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    folder = _snapshot(Path(source))
+    if not folder.is_dir():
+        raise ValueError(f"model {source}: must be a directory")
+    if _own_format(folder) is not None:
+        raise ValueError(f"model {source}: is no plain checkpoint, which plain transformers loads")
+    where, options = _locate(str(folder))
+    with _one_line(source):
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+        if not shards(folder):
+            raise ValueError("has no safetensors files")
+        return folder, config, transformers.AutoTokenizer.from_pretrained(where, **options)
+
+
 @usual_settings()
 def load(folder: str | Path) -> Any:
     """Return a model that plain transformers cannot load, from the directory that holds it.

@@ -1,0 +1,39 @@
+"""``dotresize export``: write a model directory as a GGUF file, which llama.cpp runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from dotresize import checkpoint, distributed
+from dotresize.checkpoint import gguf_file
+from dotresize.cli.report import say
+
+logger = logging.getLogger("dotresize")
+
+
+def export(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
+    if distributed.size() > 1:
+        raise ValueError("export: runs in one process; run it without torchrun")
+    gguf_file.check(args.out, args.type)
+    folder, config, tokenizer = checkpoint.parts_of(args.model)
+    gguf_file.write(folder, config, tokenizer, Path(args.out), args.type, folder.resolve().name)
+    odd = [f"{name} {size}" for name, size in _rows(config) if size % gguf_file.BLOCK]
+    if odd and args.type in ("q8_0", "q4_0"):
+        logger.info(
+            "%s: no multiple of %d, so tensors with such rows are f16",
+            *(" and ".join(odd), gguf_file.BLOCK),
+        )
+    size = Path(args.out).stat().st_size
+    say(f"{args.out}  {size / 1e6:.1f} MB, {args.type}, {gguf_file.SHAPES[config.model_type]}")
+    return 0
+
+
+def _rows(config: object) -> list[tuple[str, int]]:
+    """Return the lengths of rows of weights, by what decides them."""
+    return [
+        ("width", config.hidden_size),  # type: ignore[attr-defined]
+        ("feed-forward width", config.intermediate_size),  # type: ignore[attr-defined]
+    ]
