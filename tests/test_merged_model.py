@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
-from merge_models import build, closeness, inputs, logits
+from merge_models import KINDS, build, closeness, inputs, logits
 from safetensors.torch import load_file
 
 import dotresize
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
-from dotresize.merging.checkpoint import MergedStore
+from dotresize.merging.checkpoint import MergedStore, PlainStore
 from dotresize.recovery import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,6 +36,33 @@ def test_stored_once_and_shared_again(kind, tmp_path):
 
     with pytest.raises(ValueError, match="dotresize-merged"):
         transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_for_plain_transformers(kind, tmp_path):
+    model = build(kind)
+    merged, report = merge_feed_forward(model, inputs(kind), k=3, metric=closeness(model, kind))
+    PlainStore(merged).save(tmp_path / "plain")
+    loaded = type(merged).from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(loaded.eval(), kind), logits(merged, kind))
+    assert unique_parameters(loaded) == report["parameters"]["dense"]
+    # As many bytes as the dense model's file, so a tied head is not repeated, too.
+    model.save_pretrained(tmp_path / "dense")
+    plain, dense = (load_file(tmp_path / f / "model.safetensors") for f in ("plain", "dense"))
+    assert sum(w.nbytes for w in plain.values()) == sum(w.nbytes for w in dense.values())
+    assert plain.keys() == dense.keys()
+    assert unique_parameters(merged) == report["parameters"]["merged"]  # it shares them as before
+
+
+def test_what_save_pretrained_takes_from_python(tmp_path):
+    """The page's two lines; by itself transformers refuses tensors that are shared."""
+    merged, _ = merge_feed_forward(build("llama"), inputs("llama"), k=3)
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        merged.save_pretrained(tmp_path / "refused")
+    weights = {name: weight.clone() for name, weight in merged.state_dict().items()}
+    merged.save_pretrained(tmp_path / "plain", state_dict=weights)
+    loaded = type(merged).from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(logits(loaded, "llama"), logits(merged, "llama"))
 
 
 @pytest.mark.parametrize(

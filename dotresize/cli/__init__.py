@@ -206,6 +206,12 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="repeat the shared tensors in an ordinary directory: every tool loads it, and the "
+        "file is as large as the dense model's",
+    )
     _add_recovery(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted --recover in OUT.partial"

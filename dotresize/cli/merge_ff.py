@@ -33,7 +33,7 @@ from dotresize.cli.texts import (
     recovery_windows,
 )
 from dotresize.evaluate import perplexity
-from dotresize.merging.checkpoint import MergedStore
+from dotresize.merging.checkpoint import MergedStore, PlainStore
 from dotresize.merging.merge import ANCHORS, merge_feed_forward
 from dotresize.merging.tie import dropped
 from dotresize.models.causal_lm import CausalLM
@@ -46,7 +46,11 @@ logger = logging.getLogger("dotresize")
 
 @dataclass(frozen=True, kw_only=True)
 class MergeChoices:
-    """What a user may choose about a merging; see ``dotresize.merge_feed_forward``."""
+    """What a user may choose about a merging; see ``dotresize.merge_feed_forward``.
+
+    Attributes:
+        plain: whether the output repeats the shared tensors, for plain transformers.
+    """
 
     merge: int
     anchor: str = "first"
@@ -54,6 +58,7 @@ class MergeChoices:
     soft: float | None = None
     start: int | None = None
     select_windows: int = 4
+    plain: bool = False
     backend: str = field(default="auto", metadata={"resume": False})
 
     def check(self, windows: int) -> None:
@@ -117,6 +122,7 @@ def merge_ff(args: argparse.Namespace) -> int:
             new = recovery_windows(texts_of, streams, recovery.recover * BATCH_WINDOWS)
         judge = _Judge(model, texts, new, recovery, args.seed, stages)
         rows += judge.reports("merged", merged)
+        result = rows[-1]["perplexity"]
         if args.compare:
             rows += _compared(merging, model, tokens, judge, chosen_window)
         main |= {
@@ -127,11 +133,23 @@ def merge_ff(args: argparse.Namespace) -> int:
         }
         if recovery.recover is not None:
             main["recovery"] = main["rows"]["merged + recovery"].pop("recovery")
-        report.write_output(args.out, merged, tokenizer, main, _card, args.model)
+        main["saved"] = _saved(main["parameters"], plain=merging.plain)
+        # Stages stay in the format that shares: what goes on from them must train what is shared.
+        written = CausalLM(merged.module, PlainStore(merged.module)) if merging.plain else merged
+        report.write_output(args.out, written, tokenizer, main, _card, args.model)
         stages.remove()
-        report.say(f"{report.table(rows)}\n\n{args.out} loads with dotresize.load")
+        loader = "plain transformers" if merging.plain else "dotresize.load"
+        if merging.plain:
+            logger.info("--plain repeats the shared tensors: as many bytes as the dense model's")
+        report.say(f"{report.table(rows)}\n\n{args.out} loads with {loader}")
         if args.plot is not None:
             _plot(args.plot, main)
+        dense = rows[0]["perplexity"]
+        if not texts.windows:
+            dense, result = _on_calibration(merging, main, merged, tokens)
+        warning = report.warning_of(dense, result, _remedy(merging, recovery))
+        if warning is not None:
+            logger.warning(warning)
         return 0
 
     also = {"compare": args.compare}
@@ -188,6 +206,43 @@ def _minus_perplexity(module: Any, windows: Tensor) -> float:
         return -perplexity(CausalLM.in_memory(module), windows)
     except ValueError:
         return -float("inf")
+
+
+def _on_calibration(
+    merging: MergeChoices, main: dict[str, Any], merged: CausalLM, tokens: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return perplexities on the windows that chose the layers: the dense model's, the result's.
+
+    The result's is taken again, since the one of the report is from before a recovery.
+    """
+    name, windows = "calibration windows", tokens[: merging.select_windows]
+    after = -_minus_perplexity(merged.module, windows)
+    return {name: -main["metric"]["dense"]}, {name: after}
+
+
+def _remedy(merging: MergeChoices, recovery: RecoveryChoices) -> str:
+    """Return what may help against a bad result."""
+    longer = "train it with --recover" if recovery.recover is None else "train longer (--recover)"
+    return longer if merging.merge == 2 else f"merge fewer layers (--merge), or {longer}"
+
+
+def _saved(parameters: dict[str, int], *, plain: bool) -> str:
+    """Return what the output saves and what it does not, for the record and the card."""
+    fewer = f"{(parameters['dense'] - parameters['merged']) / 1e6:.1f} M parameters"
+    if not plain:
+        return (
+            f"Saved: {fewer}, in the file and in memory, since every shared tensor is stored "
+            "once. Not saved: computing time. Other tools refuse this directory; "
+            "`dotresize merge-ff --plain` writes one that they load."
+        )
+    return (
+        "Saved in this directory: nothing. The shared tensors are repeated, so that every tool "
+        "loads it, and the weights take as many bytes as the dense model's, in the file and in "
+        f"memory; computing takes as long. The {fewer} are saved in tools that share tensors "
+        "(`dotresize merge-ff` without `--plain`), or by compression whose window is longer "
+        "than a layer (`zstd --long=27` has 128 MB; gzip finds nothing). Training it further in "
+        "other tools unties the copies."
+    )
 
 
 class _Judge:
@@ -289,10 +344,18 @@ def _card(found: dict[str, Any], name: str) -> str:
     """Return the model card of a merged model."""
     first, *_, last = found["stacks"]["decoder"]["window"]
     before, after = (found["parameters"][which] / 1e6 for which in ("dense", "merged"))
+    if found["settings"]["plain"]:
+        share, counts = "have equal feed-forwards", f"{after:.1f} M of {before:.1f} M are distinct"
+        loader = "`AutoModelForCausalLM.from_pretrained`"
+        library = "library_name: transformers\npipeline_tag: text-generation"
+    else:
+        share, counts = "share one feed-forward", f"{before:.1f} M became {after:.1f} M"
+        loader, library = "`dotresize.load`", "library_name: dotresize"
     lines = [
-        f"Layers {first} to {last} share one feed-forward: {before:.1f} M parameters became "
-        f"{after:.1f} M.",
-        f"`dotresize.load` loads it (dotresize {found['versions']['dotresize']}).",
+        f"Layers {first} to {last} {share}; of the parameters, {counts}.",
+        f"{loader} loads it (made by dotresize {found['versions']['dotresize']}).",
+        "",
+        found["saved"],
     ]
     columns = {"base": found["rows"]["dense"]["perplexity"]}
     if found.get("recovery"):
@@ -301,4 +364,4 @@ def _card(found: dict[str, Any], name: str) -> str:
     else:
         columns["this model"] = found["rows"]["merged"]["perplexity"]
     title = f"{name}, feed-forwards merged"
-    return report.model_card(title, name, "library_name: dotresize", lines, columns)
+    return report.model_card(title, name, library, lines, columns)

@@ -2,7 +2,8 @@
 
 No transformers config can say that layers share a feed-forward, so such a model loads through
 ``dotresize.load``: its config names a type that transformers does not know, so that nobody loads it
-with the missing tensors left at random.
+with the missing tensors left at random. ``PlainStore`` repeats the shared tensors instead, in an
+ordinary directory, which saves no byte.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from dotresize.models.causal_lm import CausalLM, InMemory
+from dotresize.models.stacks import stacks_of
 
 MODEL_TYPE = "dotresize-merged"
 
@@ -61,6 +63,23 @@ class MergedStore(InMemory):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
+
+
+class PlainStore(InMemory):
+    """The store of a merged model that is written for every tool: each layer has its own copy.
+
+    Embedding and head stay one tensor where they are, which configs of transformers can say.
+    """
+
+    def save(self, folder: Path) -> None:
+        model = self._module
+        layers = tuple(f"{stack.layers}." for stack in stacks_of(model))
+        weights = model.state_dict()
+        for _, *others in shared_names(model):
+            copies = [name for name in others if name.startswith(layers)]
+            # On the host: a device that the model fills has no room for them.
+            weights |= {name: weights[name].to("cpu", copy=True) for name in copies}
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def is_merged(folder: Path) -> bool:
