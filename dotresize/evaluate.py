@@ -21,8 +21,8 @@ def evaluation_windows(
 ) -> Tensor:
     """Return consecutive windows of a text's tokens, or ``count`` of them spread evenly over it.
 
-    No token is in two windows. A text shorter than one window is one shorter window. With a ``first``
-    token every window begins with it, as the model's tokenizer begins every text.
+    No token is in two windows. A text shorter than one window is one shorter window. With a
+    ``first`` token every window begins with it, as the model's tokenizer begins every text.
     """
     if len(stream) < 2:
         raise ValueError(f"the text has {len(stream)} tokens: perplexity needs at least 2")

@@ -25,9 +25,9 @@ from dotresize import factorize, sinkhorn, transport_map
 from dotresize.baselines.magnitude import selected
 from dotresize.calibration.statistics import Statistics
 from dotresize.narrow.absorb import absorb
-from dotresize.narrow.choose_width import choose_width
 from dotresize.narrow.maps import align, largest
 from dotresize.narrow.principal import pca
+from dotresize.narrow.round_width import round_width
 from dotresize.narrow.transport import transports
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 
@@ -48,7 +48,7 @@ class Maps:
         self.mean: Statistics = self.statistics.mean()
         model = study.model
         self.width = model.width
-        self.k = choose_width(0.8, self.width, model.architecture.divisor(model.config))
+        self.k = round_width(0.8 * self.width, self.width)
         self.selection = largest(self.mean.importance[0], self.k)
         assert self.statistics.cost is not None
         self.costs = self.statistics.cost.double()

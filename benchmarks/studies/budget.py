@@ -41,14 +41,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         calibration, _ = write_texts(Path(folder))
         streams = [tokenize(path, tokenizer) for path in calibration]
-    divisor = model.architecture.divisor(model.config)
     for count in args.windows:
         for seed in args.seeds:
             start = time.perf_counter()
             options = make_options(params=args.params, seed=seed)
             tokens = random_windows(streams, count, WINDOW, seed)
             tokens, statistics = calibrate(model, tokens, options)
-            split = split_budget(Calibrated(model, tokens, statistics, options), divisor)
+            split = split_budget(Calibrated(model, tokens, statistics, options))
             row = {"params": args.params, "windows": count, "seed": seed}
             row |= {"width": split.width, "inner": split.inner, **split.details()}
             row["seconds"] = round(time.perf_counter() - start, 1)

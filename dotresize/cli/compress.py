@@ -30,7 +30,7 @@ from dotresize.cli.choices import (
     compress_options,
     settings,
 )
-from dotresize.cli.resume import Stages, digests, files_of, run_in_stages
+from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
 from dotresize.cli.texts import (
     Texts,
     calibration_streams,
@@ -73,6 +73,7 @@ def compress(args: argparse.Namespace) -> int:
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
     recorded["by_parts"] = args.memory is not None  # how much of it changes no weight
     recorded["model_files"] = files_of(args.model)
+    recorded |= FIRST_TOKEN
     if not options.sized:  # what that means may change from version to version
         recorded["default_size"] = DEFAULT_SIZE
     targets = [args.targets] if args.targets is not None else []
@@ -114,7 +115,8 @@ def compress(args: argparse.Namespace) -> int:
         )
         figures = rows[-1].pop("figures", None)
         if recovery.recover is not None:
-            new = recovery_windows(fitted, streams, recovery.recover * BATCH_WINDOWS)
+            count = recovery.recover * BATCH_WINDOWS
+            new = recovery_windows(fitted, streams, count, tokenizer)
             row = comparison.recovered(
                 model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
             )
@@ -208,5 +210,5 @@ def _inputs(
 ) -> tuple[list[Tensor], Tensor, Texts]:
     """Return calibration streams, windows of them, and evaluation texts."""
     streams = calibration_streams(choices, model, tokenizer)
-    tokens = calibration_windows(choices, streams)
+    tokens = calibration_windows(choices, streams, tokenizer)
     return streams, tokens, evaluation_texts(choices, model, tokenizer)

@@ -24,7 +24,7 @@ from dotresize.cli.checks import (
     find_device,
 )
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
-from dotresize.cli.resume import Stages, digests, files_of, run_in_stages
+from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
 from dotresize.cli.texts import (
     Texts,
     calibration_streams,
@@ -93,6 +93,7 @@ def merge_ff(args: argparse.Namespace) -> int:
     check_recovery(recovery, device)
     recorded = settings(args, Source, MergeChoices, TextChoices, RecoveryChoices)
     recorded["model_files"] = files_of(args.model)
+    recorded |= FIRST_TOKEN
     recorded["text_sha256"] = digests(choices.files)
 
     def check() -> None:
@@ -108,7 +109,7 @@ def merge_ff(args: argparse.Namespace) -> int:
         texts_of = choices.fitted(model.config)
         layers = len(layers_of(model.module, stacks_of(model.module)[0]))
         streams = calibration_streams(texts_of, model, tokenizer)
-        tokens = calibration_windows(texts_of, streams)
+        tokens = calibration_windows(texts_of, streams, tokenizer)
         texts = evaluation_texts(texts_of, model, tokenizer)
         rows = [_report("dense", model, texts)]
         merged, main = stages.model(
@@ -119,7 +120,8 @@ def merge_ff(args: argparse.Namespace) -> int:
         logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
         new = None
         if recovery.recover is not None:
-            new = recovery_windows(texts_of, streams, recovery.recover * BATCH_WINDOWS)
+            count = recovery.recover * BATCH_WINDOWS
+            new = recovery_windows(texts_of, streams, count, tokenizer)
         judge = _Judge(model, texts, new, recovery, args.seed, stages)
         rows += judge.reports("merged", merged)
         result = rows[-1]["perplexity"]

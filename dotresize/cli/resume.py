@@ -25,6 +25,8 @@ from dotresize.models.causal_lm import CausalLM
 
 logger = logging.getLogger("dotresize")
 
+# Recorded since windows begin with the token that the tokenizer puts in front of a text (BOS).
+FIRST_TOKEN = {"first_token": "the tokenizer's"}
 _TENSORS = ("importance", "moment", "cost", "final")
 
 
@@ -209,6 +211,11 @@ def already_done(out: str, settings: dict[str, Any]) -> bool:
 def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Raise ValueError naming the first setting that was another when ``made`` was written."""
     for name, value in settings.items():
+        if name not in before and name in FIRST_TOKEN:
+            raise ValueError(
+                f"output {made}: was calibrated on windows without the token that the tokenizer "
+                "puts first (BOS); it cannot be resumed"
+            )
         if name not in before:
             raise ValueError(
                 f"output {made}: its record says nothing of {name}, as another command or version "

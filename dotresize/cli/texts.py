@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dotresize.calibration.text import random_windows, tokenize
+from dotresize.calibration.text import added_around, random_windows, tokenize
 from dotresize.cli.choices import TextChoices
 from dotresize.evaluate import evaluation_windows
 from dotresize.models.causal_lm import CausalLM
@@ -33,14 +33,18 @@ def calibration_streams(choices: TextChoices, model: CausalLM, tokenizer: Any) -
     return [_tokens(path, model, tokenizer, choices.window) for path in paths]
 
 
-def calibration_windows(choices: TextChoices, streams: list[Tensor]) -> Tensor:
-    """Return the calibration windows, int64 (windows, length)."""
-    return random_windows(streams, choices.windows, choices.window, choices.seed)
+def calibration_windows(choices: TextChoices, streams: list[Tensor], tokenizer: Any) -> Tensor:
+    """Return the calibration windows, int64 (windows, length), begun as the tokenizer begins."""
+    first, _ = added_around(tokenizer)
+    return random_windows(streams, choices.windows, choices.window, choices.seed, first)
 
 
-def recovery_windows(choices: TextChoices, streams: list[Tensor], count: int) -> Tensor:
+def recovery_windows(
+    choices: TextChoices, streams: list[Tensor], count: int, tokenizer: Any
+) -> Tensor:
     """Return windows for the training afterwards, placed otherwise than those of calibration."""
-    return random_windows(streams, count, choices.window, choices.seed + 1)
+    first, _ = added_around(tokenizer)
+    return random_windows(streams, count, choices.window, choices.seed + 1, first)
 
 
 def evaluation_texts(choices: TextChoices, model: CausalLM, tokenizer: Any) -> Texts:
@@ -54,9 +58,10 @@ def evaluation_texts(choices: TextChoices, model: CausalLM, tokenizer: Any) -> T
         stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)
     ]
     windows = {}
+    first, _ = added_around(tokenizer)
     for path, name in zip(paths, names, strict=True):
         stream = _tokens(path, model, tokenizer, 2)
-        windows[name] = evaluation_windows(stream, choices.window, choices.eval_windows)
+        windows[name] = evaluation_windows(stream, choices.window, choices.eval_windows, first)
     return Texts(windows, names[len(choices.eval or []) :])
 
 

@@ -1,12 +1,13 @@
-"""One parameter budget, spent on the residual and the feed-forward width by measured sensitivity.
+"""One parameter budget, spent on the residual and the feed-forward width by what each costs.
 
-Each width alone is narrowed until the model fits the budget, and half as far, by the same method
-and refit but on fewer windows, and the loss measured on windows that neither map nor refit has
-seen. A power law through the two points, excess(x) = a x^p for a removed share x, says what lies
-between: no pair of widths within the budget asks for more than was measured, unless neither width
-alone can meet the budget. Of all these pairs the one with the smallest predicted sum is measured as
-well, if it narrows both widths, and taken if it is better than either width alone by ``MARGIN``:
-less than that would hang on the windows.
+The pairs of widths that use a budget up lie on a line: at one end the residual alone is narrowed,
+at the other the feed-forward alone. Both ends are narrowed, by the same method and refit but on fewer
+windows, and the loss measured on windows that neither map nor refit has seen. On a removed share x
+the excess grows like x^p, with p between 0.9 and 1.12 where it was measured (SmolLM2-135M). In the
+middle of the line it is then 2^-p (a + b), a and b the excesses at the ends: less than a, by
+``MARGIN``, only where b is at most ``NEAR`` times a. There the middle is measured too, as it is
+where neither width alone can meet the budget, and taken if it is better by ``MARGIN``: less than
+that would hang on the windows.
 
 Without the refit the residual would look dearer than it is: the refit makes up for more of it than
 of the feed-forward. A map that has seen the windows it is measured on looks cheaper than it is.
@@ -36,37 +37,19 @@ from dotresize.narrow.round_width import round_width
 
 logger = logging.getLogger("dotresize")
 
-# Windows on which the loss is measured, at most and of all, and those that models are narrowed on.
-WINDOWS = 8
+# Windows on which the loss is measured, at most and of all, and those that models are narrowed on:
+# a third of a run's time in all, for two ends.
+WINDOWS = 4
 WINDOW_SHARE = 1 / 3
-CUT_WINDOWS = 12
+CUT_WINDOWS = 6
 # Both widths together must be better than one of them alone by this share of its excess.
 MARGIN = 0.05
-# Bounds of a law's exponent: outside them two points say more of the windows than of the model.
-POWERS = (0.25, 6.0)
-# No width is narrowed further than to this share to be measured.
+# What the middle can win at an exponent of 1.15: 2^1.15 (1 - MARGIN) - 1.
+NEAR = 1.11
+# No width is narrowed further than to this share.
 LEAST = 0.1
 # No feed-forward gets fewer neurons: the width 1 is read as a share, all of it.
 LEAST_INNER = 2
-
-
-@dataclass(frozen=True)
-class Law:
-    """Excess loss a x^p after removing the share x of a width."""
-
-    a: float
-    p: float
-
-    def __call__(self, share: float) -> float:
-        return self.a * share**self.p
-
-    @classmethod
-    def through(cls, shares: tuple[float, float], excesses: tuple[float, float]) -> Law:
-        """Return the law through two points; excesses are taken as at least a thousandth."""
-        low, high = (max(excess, 1e-3) for excess in excesses)
-        p = math.log(high / low) / math.log(shares[1] / shares[0])
-        p = min(max(p, POWERS[0]), POWERS[1])
-        return cls(high / shares[1] ** p, p)
 
 
 @dataclass(frozen=True)
@@ -75,25 +58,20 @@ class Split:
 
     Attributes:
         width, inner: residual and feed-forward width.
-        excess: of these widths, on held-out windows; by the laws where a pair was not measured,
-            None where one width alone can be narrowed, or none has to be.
-        laws: of each width, by what is narrowed: "residual", "feed_forward".
+        excess: of these widths, on held-out windows; None where one width alone can be narrowed, or
+            none has to be.
         measured: excess of the widths that were tried, (width, inner) each.
     """
 
     width: int
     inner: int
     excess: float | None = None
-    laws: tuple[Law, Law] | None = None
     measured: tuple[tuple[int, int, float], ...] = ()
 
     def details(self) -> dict[str, Any]:
         """Return what the report says of it."""
-        names = ("residual", "feed_forward")
-        laws = zip(names, self.laws or (), strict=False)
         return {
             "excess": self.excess,
-            "laws": {name: {"a": law.a, "p": law.p} for name, law in laws},
             "measured": [
                 {"width": width, "ff_width": inner, "excess": excess}
                 for width, inner, excess in self.measured
@@ -168,7 +146,8 @@ class Budget:
 
     def width_alone(self) -> int:
         """Return the largest residual width that fits beside the whole feed-forward; 0 for none."""
-        return max((k for k, m in self.pairs() if m == self._model.inner_width), default=0)
+        whole = self._model.inner_width
+        return max((k for k in self.widths() if self.inner_at(k) == whole), default=0)
 
 
 def check_budget(model: CausalLM, options: Options) -> None:
@@ -210,36 +189,49 @@ def _best(given: Calibrated) -> Split:
         return Split(model.width, budget.inner_at(model.width))
     if not model.architecture.has_inner_width:
         return Split(budget.width_alone(), model.inner_width)
-    if (model.width, model.inner_width) in budget.pairs():
+    pairs = budget.pairs()
+    if (model.width, model.inner_width) in pairs:
         return Split(model.width, model.inner_width)
-    measured = measure(given, budget)
-    laws = measured.laws()
-    split = best_split(model, budget.pairs(), *laws)
-    alone = [m for m in measured.excesses if (m[0], m[1]) in budget.pairs()]
-    both = split.width < model.width and split.inner < model.inner_width
-    tried = math.inf
-    if both or not alone:
-        tried = measured.excess(split.width, split.inner)
-    width, inner, excess = split.width, split.inner, tried
-    if alone:
-        best = min(alone, key=lambda found: found[2])
-        if tried > best[2] - MARGIN * abs(best[2]):
-            width, inner, excess = best
-    return Split(width, inner, excess, laws, tuple(measured.excesses))
+    measured = Measured(given)
+    ends = ends_of(pairs, model)
+    found = [measured.excess(*pair) for pair in ends]
+    alone = [pair[0] == model.width or pair[1] == model.inner_width for pair in ends]
+    best = min(range(len(ends)), key=found.__getitem__)
+    near = max(found) <= NEAR * found[best] if found[best] > 0 else True
+    middle = middle_of(pairs, ends, model)
+    if middle is not None and (near or not all(alone)):
+        excess = measured.excess(*middle)
+        if excess < found[best] - MARGIN * abs(found[best]) or not alone[best]:
+            ends, found, best = [middle], [excess], 0
+    width, inner = ends[best]
+    return Split(width, inner, found[best], tuple(measured.excesses))
 
 
-def best_split(
-    model: CausalLM, pairs: list[tuple[int, int]], residual: Law, feed_forward: Law
-) -> Split:
-    """Return the pair of widths with the smallest predicted sum of excesses."""
+def ends_of(pairs: list[tuple[int, int]], model: CausalLM) -> list[tuple[int, int]]:
+    """Return the pairs with the narrowest and the widest residual, as far as ``LEAST`` lets it."""
+    least = LEAST * model.width, LEAST * model.inner_width
+    fitting = [pair for pair in pairs if pair[0] >= least[0] and pair[1] >= least[1]] or pairs
+    widest = max(inner for _, inner in fitting)
+    # Of all residual widths beside the widest feed-forward the largest one.
+    first = max(pair for pair in fitting if pair[1] == widest)
+    return list(dict.fromkeys((first, max(fitting))))
 
-    def predicted(pair: tuple[int, int]) -> float:
-        width, inner = pair
-        shares = 1 - width / model.width, 1 - inner / model.inner_width
-        return sum(law(x) for law, x in zip((residual, feed_forward), shares, strict=True) if x)
 
-    width, inner = min(reversed(pairs), key=predicted)
-    return Split(width, inner, predicted((width, inner)))
+def middle_of(
+    pairs: list[tuple[int, int]], ends: list[tuple[int, int]], model: CausalLM
+) -> tuple[int, int] | None:
+    """Return the pair that narrows each width about half as far as the ends do; None for none."""
+    if len(ends) < 2:
+        return None
+    most = 1 - ends[0][0] / model.width, 1 - ends[1][1] / model.inner_width
+
+    def unevenness(pair: tuple[int, int]) -> float:
+        removed = 1 - pair[0] / model.width, 1 - pair[1] / model.inner_width
+        return abs(removed[0] / max(most[0], 1e-9) - removed[1] / max(most[1], 1e-9))
+
+    between = [pair for pair in pairs if ends[0][0] < pair[0] < ends[1][0]]
+    between = [pair for pair in between if pair[1] < ends[0][1]]
+    return min(between, key=unevenness, default=None)
 
 
 def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
@@ -290,50 +282,17 @@ class Measured:
         self.excesses: list[tuple[int, int, float]] = []
 
     def excess(self, width: int, inner: int) -> float:
-        """Return the excess at two widths, which is kept in ``excesses``."""
-        method = self._given.options.method
+        """Return the excess at two widths, which is kept in ``excesses``, and said."""
+        model, method = self._given.model, self._given.options.method
+        logger.info("budget: trying width %d, feed-forward width %d", width, inner)
         narrow = method.probe(self._given, width, inner)
         found = math.log(perplexity(narrow, self._windows, desc="budget")) - self._dense
         self.excesses.append((width, inner, found))
+        logger.info(
+            "budget: width %d of %d, feed-forward width %d of %d: excess %.3f",
+            *(width, model.width, inner, model.inner_width, found),
+        )
         return found
-
-    def laws(self) -> tuple[Law, Law]:
-        """Return the law of each width, through what was measured of it alone."""
-        model = self._given.model
-        points: tuple[list[tuple[float, float]], ...] = ([], [])
-        for width, inner, excess in self.excesses:
-            if inner == model.inner_width:
-                points[0].append((1 - width / model.width, excess))
-            elif width == model.width:
-                points[1].append((1 - inner / model.inner_width, excess))
-        return _law(points[0]), _law(points[1])
-
-
-def _law(points: list[tuple[float, float]]) -> Law:
-    """Return the law through (removed share, excess); a single point has a line through it."""
-    if len(points) == 1:
-        share, excess = points[0]
-        return Law(max(excess, 1e-3) / share, 1.0)
-    (low, first), (high, second) = sorted(points)
-    return Law.through((low, high), (first, second))
-
-
-def measure(given: Calibrated, budget: Budget) -> Measured:
-    """Measure each width alone, as far as the budget asks, or ``LEAST`` allows, and half as far."""
-    model = given.model
-    measured = Measured(given)
-    alone = (budget.width_alone(), budget.inner_at(model.width))
-    steps = residual_step(model, given.options), 1
-    for axis, (full, step) in enumerate(zip((model.width, model.inner_width), steps, strict=True)):
-        fewest = max(-(-LEAST * full // step) * step, step, LEAST_INNER * axis)
-        removed = full - int(max(alone[axis], fewest))
-        if removed <= 0:
-            raise ValueError(f"the model's width of {full} is too small to be narrowed")
-        half = round(removed / 2 / step) * step
-        for less in sorted({half, removed} - {0}):
-            width, inner = model.width - less * (axis == 0), model.inner_width - less * (axis == 1)
-            measured.excess(width, inner)
-    return measured
 
 
 def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,16 +52,21 @@ def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) 
     inverse.diagonal().add_(lam)
     inverse = torch.linalg.inv(inverse)
     solution = inverse @ cross
-    kept = torch.arange(len(gram), dtype=torch.int64, device=gram.device)
-    while len(kept) > count:
+    dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    left = len(gram)
+    while left > count:
         loss = solution.square().sum(1) / inverse.diagonal()
-        block = max(1, int(BLOCK_SHARE * len(kept)))
-        drop = loss.topk(min(block, len(kept) - count), largest=False).indices
-        stays = torch.ones(len(kept), dtype=torch.bool, device=gram.device)
-        stays[drop] = False
-        column = inverse[stays][:, drop]
-        step = column @ torch.linalg.inv(inverse[drop][:, drop])
-        solution = solution[stays] - step @ solution[drop]
-        inverse = inverse[stays][:, stays] - step @ column.mT
-        kept = kept[stays]
-    return kept
+        loss[dropped] = torch.inf
+        block = min(max(1, int(BLOCK_SHARE * left)), left - count)
+        drop = loss.topk(block, largest=False).indices
+        column = inverse[:, drop]
+        step = column @ torch.linalg.inv(column[drop])
+        # In place, over all rows: to copy what is left takes longer than to update what is not.
+        solution.addmm_(step, solution[drop], alpha=-1)
+        inverse.addmm_(step, column.mT, alpha=-1)
+        inverse[drop] = 0.0
+        inverse[:, drop] = 0.0
+        inverse.diagonal()[drop] = 1.0
+        dropped[drop] = True
+        left -= block
+    return (~dropped).nonzero().flatten()

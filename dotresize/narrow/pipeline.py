@@ -14,7 +14,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.budget import split_budget
-from dotresize.narrow.calibrate import calibrate
+from dotresize.narrow.calibrate import calibrate, first_token
 from dotresize.narrow.choose_width import (
     announce_found,
     choose_widths,
@@ -49,6 +49,7 @@ def narrow_model(
         raise ValueError(
             "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
         )
+    first = first_token(model, windows)
     if statistics is None:
         windows, statistics = calibrate(model, windows, options)
     if not model.architecture.fixed_residual:
@@ -75,6 +76,7 @@ def narrow_model(
     report = _report(model, made.model, statistics, options, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
     report["width"]["asked"] = asked
+    report["calibration"]["first_token"] = first
     report["budget"] = None
     if split is not None:
         count = {"asked": options.params, "count": options.params_count}

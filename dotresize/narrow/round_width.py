@@ -57,7 +57,7 @@ def round_width(
 
 
 def _near(wanted: float, full: int, step: int, towards: Towards) -> int:
-    """Return the multiple of ``step`` nearest to ``wanted`` in a direction; 0 where there is none."""
+    """Return the multiple of ``step`` nearest to ``wanted`` in a direction, or 0."""
     below = math.floor(wanted / step) * step
     above = math.ceil(wanted / step) * step
     if towards == "down":
