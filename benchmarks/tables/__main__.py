@@ -20,7 +20,7 @@ from . import checks
 from .api import api
 from .gpu import ceilings, details, peers_table
 from .models import families, large, merging, projected
-from .quality import budget, headline, recovered, speed, study
+from .quality import budget, headline, multiple_choice, recovered, speed, study
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path("benchmarks/results")
@@ -151,6 +151,12 @@ def _gpu_rows() -> list[dict[str, Any]]:
     return [row for row in table if row["run"] == last[row["section"]]]
 
 
+def _lm_eval_rows() -> list[dict[str, Any]]:
+    """Return the last run of ``benchmarks.lm_eval_task``: dense, then narrowed."""
+    table = rows("lm_eval.jsonl")
+    return [row for row in table if row["run"] == table[-1]["run"]]
+
+
 def gpu() -> str:
     """Return times, shares of the measured bounds, and ratios to the peers."""
     last = _gpu_rows()
@@ -227,6 +233,7 @@ TABLES = {
         "quality": lambda: headline(rows("quality.jsonl")),
         "speed": lambda: speed(rows("speed.jsonl")),
         "recovered": lambda: recovered(rows("recovered.jsonl")),
+        "lm_eval": lambda: multiple_choice(_lm_eval_rows()),
     },
     "docs/studies.md": {
         "study": lambda: study(rows("quality.jsonl")),
@@ -258,6 +265,7 @@ SOURCES = {
     "quality": ("quality.jsonl", "compressor"),
     "study": ("quality.jsonl", "compressor"),
     "recovered": ("recovered.jsonl", "compressor"),
+    "lm_eval": ("lm_eval.jsonl", "compressor"),
     "large": ("large.jsonl", "compressor"),
     "projected": ("projected.jsonl", "compressor"),
     "merging": ("merging.jsonl", "compressor"),
@@ -275,6 +283,7 @@ SHOWN_ROWS = {
     "types": lambda: rows("fuzz_types.jsonl")[-1:],
     "interrupts": lambda: rows("interrupts.jsonl")[-1:],
     "recovered": lambda: rows("recovered.jsonl")[-1:],
+    "lm_eval": _lm_eval_rows,
 }
 
 

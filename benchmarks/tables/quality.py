@@ -134,6 +134,32 @@ def speed(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def multiple_choice(rows: list[Row]) -> str:
+    """Return accuracies of the last run of ``benchmarks.lm_eval_task``, and their difference."""
+    if not rows:
+        return "No rows yet."
+    names = [*SOURCES, "overall"]
+
+    def figures(table: Row, key: str = "acc") -> list[str]:
+        return [f"{table[key][name]:.3f} ± {table[f'{key}_stderr'][name]:.3f}" for name in names]
+
+    last = rows[-1]
+    lines = _head(["accuracy", "widths", *names])
+    for row in rows:
+        widths = f"{row['width']} / {row['ff_width']}"
+        lines.append(_line([row["model"], widths, *figures(row)]))
+        lines.append(_line([f"{row['model']}, by length", widths, *figures(row, "acc_norm")]))
+    lines.append(_line(["difference", "", *figures(last["difference"])]))
+    counts = ", ".join(f"{name} {last['items'][name]}" for name in SOURCES)
+    lines += [
+        "",
+        f"Items: {counts}; chance is 0.25. lm-eval {last['versions']['lm-eval']}, "
+        f"{last['device']}, {last['date']}. Rows:",
+        "`benchmarks/results/lm_eval.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def recovered(rows: list[Row]) -> str:
     """Return a narrowed model before and after the short training of ``--recover``."""
     row = rows[-1]
