@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,9 @@ import torch
 
 from dotresize.models.causal_lm import CausalLM
 
+# What a run is doing, which --quiet leaves out.
+stages = logging.getLogger("dotresize.stages")
+
 STAGES = (
     *("self-generated text", "calibration", "budget", "cost"),
     "sinkhorn",
@@ -22,6 +29,17 @@ STAGES = (
     *("refit", "recovery"),
     "evaluation",
 )
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float], detail: str = "") -> Iterator[None]:
+    """Say when a stage starts and when it has ended, and add its time to ``seconds``."""
+    stages.info("%s%s ...", name, f" {detail}" if detail else "")
+    start = time.perf_counter()
+    yield
+    took = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + took
+    stages.info("%s took %s", name, f"{took:.1f} s" if took < 100 else f"{took:.0f} s")
 
 
 def count_parameters(model: CausalLM) -> dict[str, int]:

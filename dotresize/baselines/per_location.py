@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import closing
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize import distributed
+from dotresize.accounting import stage
 from dotresize.baselines.adapters import AdaptedResidual, slice_model
 from dotresize.calibration.residual_stream import Streams, norms_of
 from dotresize.calibration.statistics import Statistics
@@ -45,16 +45,14 @@ class Located(WidthMethod):
     def narrow(
         self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
     ) -> Narrowed:
-        start = time.perf_counter()
-        located = self.located_maps(given, width)
-        qs = [width_map.q for width_map in located]
-        narrow = slice_model(given.model, qs)
-        seconds["factorisation"] = time.perf_counter() - start
+        with stage("factorisation", seconds):
+            located = self.located_maps(given, width)
+            qs = [width_map.q for width_map in located]
+            narrow = slice_model(given.model, qs)
         if given.options.refit:
-            start = time.perf_counter()
-            residual = AdaptedResidual()
-            refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
-            seconds["refit"] = time.perf_counter() - start
+            with stage("refit", seconds, f"on {len(given.tokens)} windows"):
+                residual = AdaptedResidual()
+                refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
         else:
             scale_norms(narrow, AdaptedResidual().body)
         return Narrowed(narrow, located[0], qs)

@@ -274,9 +274,13 @@ def main(argv: list[str] | None = None) -> int:
         logger.setLevel(logging.INFO)
         if getattr(args, "quiet", False):
             os.environ["TQDM_DISABLE"] = "1"
+            logging.getLogger("dotresize.stages").setLevel(logging.WARNING)
         if threading.current_thread() is threading.main_thread():
             for kill in (signal.SIGTERM, signal.SIGHUP):  # polite ones clean up like Ctrl-C does
-                signal.signal(kill, signal.default_int_handler)
+                signal.signal(kill, _interrupt)
+            # A shell starts background jobs with Ctrl-C ignored, which stays so.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, _interrupt)
         if args.verb == "bench":
             from dotresize.benchmarks import command
 
@@ -286,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return commands.run(args)
     except KeyboardInterrupt:
+        _stop_asking()
         kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
         return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
     except Exception as error:
@@ -295,8 +300,28 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ValueError) or type(error).__name__ == "BackendError":
             return _fail(_as_typed(str(error), args), 2)
         # No traceback in a user's face; DOTRESIZE_DEBUG=1 shows it.
+        _stop_asking()
         kept = _stages_kept(args)
         return _fail(f"{type(error).__name__}: {error}{'; ' if kept else ''}{kept}", 1)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Raise KeyboardInterrupt, and again after a while: what is raised in a ``__del__`` is lost."""
+    sys.unraisablehook = _unraisable
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)  # cleaning up takes less
+    raise KeyboardInterrupt
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Say nothing of an interrupt that was lost, as it comes again."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+
+
+def _stop_asking() -> None:
+    """Let an interrupt that has arrived not come again."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _as_typed(message: str, args: argparse.Namespace) -> str:

@@ -1,13 +1,13 @@
 """One parameter budget, spent on the residual and the feed-forward width by what each costs.
 
 The pairs of widths that use a budget up lie on a line: at one end the residual alone is narrowed,
-at the other the feed-forward alone. Both ends are narrowed, by the same method and refit but on fewer
-windows, and the loss measured on windows that neither map nor refit has seen. On a removed share x
-the excess grows like x^p, with p between 0.9 and 1.12 where it was measured (SmolLM2-135M). In the
-middle of the line it is then 2^-p (a + b), a and b the excesses at the ends: less than a, by
-``MARGIN``, only where b is at most ``NEAR`` times a. There the middle is measured too, as it is
-where neither width alone can meet the budget, and taken if it is better by ``MARGIN``: less than
-that would hang on the windows.
+at the other the feed-forward alone. Both ends are narrowed, by the same method and refit but on
+fewer windows, and the loss measured on windows that neither map nor refit has seen. On a removed
+share x the excess grows like x^p, with p between 0.9 and 1.12 where it was measured
+(SmolLM2-135M). In the middle of the line it is then 2^-p (a + b), a and b the excesses at the ends:
+less than a, by ``MARGIN``, only where b is at most ``NEAR`` times a. There the middle is measured
+too, as it is where neither width alone can meet the budget, and taken if it is better by
+``MARGIN``: less than that would hang on the windows.
 
 Without the refit the residual would look dearer than it is: the refit makes up for more of it than
 of the feed-forward. A map that has seen the windows it is measured on looks cheaper than it is.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from dotresize import distributed
+from dotresize.accounting import stage
 from dotresize.calibration.self_generated import sample
 from dotresize.calibration.statistics import Statistics, collect
 from dotresize.models.causal_lm import CausalLM
@@ -19,22 +18,24 @@ def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor
 
     tokens: int64 (windows, length). The first options say how many windows are written.
     """
-    start = time.perf_counter()
+    seconds: dict[str, float] = {}
     # Every token that an offloaded model writes would read all weights from their files.
     own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
     if own and distributed.rank() == 0:
-        written = sample(model, own, tokens.shape[1], wanted[0].seed, first_token(model, tokens))
+        with stage("self-generated text", seconds, f"of {own} windows"):
+            begin = first_token(model, tokens)
+            written = sample(model, own, tokens.shape[1], wanted[0].seed, begin)
         tokens = torch.cat([tokens, written.to(tokens.device)])
     tokens = distributed.from_first(tokens)
     if len(tokens) < distributed.size():
         raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
-    took = time.perf_counter() - start
     if model.architecture.fixed_residual:
         statistics = Statistics.none(tokens.numel(), model.width)
     else:
-        statistics = collect_for(model, tokens, *wanted)
+        with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
+            statistics = collect_for(model, tokens, *wanted)
     statistics.own_windows = own
-    statistics.seconds["self-generated text"] = took
+    statistics.seconds["self-generated text"] = seconds.get("self-generated text", 0.0)
     return tokens, statistics
 
 

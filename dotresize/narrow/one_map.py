@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from dotresize.accounting import stage
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
@@ -39,14 +39,12 @@ class OneMap(WidthMethod):
     ) -> Narrowed:
         width_map = self._map(given, width)
         seconds.update(width_map.seconds)
-        start = time.perf_counter()
-        q = basis(given.model, width_map, given.options)
-        narrow = absorb(given.model, q, untie=given.options.untie)
-        seconds["absorption"] = time.perf_counter() - start
+        with stage("absorption", seconds):
+            q = basis(given.model, width_map, given.options)
+            narrow = absorb(given.model, q, untie=given.options.untie)
         if given.options.refit or inner is not None:
-            start = time.perf_counter()
-            refit_weights(given, narrow, q, inner)
-            seconds["refit"] = time.perf_counter() - start
+            with stage("refit", seconds, f"on {len(given.tokens)} windows"):
+                refit_weights(given, narrow, q, inner)
         else:
             scale_norms(narrow)
         return Narrowed(narrow, width_map, [q])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, cast
 
 from torch import Tensor
 
-from dotresize.accounting import STAGES, check_weights, count_parameters, peak_memory, versions
+from dotresize.accounting import (
+    STAGES,
+    check_weights,
+    count_parameters,
+    peak_memory,
+    stage,
+    versions,
+)
 from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
@@ -62,15 +68,14 @@ def narrow_model(
     seconds = dict.fromkeys(STAGES, 0.0)
     split = None
     if options.params is not None:
-        start = time.perf_counter()
-        split = split_budget(given)
+        with stage("budget", seconds):
+            split = split_budget(given)
         width = split.width
         inner = split.inner if split.inner < model.inner_width else None
-        seconds["budget"] = time.perf_counter() - start
     if widths.residual is None:
         announce_found(model, width, inner)
-    for stage in ("self-generated text", "calibration"):
-        seconds[stage] = statistics.seconds.get(stage, 0.0)
+    for name in ("self-generated text", "calibration"):
+        seconds[name] = statistics.seconds.get(name, 0.0)
     seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
     made = _narrowed(given, width, inner, seconds)
     report = _report(model, made.model, statistics, options, seconds)
@@ -113,16 +118,14 @@ def _narrowed(
 ) -> Narrowed:
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
-        start = time.perf_counter()
-        narrow = narrow_feed_forwards(model, given.tokens, inner, options)
-        narrow.finish()
-        seconds["refit"] = time.perf_counter() - start
+        with stage("refit", seconds, "of feed-forwards"):
+            narrow = narrow_feed_forwards(model, given.tokens, inner, options)
+            narrow.finish()
         return Narrowed(narrow, maps.WidthMap.none(), [])
     made = options.method.narrow(given, width, inner, seconds)
     if not made.model.store.whole:
-        start = time.perf_counter()
-        made.model.finish()
-        seconds["absorption"] += time.perf_counter() - start
+        with stage("absorption", seconds, "of the rest"):
+            made.model.finish()
     return made
 
 
