@@ -1,0 +1,263 @@
+"""``dotresize export``: what the file holds, read back by others' code, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+
+from dotresize import compress
+from dotresize.cli import main
+
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = ["Hello world 1234", "  it's\n\nnew", "naïve – dash", "", "a  b\tc"]
+
+
+def saved(model, tokenizer, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bytes_tokenizer(model_directory):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(model_directory)
+
+
+def pieces_tokenizer(size: int = 320, prefix: str = "first"):
+    """A tokenizer like Llama 2's: merges of characters, bytes for the rest, BOS in front."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers.pre_tokenizers import Metaspace
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = Metaspace(prepend_scheme=prefix, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["hello world, it is new and a dash " * 20], trainer)
+    described = json.loads(tokenizer.to_str())
+    # As in a real one, only the first three are special.
+    described["added_tokens"] = described["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    assert isinstance(pre_tokenizers.Metaspace(), Metaspace)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def read(path: Path) -> tuple[dict, dict]:
+    """Return the entries and the tensors of a file, these in float32."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    return fields, tensors
+
+
+def read_back(path: Path, config):
+    """Return a transformers model made of a file's tensors, by the names that gguf gives them."""
+    import transformers
+
+    _, tensors = read(path)
+    kind = gguf.MODEL_ARCH.QWEN2 if config.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    state = model.state_dict()
+    for name in state:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        value = tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))]
+        part = name.split(".")[-2]
+        if part in ("q_proj", "k_proj") and config.model_type != "qwen2":
+            heads = value.view(-1, config.head_dim, *value.shape[1:])
+            value = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).reshape(value.shape)
+        state[name] = value.view(state[name].shape)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tied": False, "attention_bias": True}),
+        ("mistral", {"tied": False}),
+        ("qwen2", {}),
+    ],
+)
+def test_f32_has_the_logits_of_transformers(kind, changes, bytes_tokenizer, tmp_path):
+    tokens = torch.randint(259, (4, 24))
+    width = 16 if changes.get("attention_bias") else 18
+    narrow, _ = compress(
+        tiny_model(kind, **changes), tokens, width=width, ff_width=30, self_windows=0
+    )
+    folder = saved(narrow, bytes_tokenizer, tmp_path / "narrow")
+    assert main(["export", str(folder), str(tmp_path / "n.gguf"), "--type", "f32", "--quiet"]) == 0
+    back = read_back(tmp_path / "n.gguf", narrow.config)
+    with torch.no_grad():
+        assert torch.equal(back(tokens).logits, narrow(tokens).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_it(tied, bytes_tokenizer, tmp_path):
+    import transformers
+
+    tokens = torch.randint(259, (4, 24))
+    narrow, _ = compress(tiny_model(tied=tied), tokens, width=16, ff_width=30, self_windows=0)
+    folder = saved(narrow, bytes_tokenizer, tmp_path / "narrow")
+    assert main(["export", str(folder), str(tmp_path / "n.gguf"), "--type", "f32", "--quiet"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="n.gguf")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, narrow(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 0.02), ("q4_0", 0.2)]
+)
+def test_smaller_types(kind, most, bytes_tokenizer, tmp_path):
+    model = tiny_model("mistral", hidden_size=32, intermediate_size=40)
+    folder = saved(model, bytes_tokenizer, tmp_path / "model")
+    path = tmp_path / f"{kind}.gguf"
+    assert main(["export", str(folder), str(path), "--type", kind, "--quiet"]) == 0
+    _, tensors = read(path)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    assert types["blk.0.ffn_up.weight"] == kind.upper()
+    # Rows of 40 are no blocks of 32.
+    assert types["blk.0.ffn_down.weight"] == ("F16" if kind.startswith("q") else kind.upper())
+    assert types["token_embd.weight"] == ("Q8_0" if kind == "q4_0" else kind.upper())
+    want = model.model.layers[0].mlp.up_proj.weight.detach()
+    found = tensors["blk.0.ffn_up.weight"].view(want.shape)
+    assert (found - want).norm() < most * want.norm()
+    assert not torch.equal(found, want)
+
+
+def test_scaled_rotations(bytes_tokenizer, tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = tiny_model(rope_parameters=rope)
+    folder = saved(model, bytes_tokenizer, tmp_path / "model")
+    assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--type", "f32", "--quiet"]) == 0
+    fields, tensors = read(tmp_path / "m.gguf")
+    plain = 5e5 ** -(torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(
+        plain / tensors["rope_freqs.weight"], model.model.rotary_emb.inv_freq
+    )
+    assert fields["llama.rope.freq_base"] == 5e5
+
+
+def test_byte_pairs(bytes_tokenizer, tmp_path):
+    bytes_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = saved(tiny_model(), bytes_tokenizer, tmp_path / "model")
+    assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"]) == 0
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    pieces = fields["tokenizer.ggml.tokens"]
+    assert len(pieces) == 259
+    for piece, i in bytes_tokenizer.get_vocab().items():
+        assert pieces[i] == piece
+    assert pieces[258] == "[PAD258]"
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.ggml.eos_token_id"] == bytes_tokenizer.eos_token_id
+    assert fields["tokenizer.chat_template"] == bytes_tokenizer.chat_template
+    assert fields["tokenizer.ggml.token_type"][256] == gguf.TokenType.CONTROL
+
+
+def merged_by_score(text: str, pieces: list[str], scores: list[float]) -> list[int]:
+    """What llama.cpp's SentencePiece does: the best scored neighbours first, then bytes."""
+    known = {piece: i for i, piece in enumerate(pieces)}
+    parts = list(text)
+    while True:
+        pairs = [
+            (-scores[known[a + b]], i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in known
+        ]
+        if not pairs:
+            break
+        i = min(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    ids = []
+    for part in parts:
+        whole = known.get(part)
+        ids += [known[f"<0x{b:02X}>"] for b in part.encode()] if whole is None else [whole]
+    return ids
+
+
+@pytest.mark.parametrize("prefix", ["first", "never"])
+def test_pieces_with_scores(prefix, tmp_path):
+    tokenizer = pieces_tokenizer(prefix=prefix)
+    folder = saved(tiny_model(vocab_size=400), tokenizer, tmp_path / "model")
+    assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"]) == 0
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.bos_token_id"] == 1
+    assert fields["tokenizer.ggml.add_space_prefix"] is (prefix == "first")
+    assert fields["tokenizer.ggml.token_type"][3:259] == [gguf.TokenType.BYTE] * 256
+    for text in TEXTS[:1] + TEXTS[2:3] + ["hello new world", "it is a dash"]:
+        spaced = ("▁" if prefix == "first" else "") + text.replace(" ", "▁")
+        ids = merged_by_score(
+            spaced, fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+        )
+        assert [1, *ids] == tokenizer(text)["input_ids"], text
+
+
+def test_what_is_refused(model_directory, bytes_tokenizer, tmp_path, capsys):
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    out = str(tmp_path / "m.gguf")
+    (tmp_path / "there.gguf").write_text("x")
+    model = str(model_directory)
+    gemma = str(saved(tiny_model("gemma"), bytes_tokenizer, tmp_path / "gemma"))
+    odd = str(saved(tiny_model(), bytes_tokenizer, tmp_path / "odd"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(odd)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(odd)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    scaled = str(saved(tiny_model(rope_parameters=yarn), bytes_tokenizer, tmp_path / "yarn"))
+    for words, said in (
+        ((model, out, "--type", "q5_k"), "--type q5_k: must be one of f32, f16, bf16, q8_0, q4_0"),
+        ((model, str(tmp_path / "m.bin")), "must end in .gguf"),
+        ((model, str(tmp_path / "there.gguf")), "exists"),
+        ((model, str(tmp_path / "no" / "m.gguf")), "its directory does not exist"),
+        ((str(tmp_path / "none"), out), "must be a directory"),
+        ((gemma, out), "model type gemma: must be llama, mistral, qwen2; for others see llama.cpp"),
+        ((odd, out), "splits text by Punctuation and ByteLevel of its own"),
+        ((scaled, out), "rope_type yarn is not written here"),
+    ):
+        assert said in fails(["export", *words, "--quiet"], capsys), words
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gemma", "odd", "there.gguf", "yarn"]
+
+
+def test_nothing_is_left_of_a_file_that_fails(bytes_tokenizer, tmp_path, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 3] = 7e4
+    folder = saved(model, bytes_tokenizer, tmp_path / "model")
+    said = fails(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"], capsys)
+    assert "model.layers.2.mlp.up_proj.weight does not fit into f16" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
