@@ -116,6 +116,7 @@ class Offloaded:
     Attributes:
         weights: the files.
         work: a folder for files made out of these.
+        stored_as: the type in which a derived model is written; that of the files if None.
     """
 
     whole = False
@@ -126,6 +127,7 @@ class Offloaded:
         self.weights = weights
         self.work = work
         self.activations: str | None = activations
+        self.stored_as: torch.dtype | None = None
         _give_large_blocks_back()
 
     @classmethod
@@ -223,9 +225,13 @@ class _Growing(Offloaded):
         model = CausalLM(module, self)
         names = StoredNames(model)
         given = dense.weights
-        weights = StoredWeights([], dense.device, names, widen=given.widen, kept=given.kept)
+        kept = given.kept if dense.stored_as is None else dense.stored_as
+        weights = StoredWeights([], dense.device, names, widen=given.widen, kept=kept)
         assert dense.activations is not None
         super().__init__(module, weights, dense.work, dense.activations)
+        self.stored_as = dense.stored_as
+        if self.stored_as is not None:
+            module.config.dtype = self.stored_as
         self._maker, self._dense = maker, dense.weights
         self._parts = model.parts[: -1 if maker.tied else None]
 
@@ -243,7 +249,8 @@ class _Growing(Offloaded):
         path = self.work / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
         stored: dict[str, Tensor] = {}
         for key, weight in weights.items():
-            value = weight.detach().to("cpu", self._dense.dtype(key)).contiguous()
+            dtype = self.stored_as or self._dense.dtype(key)
+            value = weight.detach().to("cpu", dtype).contiguous()
             stored |= self.weights.names.split(key, value)
         save_file(stored, path, metadata={"format": "pt"})
         self.weights.add(path)

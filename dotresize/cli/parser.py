@@ -1,0 +1,318 @@
+"""The arguments of every verb, in groups, with an example each."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from typing import NoReturn
+
+from dotresize import __version__
+
+_MODEL = "directory, .gguf file or hub id"
+# What is not an option.
+_WORDS = {
+    "compress": "MODEL OUT --calibration FILE ... ",
+    "sweep": "MODEL DIR --calibration FILE ... --eval FILE ... ",
+    "merge-ff": "MODEL OUT --merge K --calibration FILE ... ",
+    "eval": "MODEL FILE ... ",
+    "export": "OUT FILE.gguf ",
+    "bench": "[WHAT ...] ",
+}
+_EXAMPLES = {
+    "compress": "dotresize compress HuggingFaceTB/SmolLM2-135M OUT --calibration wiki.txt news.txt",
+    "sweep": "dotresize sweep MODEL PAGE --calibration wiki.txt --eval held-out.txt",
+    "merge-ff": "dotresize merge-ff MODEL OUT --merge 4 --calibration wiki.txt --plain",
+    "eval": "dotresize eval OUT held-out.txt",
+    "export": "dotresize export OUT model.gguf --type q8_0",
+    "bench": "dotresize bench sinkhorn --out rows.jsonl",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says one line per mistake, without the usage text in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"dotresize: {message} (see {self.prog} --help)\n")
+
+
+class _Groups(defaultdict):
+    """The groups of a verb's options, each made when it is first asked for."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self._parser = parser
+
+    def __missing__(self, title: str) -> argparse._ArgumentGroup:
+        self[title] = group = self._parser.add_argument_group(title)
+        return group
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = _Parser(prog="dotresize", description="Make a language model narrower.")
+    parser.add_argument("--version", action="version", version=f"dotresize {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        example = _EXAMPLES.get(name)
+        return verbs.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            usage=None if example is None else f"dotresize {name} {_WORDS.get(name, '')}[options]",
+            epilog=None if example is None else f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _add_compress(verb("compress", "narrow a model into a new directory"))
+    _add_sweep(verb("sweep", "methods and widths side by side, on one HTML page"))
+    _add_merging(verb("merge-ff", "let neighbouring layers share one feed-forward"))
+    evaluate = verb("eval", "perplexity of each text file")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
+    evaluate.add_argument("eval", nargs="+", metavar="FILE", help="text or .jsonl")
+    _add_common(_Groups(evaluate))
+    _add_export(verb("export", "write a model directory as a GGUF file for llama.cpp"))
+    _add_bench(verb("bench", "time the CPU operators beside every installed peer"))
+    verb("info", "backends, devices and versions")
+    return parser
+
+
+def _add_compress(compress: argparse.ArgumentParser) -> None:
+    compress.add_argument("model", metavar="MODEL", help=_MODEL)
+    compress.add_argument("out", metavar="OUT", help="directory to make")
+    groups = _Groups(compress)
+    size = groups["how narrow"]
+    size.add_argument(
+        "--params",
+        type=float,
+        help="share of the parameters, split over both widths (0.8 if no size is given)",
+    )
+    size.add_argument(
+        "--params-count",
+        default="total",
+        help="what --params is a share of: total or non_embedding (total)",
+    )
+    size.add_argument(
+        "--width",
+        type=float,
+        help="instead, of the residual stream: a share up to 1, or an exact number (all of it; "
+        "0.8 where no size is given and no budget can be measured, as with --memory)",
+    )
+    size.add_argument(
+        "--energy", type=float, help="instead: the share of the activations' variance to keep"
+    )
+    _add_narrowing(groups)
+    groups["method"].add_argument(
+        "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
+    )
+    groups["output"].add_argument(
+        "--compare",
+        action="store_true",
+        help="also evaluate the dense model and other methods of what is cut, without refit",
+    )
+    groups["output"].add_argument(
+        "--report", metavar="DIR", help="directory to make for an HTML page about the run"
+    )
+    groups["output"].add_argument(
+        "--dtype",
+        default="auto",
+        help="how weights are stored: auto, float32, bfloat16 or float16 (auto: as the model's; "
+        "of a quantised one bfloat16, if predictions stay the same, else float32)",
+    )
+    _add_recovery(groups)
+    groups["running"].add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="host memory to stay below, such as 3GB: the model is read by layers, never whole",
+    )
+    groups["running"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the finished stages in OUT.partial; nothing if OUT is complete",
+    )
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("model", metavar="MODEL", help=_MODEL)
+    sweep.add_argument("out", metavar="DIR", help="directory to make, for the page")
+    groups = _Groups(sweep)
+    groups["how narrow"].add_argument(
+        "--widths", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)"
+    )
+    sweep.set_defaults(energy=None, params=None, targets=None)
+    _add_narrowing(groups)
+
+
+def _add_narrowing(groups: _Groups) -> None:
+    size = groups["how narrow"]
+    size.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
+    size.add_argument(
+        "--multiple-of",
+        type=int,
+        metavar="N",
+        help="of what widths are a multiple (256, 128, 64 or 32: the largest one near enough)",
+    )
+    size.add_argument(
+        "--keep-type",
+        action="store_true",
+        help="refuse a width for which a llama would be saved as mistral",
+    )
+    size.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices it will be split over; the feed-forward width is a multiple of N times more",
+    )
+    method = groups["method"]
+    method.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
+    method.add_argument("--scope", default="global", help="global or location (global)")
+    method.add_argument(
+        "--ff-method",
+        default="eliminate",
+        help="eliminate, nystrom, magnitude or transport (eliminate)",
+    )
+    method.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
+    method.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
+    method.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
+    method.add_argument(
+        "--no-refit", action="store_true", help="leave the weights as absorption makes them"
+    )
+    method.add_argument("--ridge", type=float, help="of the refit (0.1)")
+    method.add_argument("--untie", action="store_true", help="give a tied head its own weights")
+    _add_texts(groups, windows=32)
+    groups["text"].add_argument(
+        "--self-windows",
+        type=int,
+        help="windows that the model writes itself, one more source (a third of --windows)",
+    )
+    groups["text"].add_argument(
+        "--unseen",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="more of them, of kinds that the calibration has not; the page shows them apart",
+    )
+    _add_common(groups)
+
+
+def _add_merging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    groups = _Groups(parser)
+    method = groups["method"]
+    method.add_argument(
+        "--merge", type=int, required=True, metavar="K", help="layers that share a feed-forward"
+    )
+    method.add_argument(
+        "--anchor", default="first", help="whose order the others take: first, middle, last (first)"
+    )
+    method.add_argument("--no-permute", action="store_true", help="average them as they are")
+    method.add_argument(
+        "--soft", type=float, metavar="REG", help="align by transport plans, not by permutations"
+    )
+    method.add_argument("--start", type=int, help="first layer (the best of all windows)")
+    method.add_argument(
+        "--select-windows",
+        type=int,
+        default=4,
+        help="calibration windows whose perplexity chooses the layers (4)",
+    )
+    output = groups["output"]
+    output.add_argument(
+        "--compare",
+        action="store_true",
+        help="also without permutation, softly aligned, and without the layers, each recovered too",
+    )
+    output.add_argument(
+        "--plain",
+        action="store_true",
+        help="repeat the shared tensors in an ordinary directory: every tool loads it, and the "
+        "file is as large as the dense model's",
+    )
+    output.add_argument(
+        "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"
+    )
+    _add_recovery(groups)
+    groups["running"].add_argument(
+        "--resume", action="store_true", help="go on with an interrupted --recover in OUT.partial"
+    )
+    _add_texts(groups, windows=20)
+    _add_common(groups)
+
+
+def _add_recovery(groups: _Groups) -> None:
+    recovery = groups["training afterwards"]
+    recovery.add_argument(
+        "--recover",
+        type=int,
+        metavar="STEPS",
+        help="distil the dense model into it, for so many steps (needs accelerate)",
+    )
+    recovery.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="of --recover, at its highest (2e-4)"
+    )
+
+
+def _add_texts(groups: _Groups, *, windows: int) -> None:
+    text = groups["text"]
+    text.add_argument(
+        "--calibration",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="text or .jsonl; each file gives an equal share of the windows",
+    )
+    text.add_argument(
+        "--windows", type=int, default=windows, help=f"calibration windows ({windows})"
+    )
+    text.add_argument("--seed", type=int, default=0, help="places the windows (0)")
+    text.add_argument(
+        "--eval",
+        action="extend",
+        nargs="+",
+        metavar="FILE",
+        help="texts to evaluate on (windows of the calibration files that are not calibrated on)",
+    )
+    groups["running"].add_argument(
+        "--backend", default="auto", help="auto, triton, cpp or torch (auto)"
+    )
+
+
+def _add_common(groups: _Groups) -> None:
+    groups["text"].add_argument(
+        "--window", type=int, help="tokens per window (512, or the model's positions if fewer)"
+    )
+    groups["text"].add_argument(
+        "--eval-windows", type=int, help="evaluate this many windows, spread evenly (all)"
+    )
+    running = groups["running"]
+    running.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
+    running.add_argument("--quiet", action="store_true", help="no progress bars, no stages")
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("model", metavar="OUT", help="directory of a Llama, Mistral or Qwen2")
+    export.add_argument("out", metavar="FILE.gguf", help="file to write")
+    export.add_argument(
+        "--type", default="f16", metavar="TYPE", help="f32, f16, bf16, q8_0 or q4_0 (f16)"
+    )
+    export.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="l1, gradient, sinkhorn, assignment, scaling (all but scaling)",
+    )
+    bench.add_argument("--sizes", default="small", help="small or all (small)")
+    bench.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
+    bench.add_argument("--threads", type=int, help="for everyone alike (as torch has)")
+    bench.add_argument(
+        "--limit", type=float, default=20.0, help="seconds a call may take to be timed (20)"
+    )
+    bench.add_argument("--out", metavar="FILE", help="append the rows as JSON lines")
+    bench.add_argument("--plot", metavar="FILE", help="draw time against size (needs matplotlib)")
+    bench.add_argument("--quiet", action="store_true", help="the tables only")
