@@ -100,6 +100,6 @@ def test_sweep(model_directory, text_file, tmp_path, capsys):
     assert "exists and is not empty" in fails(words, capsys)
     wrong = [*words[:2], str(tmp_path / "wrong"), words[3], "0.8", "11", *words[6:]]
     assert "width 11: must be a whole number" in fails(wrong, capsys)
-    assert "to compare on with --eval" in fails(
-        [*words[:2], str(tmp_path / "other"), *words[3:7], str(text_file)], capsys
-    )
+    without = [*words[:2], str(tmp_path / "other"), *words[3:8], *SMALL]
+    assert main(without) == 0
+    assert "perplexity, topics (held out)" in (tmp_path / "other" / "index.html").read_text()

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from dotresize.cli.report import FIGURES
 from dotresize.cli.resume import partial_folder
 
 from ..code import measured_code
@@ -75,10 +76,10 @@ def append_rows(path: Path) -> None:
     }
     kept = ("method", "refit", "width", "feed_forward", "tied", "plain_checkpoint", "parameters")
     kept += ("map", "budget")
-    kept += ("recovery", "training_free")
+    kept += ("recovery", "training_free", *FIGURES)
     with path.open("a", encoding="utf-8") as file:
         for row in [*report["compared"], report]:
-            figures = {key: row[key] for key in (*kept, "perplexity", "seconds") if key in row}
+            figures = {key: row[key] for key in (*kept, "seconds") if key in row}
             file.write(json.dumps(where | figures) + "\n")
 
 

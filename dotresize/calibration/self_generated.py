@@ -8,6 +8,7 @@ arXiv 2410.17170, for quantisation and pruning).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,38 +36,61 @@ def sample(
     drawn = torch.randint(
         model.config.vocab_size, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
     )
+
     first = begun(drawn, begin)[:, :length]
+
+    def draw(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+    return _continued(model, first, length - first.shape[1], draw, "write text")
+
+
+@torch.inference_mode()
+def continue_greedily(model: CausalLM, prompts: Tensor, count: int, *, desc: str) -> Tensor:
+    """Return ``count`` most likely tokens after each prompt: int64 (prompts, count).
+
+    prompts: int64 (prompts, tokens). An end of text is never taken, so that all are of one length.
+    """
+    texts = _continued(model, prompts, count, lambda logits: logits.argmax(-1, keepdim=True), desc)
+    return texts[:, prompts.shape[1] :]
+
+
+def _continued(
+    model: CausalLM, begun: Tensor, count: int, draw: Callable[[Tensor], Tensor], desc: str
+) -> Tensor:
+    """Return texts with ``count`` tokens more, which ``draw`` takes by logits (texts, vocabulary).
+
+    begun: int64 (texts, tokens).
+    """
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]
-    left = length - first.shape[1]
-    progress = tqdm(total=count * left, desc="write text", unit="token", disable=None)
+    progress = tqdm(total=len(begun) * count, desc=desc, unit="token", disable=None)
     parts = []
-    for ids in first.split(BATCH):
-        parts.append(_continue(model, ids, length, ends, generator, progress))
+    for ids in begun.split(BATCH):
+        parts.append(_continue(model, ids, count, ends, draw, progress))
     progress.close()
-    return torch.cat(parts) if parts else first.new_empty(0, length)
+    return torch.cat(parts) if parts else begun.new_empty(0, begun.shape[1] + count)
 
 
 def _continue(
     model: CausalLM,
     ids: Tensor,
-    length: int,
+    count: int,
     ends: list[int],
-    generator: torch.Generator,
+    draw: Callable[[Tensor], Tensor],
     progress: Any,
 ) -> Tensor:
     import transformers
 
     cache = transformers.DynamicCache(config=model.config)
-    last = ids
-    while ids.shape[1] < length:
-        last = last.to(model.device)
-        out = model.module(input_ids=last, past_key_values=cache, use_cache=True)
+    unread = ids
+    for _ in range(count):
+        out = model.module(input_ids=unread.to(model.device), past_key_values=cache, use_cache=True)
         # What is not finite here is found, and named, by the calibration that follows.
         logits = out.logits[:, -1].float().cpu().nan_to_num(0.0, 0.0, 0.0)
         logits[:, ends] = -torch.inf
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        ids, last = torch.cat([ids, drawn], 1), drawn
+        unread = draw(logits)
+        ids = torch.cat([ids, unread], 1)
         progress.update(len(ids))
     return ids

@@ -17,6 +17,10 @@ ACCEPTED = "plain text, JSON lines with a field 'text' (also .gz), or .parquet w
 _LINES = {".jsonl", ".ndjson", ".jsonlines"}
 # Text, but not prose: braces, commas and tags would be calibrated on.
 _REFUSED = {".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".ipynb"}
+# Windows of each text that are held out where nobody names texts to evaluate on.
+HELD_OUT = 4
+# Tokens under which a remainder says nothing of a model.
+LEAST_HELD_OUT = 16
 
 
 def read_text(path: str | Path) -> list[str]:
@@ -131,7 +135,12 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
 
 
 def random_windows(
-    streams: list[Tensor], count: int, length: int, seed: int, first: int | None = None
+    streams: list[Tensor],
+    count: int,
+    length: int,
+    seed: int,
+    apart: list[list[range]] | None = None,
+    first: int | None = None,
 ) -> Tensor:
     """Return ``count`` windows of ``length`` tokens placed at random over all of the streams.
 
@@ -140,13 +149,63 @@ def random_windows(
     equal stretches, at a random place), so that they cover all of it; the first windows alone gave
     maps far worse on other text. With a ``first`` token every window begins with it, as the model's
     tokenizer begins every text. Returns int64 (count, length), shuffled.
+
+    apart: ranges of each stream that no window may touch (``held_out``).
     """
     own = length - (first is not None)  # tokens of the text itself
     generator = torch.Generator().manual_seed(seed)
+    placed = _starts(streams, count, own, generator, apart)
+    windows = [
+        stream[start : start + own]
+        for stream, starts in zip(streams, placed, strict=True)
+        for start in starts.tolist()
+    ]
+    order = torch.randperm(len(windows), generator=generator, dtype=torch.int64, device="cpu")
+    return begun(torch.stack(windows)[order], first)
+
+
+def held_out(
+    streams: list[Tensor], count: int, length: int, seed: int, most: int = HELD_OUT
+) -> list[list[range]]:
+    """Return ranges of each stream that no window of ``random_windows`` touches.
+
+    The other arguments are those of ``random_windows``. A stream has up to ``most`` ranges of
+    ``length`` tokens, spread evenly over what is left of it; where no gap is as long, one shorter
+    range, the longest there is, or none under ``LEAST_HELD_OUT`` tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for stream, starts in zip(
+        streams, _starts(streams, count, length, generator, None), strict=True
+    ):
+        gaps, end = [], 0
+        for start in [*starts.tolist(), len(stream)]:  # ascending
+            gaps.append(range(end, max(start, end)))
+            end = max(end, start + length)
+        whole = [gap[i : i + length] for gap in gaps for i in range(0, len(gap), length)]
+        whole = [part for part in whole if len(part) == length]
+        if not whole:
+            longest = max(gaps, key=len)
+            whole = [longest] if len(longest) >= LEAST_HELD_OUT else []
+        few = min(most, len(whole))
+        found.append([whole[i * len(whole) // few] for i in range(few)])
+    return found
+
+
+def _starts(
+    streams: list[Tensor],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    apart: list[list[range]] | None,
+) -> list[Tensor]:
+    """Return where the windows of each stream begin, ascending: int64 (share of the stream,)."""
     shares = [count // len(streams) + (i < count % len(streams)) for i in range(len(streams))]
-    windows = []
-    for stream, share in zip(streams, shares, strict=True):
-        room = len(stream) - own + 1
+    placed = []
+    for i, (stream, share) in enumerate(zip(streams, shares, strict=True)):
+        every = len(stream) - length + 1
+        barred = _barred(apart[i], length, every) if apart is not None else []
+        room = every - sum(map(len, barred))
         if share and room < 1:
             raise ValueError(f"the text has {len(stream)} tokens: a window takes {length}")
         stretch = torch.rand(share, generator=generator, dtype=torch.float64, device="cpu")
@@ -154,9 +213,22 @@ def random_windows(
             (torch.arange(share, dtype=torch.int64, device="cpu") + stretch)
             * (room / max(1, share))
         ).long()
-        windows += [stream[start : start + own] for start in starts.clamp(max=room - 1)]
-    order = torch.randperm(len(windows), generator=generator, dtype=torch.int64, device="cpu")
-    return begun(torch.stack(windows)[order], first)
+        starts = starts.clamp(max=room - 1)
+        for places in barred:  # ascending, so that what lies behind one is moved past it
+            starts = torch.where(starts >= places.start, starts + len(places), starts)
+        placed.append(starts)
+    return placed
+
+
+def _barred(apart: list[range], length: int, every: int) -> list[range]:
+    """Return disjoint ranges of the starts below ``every`` whose windows would touch a range."""
+    found, end = [], 0
+    for part in sorted(apart, key=lambda part: part.start):
+        start = max(end, part.start - length + 1)
+        end = max(end, min(part.stop, every))
+        if start < end:
+            found.append(range(start, end))
+    return found
 
 
 def begun(windows: Tensor, first: int | None) -> Tensor:

@@ -15,7 +15,7 @@ from dotresize.cli.choices import RecoveryChoices
 from dotresize.cli.resume import Stages
 from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
-from dotresize.evaluate import perplexity
+from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.options import Options
@@ -23,6 +23,40 @@ from dotresize.narrow.pipeline import narrow_model
 from dotresize.recovery import recover
 
 COMPARED = ("magnitude", "pca", "dot")
+
+
+class Reference:
+    """The dense model on the texts to evaluate on: what is made of it is measured beside it.
+
+    Its predictions are made once, when they are first asked for. Who made it closes it.
+
+    Attributes:
+        model: the dense one.
+        texts: to evaluate on.
+        prompts: int64 (count, tokens), which models continue; None where they do not.
+    """
+
+    def __init__(self, model: CausalLM, texts: Texts, *, generate: bool = True) -> None:
+        """Begin with nothing. generate: whether models continue prompts of the texts."""
+        self.model, self.texts = model, texts
+        self.prompts = None
+        # Every token that an offloaded model writes would read all weights from their files.
+        if generate and model.store.whole:
+            positions = getattr(model.config, "max_position_embeddings", None)
+            self.prompts = prompts_of(texts.windows.values(), positions)
+        self._predictions: dict[str, Predictions] = {}
+
+    def predictions(self, name: str) -> Predictions:
+        """Return those of a text."""
+        if name not in self._predictions:
+            windows = self.texts.windows[name]
+            self._predictions[name] = Predictions(self.model, windows, desc=f"dense, {name}")
+        return self._predictions[name]
+
+    def close(self) -> None:
+        """Let the predictions go."""
+        for predictions in self._predictions.values():
+            predictions.close()
 
 
 def compared(options: Options, model: CausalLM) -> list[Options]:
@@ -54,7 +88,7 @@ def narrowed(
     tokenizer: Any,
     tokens: Tensor,
     options: Options,
-    texts: Texts,
+    reference: Reference,
     stages: Stages,
     *,
     compare: bool,
@@ -67,9 +101,8 @@ def narrowed(
     narrow, main = stages.model(
         "narrow", lambda: narrow_model(model, tokens, options, statistics), tokenizer, model.device
     )
-    dense = dense_report(model, texts)
-    main["dense_perplexity"] = dense["perplexity"]
-    evaluate_into(main, narrow, texts)
+    dense = dense_report(reference)
+    evaluate_into(beside(main, dense), narrow, reference)
     inner = main["feed_forward"]
     if others and main["width"]["new"] == main["width"]["old"]:
         others = compared_feed_forwards(options, model)
@@ -86,24 +119,29 @@ def narrowed(
     else:
         same_size["ff_method"] = FF_METHODS["eliminate"]
     rows = [
-        evaluated(model, tokens, statistics, replace(other, **same_size), texts, dense)
+        evaluated(tokens, statistics, replace(other, **same_size), reference, dense)
         for other in others
     ]
     return narrow, [dense, *rows, main]
 
 
 def evaluated(
-    model: CausalLM,
     tokens: Tensor,
     statistics: Statistics,
     options: Options,
-    texts: Texts,
+    reference: Reference,
     dense: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the report of a narrowed model, its perplexities beside the dense model's."""
-    narrow, row = narrow_model(model, tokens, options, statistics)
+    """Return the report of a narrowed model, its figures beside the dense model's."""
+    narrow, row = narrow_model(reference.model, tokens, options, statistics)
+    return evaluate_into(beside(row, dense), narrow, reference)
+
+
+def beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """Add the dense model's figures to a report."""
     row["dense_perplexity"] = dense["perplexity"]
-    return evaluate_into(row, narrow, texts)
+    row["dense_generated"] = dense["generated"]
+    return row
 
 
 def recovered(
@@ -131,26 +169,41 @@ def recovered(
     )
     new = {key: value for key, value in row.items() if key != "figures"}
     new["recovery"] = found
-    new["training_free"] = {"perplexity": row["perplexity"], "seconds": row["seconds"]}
+    new["training_free"] = {key: row[key] for key in (*report.FIGURES, "seconds")}
     new["seconds"] = {"recovery": found["seconds"]}
     new["peak_memory_bytes"] = peak_memory()
     return new
 
 
-def evaluate_into(row: dict[str, Any], model: CausalLM, texts: Texts) -> dict[str, Any]:
-    """Add perplexities to a report, and which texts are of a kind that the calibration has not."""
+def evaluate_into(
+    row: dict[str, Any], model: CausalLM, reference: Reference, *, generate: bool = True
+) -> dict[str, Any]:
+    """Add a model's figures to a report, and which texts are of a kind the calibration has not.
+
+    The dense model has no KL and no agreement. generate: whether the model continues prompts.
+    """
     start = time.perf_counter()
-    row["perplexity"] = {
-        name: perplexity(model, windows, desc=f"{report.label(row)}, {name}")
-        for name, windows in texts.windows.items()
-    }
+    texts, name_of = reference.texts, report.label(row)
+    row |= {"perplexity": {}, "kl": {}, "agreement": {}, "generated": None}
+    for name in texts.windows:
+        predictions = reference.predictions(name)
+        if model is reference.model:
+            row["perplexity"][name] = predictions.perplexity(f"{name_of}, {name}")
+        else:
+            found = quality(model, predictions, desc=f"{name_of}, {name}")
+            row["perplexity"][name] = found.perplexity
+            row["kl"][name], row["agreement"][name] = found.kl, found.agreement
+    if generate and reference.prompts is not None:
+        written = greedy_text(model, reference.model, reference.prompts, desc=name_of)
+        row["generated"] = vars(written) | {"continuations": len(reference.prompts)}
     row["unseen"] = texts.unseen
     row["seconds"]["evaluation"] = time.perf_counter() - start if texts.windows else 0.0
     return row
 
 
-def dense_report(model: CausalLM, texts: Texts) -> dict[str, Any]:
+def dense_report(reference: Reference) -> dict[str, Any]:
     """Return the report of the model as it was given."""
+    model = reference.model
     row: dict[str, Any] = {
         "method": "dense",
         "width": {"new": model.width},
@@ -160,4 +213,4 @@ def dense_report(model: CausalLM, texts: Texts) -> dict[str, Any]:
         "plain_checkpoint": True,
         "seconds": {},
     }
-    return evaluate_into(row, model, texts)
+    return evaluate_into(row, model, reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,6 @@ def compress(args: argparse.Namespace) -> int:
     if recovery.recover is not None and not options.method.plain:
         raise ValueError("--recover: trains plain checkpoints only, with one map for all")
     check_unseen(choices)
-    if args.compare and not choices.evaluated:
-        raise ValueError("compress: give texts to compare on with --eval")
     check_windows(choices)
     choose(args.backend, device)
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
@@ -107,20 +106,23 @@ def compress(args: argparse.Namespace) -> int:
         wanted, widths = planned[0]
         fitted = choices.fitted(model.config)
         streams, tokens, texts = _inputs(fitted, model, tokenizer)
+        if args.compare:
+            _check_compared(texts)
         plan = None
         if work is not None:
             plan = memory.make_plan(args.memory, wanted, widths, model, tokens, texts)
-        narrow, rows = comparison.narrowed(
-            model, tokenizer, tokens, wanted, texts, stages, compare=args.compare
-        )
-        figures = rows[-1].pop("figures", None)
-        if recovery.recover is not None:
-            count = recovery.recover * BATCH_WINDOWS
-            new = recovery_windows(fitted, streams, count, tokenizer)
-            row = comparison.recovered(
-                model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
+        with closing(comparison.Reference(model, texts)) as reference:
+            narrow, rows = comparison.narrowed(
+                model, tokenizer, tokens, wanted, reference, stages, compare=args.compare
             )
-            rows.append(comparison.evaluate_into(row, narrow, texts))
+            figures = rows[-1].pop("figures", None)
+            if recovery.recover is not None:
+                count = recovery.recover * BATCH_WINDOWS
+                new = recovery_windows(fitted, streams, count, tokenizer)
+                row = comparison.recovered(
+                    model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
+                )
+                rows.append(comparison.evaluate_into(row, narrow, reference))
         *others, last = rows
         last["settings"] = recorded
         if plan is not None:
@@ -153,8 +155,6 @@ def sweep(args: argparse.Namespace) -> int:
         options = compress_options(args, width=width)
     check_texts(choices)
     check_unseen(choices)
-    if not choices.evaluated:
-        raise ValueError("sweep: give texts to compare on with --eval")
     check_windows(choices)
     choose(args.backend, device)
     checkpoint.check_output(args.out)
@@ -165,14 +165,16 @@ def sweep(args: argparse.Namespace) -> int:
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model.module)
     _, tokens, texts = _inputs(choices.fitted(model.config), model, tokenizer)
+    _check_compared(texts)
     wanted = [*comparison.compared(options, model), options]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
-    dense = comparison.dense_report(model, texts)
-    rows = [dense]
-    for width in args.widths:
-        for other in wanted:
-            at_width = replace(other, width=width)
-            rows.append(comparison.evaluated(model, tokens, statistics, at_width, texts, dense))
+    # Models at many widths write no text: that would take longer than to evaluate them.
+    with closing(comparison.Reference(model, texts, generate=False)) as reference:
+        rows = [dense := comparison.dense_report(reference)]
+        for width in args.widths:
+            for other in wanted:
+                at_width = replace(other, width=width)
+                rows.append(comparison.evaluated(tokens, statistics, at_width, reference, dense))
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     report.say(f"{report.table(rows)}\n\n{args.out}/index.html")
     return 0
@@ -193,6 +195,15 @@ def _planned(
     return wanted, widths
 
 
+def _check_compared(texts: Texts) -> None:
+    """Raise ValueError where there is nothing to compare on."""
+    if not texts.windows:
+        raise ValueError(
+            "the calibration leaves no text to compare on: give some with --eval, or fewer "
+            "--windows"
+        )
+
+
 def _write_page(
     args: argparse.Namespace, out: str, title: str, rows: list[dict[str, Any]], figures: Any = None
 ) -> None:
@@ -211,4 +222,4 @@ def _inputs(
     """Return calibration streams, windows of them, and evaluation texts."""
     streams = calibration_streams(choices, model, tokenizer)
     tokens = calibration_windows(choices, streams, tokenizer)
-    return streams, tokens, evaluation_texts(choices, model, tokenizer)
+    return streams, tokens, evaluation_texts(choices, model, tokenizer, streams)

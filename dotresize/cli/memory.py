@@ -45,8 +45,8 @@ def make_plan(
     width = widths.residual or model.width  # --energy finds it later, and no more than this
     inner = widths.inner or model.inner_width
     try:
-        longest = max((windows.numel() for windows in texts.windows.values()), default=0)
-        found = plan(model, tokens, width, inner, options.batch_windows, parse(size), longest)
+        evaluated = sum(windows.numel() for windows in texts.windows.values())
+        found = plan(model, tokens, width, inner, options.batch_windows, parse(size), evaluated)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     model.store.activations = found.activations

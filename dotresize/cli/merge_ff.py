@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib.util
 import logging
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from dotresize.cli.checks import (
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
 from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
 from dotresize.cli.texts import (
-    Texts,
     calibration_streams,
     calibration_windows,
     evaluation_texts,
@@ -110,23 +110,24 @@ def merge_ff(args: argparse.Namespace) -> int:
         layers = len(layers_of(model.module, stacks_of(model.module)[0]))
         streams = calibration_streams(texts_of, model, tokenizer)
         tokens = calibration_windows(texts_of, streams, tokenizer)
-        texts = evaluation_texts(texts_of, model, tokenizer)
-        rows = [_report("dense", model, texts)]
-        merged, main = stages.model(
-            "merged", lambda: _merged(merging, model, tokens), tokenizer, device
-        )
-        chosen_window = main["stacks"]["decoder"]
-        first, *_, last = chosen_window["window"]
-        logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
+        texts = evaluation_texts(texts_of, model, tokenizer, streams)
         new = None
         if recovery.recover is not None:
             count = recovery.recover * BATCH_WINDOWS
             new = recovery_windows(texts_of, streams, count, tokenizer)
-        judge = _Judge(model, texts, new, recovery, args.seed, stages)
-        rows += judge.reports("merged", merged)
-        result = rows[-1]["perplexity"]
-        if args.compare:
-            rows += _compared(merging, model, tokens, judge, chosen_window)
+        with closing(comparison.Reference(model, texts)) as reference:
+            rows = [_report("dense", model, reference)]
+            merged, main = stages.model(
+                "merged", lambda: _merged(merging, model, tokens), tokenizer, device
+            )
+            chosen_window = main["stacks"]["decoder"]
+            first, *_, last = chosen_window["window"]
+            logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
+            judge = _Judge(reference, new, recovery, args.seed, stages)
+            rows += judge.reports("merged", merged)
+            result = rows[-1]["perplexity"]
+            if args.compare:
+                rows += _compared(merging, model, tokens, judge, chosen_window)
         main |= {
             "rows": {report.label(row): _figures(row) for row in rows},
             "versions": versions(),
@@ -252,21 +253,21 @@ class _Judge:
 
     def __init__(
         self,
-        dense: CausalLM,
-        texts: Texts,
+        reference: comparison.Reference,
         tokens: Tensor | None,
         recovery: RecoveryChoices,
         seed: int,
         stages: Stages,
     ) -> None:
-        self._dense, self._texts, self._tokens = dense, texts, tokens
+        self._reference, self._tokens = reference, tokens
         self._recovery, self._seed, self._stages = recovery, seed, stages
 
-    def reports(self, name: str, model: CausalLM) -> list[dict[str, Any]]:
-        found = [_report(name, model, self._texts)]
+    def reports(self, name: str, model: CausalLM, *, generate: bool = True) -> list[dict[str, Any]]:
+        """Return them. generate: whether the model continues prompts."""
+        found = [_report(name, model, self._reference, generate=generate)]
         if self._tokens is not None:
             row = comparison.recovered(
-                self._dense,
+                self._reference.model,
                 model,
                 self._tokens,
                 found[0],
@@ -275,13 +276,17 @@ class _Judge:
                 self._stages,
                 "training-" + name.replace(" ", "-"),
             )
-            found.append(comparison.evaluate_into(row, model, self._texts))
+            comparison.evaluate_into(row, model, self._reference, generate=generate)
+            found.append(row)
         return found
 
     def others(self, name: str, model: CausalLM) -> list[dict[str, Any]]:
-        """Return the reports of a model to compare with; a failure costs its row and no more."""
+        """Return the reports of a model to compare with; a failure costs its row and no more.
+
+        It writes no text: a cache of layers that are left out counts no tokens.
+        """
         try:
-            return self.reports(name, model)
+            return self.reports(name, model, generate=False)
         except ValueError as error:
             logger.warning("%s: %s; left out of the comparison", name, error)
             return []
@@ -314,17 +319,20 @@ def _compared(
     return rows + found
 
 
-def _report(name: str, model: CausalLM, texts: Texts) -> dict[str, Any]:
+def _report(
+    name: str, model: CausalLM, reference: comparison.Reference, *, generate: bool = True
+) -> dict[str, Any]:
     total = unique_parameters(model.module)
     row = {"method": name, "parameters": {"narrow": {"total": total}}, "seconds": {}}
-    return comparison.evaluate_into(row, model, texts)
+    return comparison.evaluate_into(row, model, reference, generate=generate)
 
 
 def _figures(row: dict[str, Any]) -> dict[str, Any]:
     """Return what dotresize.json says of a row."""
     training = {"recovery": row["recovery"]} if "recovery" in row else {}
     total = row["parameters"]["narrow"]["total"]
-    return {"parameters": total, "perplexity": row["perplexity"], **training}
+    quality = {key: row[key] for key in report.FIGURES}
+    return {"parameters": total, **quality, **training}
 
 
 def _plot(path: str, found: dict[str, Any]) -> None:
@@ -359,11 +367,11 @@ def _card(found: dict[str, Any], name: str) -> str:
         "",
         found["saved"],
     ]
-    columns = {"base": found["rows"]["dense"]["perplexity"]}
+    columns = {"base": found["rows"]["dense"]}
     if found.get("recovery"):
-        columns["without recovery"] = found["rows"]["merged"]["perplexity"]
-        columns["this model"] = found["rows"]["merged + recovery"]["perplexity"]
+        columns["without recovery"] = found["rows"]["merged"]
+        columns["this model"] = found["rows"]["merged + recovery"]
     else:
-        columns["this model"] = found["rows"]["merged"]["perplexity"]
+        columns["this model"] = found["rows"]["merged"]
     title = f"{name}, feed-forwards merged"
     return report.model_card(title, name, library, lines, columns)

@@ -284,7 +284,9 @@ def _add_common(groups: _Groups) -> None:
         "--window", type=int, help="tokens per window (512, or the model's positions if fewer)"
     )
     groups["text"].add_argument(
-        "--eval-windows", type=int, help="evaluate this many windows, spread evenly (all)"
+        "--eval-windows",
+        type=int,
+        help="evaluate this many windows of each text, spread evenly (all; without --eval 4)",
     )
     running = groups["running"]
     running.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")

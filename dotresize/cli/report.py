@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from dotresize import checkpoint, distributed
 from dotresize.accounting import STAGES
 from dotresize.models.causal_lm import CausalLM
 
+# What a report says of a model's predictions: by text, and of the text that it writes.
+FIGURES = ("perplexity", "kl", "agreement", "generated")
 _LABELS = {"dot": "transport", "pca": "PCA", "slicegpt": "SliceGPT"}
 # Times the dense perplexity at which a result is warned of. SmolLM2-135M at 80 % of its parameters
 # is at 1.7 (docs/compress.md); with ten of its 30 feed-forwards merged at 12 (docs/merge-ff.md).
@@ -63,15 +65,41 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         add("  non-embedding", lambda r: _millions(r["parameters"]["narrow"]["non_embedding"]))
         add("tied embeddings", lambda r: "yes" if r["tied"] else "no")
         add("plain checkpoint", lambda r: "yes" if r["plain_checkpoint"] else "no")
-    for name in dict.fromkeys(name for report in reports for name in report["perplexity"]):
-        unseen = ", unseen" if name in reports[0]["unseen"] else ""
-        values = [report["perplexity"].get(name) for report in reports]
-        figures = ["-" if value is None else f"{value:.2f}" for value in values]
-        rows.append((f"perplexity, {name}{unseen}", figures))
+    rows += quality_cells(reports, reports[0]["unseen"])
     for stage in STAGES:
         seconds = [report["seconds"].get(stage, 0.0) for report in reports]
         if widths or any(seconds):
             rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in seconds]))
+    return rows
+
+
+def quality_cells(
+    reports: list[dict[str, Any]], unseen: Sequence[str] = ()
+) -> list[tuple[str, list[str]]]:
+    """Return the rows of what models' predictions are worth, without those that say nothing.
+
+    reports: what each has of ``FIGURES``. unseen: texts of a kind that the calibration has not.
+    """
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(name: str, values: list[float | None], shown: str) -> None:
+        if any(value is not None for value in values):
+            rows.append((name, ["-" if v is None else format(v, shown) for v in values]))
+
+    texts = dict.fromkeys(name for report in reports for name in report["perplexity"])
+    by_text = {
+        "perplexity": ("perplexity", ".2f"),
+        "kl": ("KL to the dense model", ".4f"),
+        "agreement": ("top-1 agreement", ".1%"),
+    }
+    for key, (title, shown) in by_text.items():
+        for text in texts:
+            values = [(report.get(key) or {}).get(text) for report in reports]
+            add(f"{title}, {text}{', unseen' if text in unseen else ''}", values, shown)
+    written = [report.get("generated") or {} for report in reports]
+    add("repeated 4-grams in greedy text", [own.get("repeated") for own in written], ".1%")
+    under_dense = [own.get("perplexity") for own in written]
+    add("perplexity of that text under the dense model", under_dense, ".2f")
     return rows
 
 
@@ -148,16 +176,21 @@ def narrowed_card(report: dict[str, Any], name: str) -> str:
         if report["plain_checkpoint"]
         else "It has adapters on its residual connections: `dotresize.load` loads it."
     )
-    columns = {"base": report["dense_perplexity"]}
+    columns = {
+        "base": {
+            "perplexity": report["dense_perplexity"],
+            "generated": report["dense_generated"],
+        }
+    }
     if report.get("recovery"):
-        columns["without recovery"] = report["training_free"]["perplexity"]
-    columns["this model"] = report["perplexity"]
+        columns["without recovery"] = report["training_free"]
+    columns["this model"] = report
     library = "library_name: transformers\npipeline_tag: text-generation"
     return model_card(f"{name}, narrowed", name, library, lines, columns)
 
 
 def model_card(
-    title: str, base: str, library: str, lines: list[str], columns: dict[str, dict[str, float]]
+    title: str, base: str, library: str, lines: list[str], columns: dict[str, dict[str, Any]]
 ) -> str:
     """Return a model card.
 
@@ -165,16 +198,13 @@ def model_card(
         base: name of the base model.
         library: what the metadata say of who loads it.
         lines: what was done, and how to load the result.
-        columns: perplexities by text, under the name of the model that they are of.
+        columns: ``FIGURES``, under the name of the model that they are of.
     """
     table = []
-    if any(columns.values()):
-        texts = list(next(iter(columns.values())))
-        table = ["", "| perplexity | " + " | ".join(columns) + " |"]
-        table.append("|---" * (len(columns) + 1) + "|")
-        for text in texts:
-            figures = " | ".join(f"{values[text]:.2f}" for values in columns.values())
-            table.append(f"| {text} | {figures} |")
+    figures = quality_cells(list(columns.values()))
+    if figures:
+        table = ["", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        table += [f"| {name} | {' | '.join(values)} |" for name, values in figures]
     body = "\n".join([*lines, *table, ""])
     return f"""---
 {library}

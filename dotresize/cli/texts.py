@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dotresize.calibration.text import added_around, random_windows, tokenize
+from dotresize.calibration.text import (
+    HELD_OUT,
+    added_around,
+    begun,
+    held_out,
+    random_windows,
+    tokenize,
+)
 from dotresize.cli.choices import TextChoices
 from dotresize.evaluate import evaluation_windows
 from dotresize.models.causal_lm import CausalLM
+
+logger = logging.getLogger("dotresize")
 
 
 @dataclass(frozen=True)
@@ -36,33 +47,77 @@ def calibration_streams(choices: TextChoices, model: CausalLM, tokenizer: Any) -
 def calibration_windows(choices: TextChoices, streams: list[Tensor], tokenizer: Any) -> Tensor:
     """Return the calibration windows, int64 (windows, length), begun as the tokenizer begins."""
     first, _ = added_around(tokenizer)
-    return random_windows(streams, choices.windows, choices.window, choices.seed, first)
+    return random_windows(streams, choices.windows, choices.window, choices.seed, None, first)
 
 
 def recovery_windows(
     choices: TextChoices, streams: list[Tensor], count: int, tokenizer: Any
 ) -> Tensor:
-    """Return windows for the training afterwards, placed otherwise than those of calibration."""
+    """Return windows for the training afterwards, placed otherwise than those of calibration.
+
+    They touch none that is evaluated on because there are no other texts.
+    """
     first, _ = added_around(tokenizer)
-    return random_windows(streams, count, choices.window, choices.seed + 1, first)
+    apart = None if choices.eval else _held_out(choices, streams, first)
+    return random_windows(streams, count, choices.window, choices.seed + 1, apart, first)
 
 
-def evaluation_texts(choices: TextChoices, model: CausalLM, tokenizer: Any) -> Texts:
-    """Return the texts to evaluate on; ValueError where the model has too few positions."""
+def evaluation_texts(
+    choices: TextChoices, model: CausalLM, tokenizer: Any, streams: list[Tensor] | None = None
+) -> Texts:
+    """Return the texts to evaluate on; ValueError where the model has too few positions.
+
+    streams: of the calibration files, of which windows are held out where no texts are named.
+    """
     positions = getattr(model.config, "max_position_embeddings", choices.window)
     if choices.window > positions:
         raise ValueError(f"--window {choices.window}: the model has {positions} positions")
-    paths = choices.evaluated
-    stems = [Path(path).stem for path in paths]
-    names = [
-        stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)
-    ]
     windows = {}
     first, _ = added_around(tokenizer)
+    if streams is not None and not choices.eval:
+        windows = _held_out_windows(choices, streams, first)
+    paths = choices.evaluated
+    names = _names(paths)
     for path, name in zip(paths, names, strict=True):
         stream = _tokens(path, model, tokenizer, 2)
         windows[name] = evaluation_windows(stream, choices.window, choices.eval_windows, first)
     return Texts(windows, names[len(choices.eval or []) :])
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Return the stem of each file, or its path where two stems are alike."""
+    stems = [Path(path).stem for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)
+    ]
+
+
+def _held_out(choices: TextChoices, streams: list[Tensor], first: int | None) -> list[list[range]]:
+    """Return the ranges of each calibration file that are evaluated on."""
+    most = choices.eval_windows or HELD_OUT
+    own = choices.window - (first is not None)  # tokens of the text itself
+    return held_out(streams, choices.windows, own, choices.seed, most)
+
+
+def _held_out_windows(
+    choices: TextChoices, streams: list[Tensor], first: int | None
+) -> dict[str, Tensor]:
+    """Return windows of the calibration files that were not calibrated on; says which are short."""
+    windows = {}
+    names = _names(choices.calibration or [])
+    ranges = _held_out(choices, streams, first)
+    for name, stream, parts in zip(names, streams, ranges, strict=True):
+        tokens = len(parts[0]) + (first is not None) if parts else 0
+        if tokens < choices.window:
+            instead = f"on the {tokens} that are left" if parts else "not at all"
+            logger.info(
+                "%s: calibration leaves no window of %d tokens; evaluated %s, unless with --eval",
+                *(name, choices.window, instead),
+            )
+        if parts:
+            texts = torch.stack([stream[p.start : p.stop] for p in parts])
+            windows[f"{name} (held out)"] = begun(texts, first)
+    return windows
 
 
 def _tokens(path: str, model: CausalLM, tokenizer: Any, at_least: int) -> Tensor:

@@ -10,11 +10,11 @@ tables        c V (D + k) + 8 rows (D + k) + 16 D^2
 refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 experts       c (P_D + P_k) + max(batch, c P_k / 2)           (no equations; what is stored)
-evaluation    c V D + 12 B V                                  (where there is a text for it)
+evaluation    c V (D + k) + 12 B V                            (both models' logits side by side)
 batch         4 B (6 D + 3 F), with t experts for each token 4 B (6 D + t (2 D + 4 F)); where
               attention writes its scores out, 4 B L (3 H + 2) more for H heads and windows of L
-activations   c T (3 D + 2 k + F), where they are kept        (ActivationCache), or c D for each
-              token of the longest text to evaluate on, if that is more
+activations   c T (3 D + 2 k + F), where they are kept        (ActivationCache), or c (D + k) for
+              each token to evaluate on, if that is more
 
 to which the host adds what Python and its libraries take before the first stage.
 """
@@ -86,7 +86,7 @@ def plan(
         tokens: int64 (windows, length).
         width, inner: residual and feed-forward width of the narrowed model.
         budget: bytes of host memory.
-        evaluated: tokens of the longest text to evaluate on.
+        evaluated: tokens to evaluate on.
 
     Raises ValueError where the budget is too small for any place.
     """
@@ -94,7 +94,7 @@ def plan(
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
     stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c, evaluated=evaluated > 0)
     kept = activation_bytes(model, tokens.numel(), width, c)
-    kept = max(kept, evaluated * model.width * c // distributed.size())
+    kept = max(kept, evaluated * (model.width + width) * c // distributed.size())
     device, base = model.device, _now() + _LATER
     most = max(stages.values())
     if device.type == "cuda":
@@ -167,7 +167,7 @@ def stage_bytes(
         "refit": layers + equations,
     }
     if evaluated:
-        stages["evaluation"] = c * table * old + 12 * batch_tokens * table
+        stages["evaluation"] = c * table * (old + width) + 12 * batch_tokens * table
     return stages
 
 
