@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -110,6 +111,22 @@ def outline(source: str) -> CausalLM:
     with _one_line(source), torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
     return CausalLM.in_memory(module)
+
+
+def is_quantised(source: str) -> bool:
+    """Return whether a source's matrices are stored in fewer than 16 bits."""
+    where, options = _locate(source)
+    if "gguf_file" in options:
+        from gguf import GGUFReader
+
+        tensors = GGUFReader(Path(where) / options["gguf_file"]).tensors
+        whole = ("F32", "F16", "BF16", "F64")
+        return any(len(t.shape) > 1 and t.tensor_type.name not in whole for t in tensors)
+    config = Path(where) / "config.json"
+    try:
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of a hub id that is already loaded: as its weights say
+        return False
 
 
 def parts_of(source: str) -> tuple[Path, Any, Any]:

@@ -13,6 +13,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.cli import report
 from dotresize.cli.choices import RecoveryChoices
 from dotresize.cli.resume import Stages
+from dotresize.cli.storage import Storage
 from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
@@ -90,6 +91,7 @@ def narrowed(
     options: Options,
     reference: Reference,
     stages: Stages,
+    storage: Storage,
     *,
     compare: bool,
 ) -> tuple[CausalLM, list[dict[str, Any]]]:
@@ -101,6 +103,7 @@ def narrowed(
     narrow, main = stages.model(
         "narrow", lambda: narrow_model(model, tokens, options, statistics), tokenizer, model.device
     )
+    storage.round(narrow, main)
     dense = dense_report(reference)
     evaluate_into(beside(main, dense), narrow, reference)
     inner = main["feed_forward"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, peak_memory
-from dotresize.cli import comparison, html_page, memory, report
+from dotresize.cli import card, comparison, html_page, memory, report
 from dotresize.cli.checks import (
     check_positions,
     check_recovery,
@@ -32,6 +32,7 @@ from dotresize.cli.choices import (
     settings,
 )
 from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
+from dotresize.cli.storage import Storage, check_dtype
 from dotresize.cli.texts import (
     Texts,
     calibration_streams,
@@ -56,6 +57,8 @@ from dotresize.recovery import BATCH_WINDOWS
 
 logger = logging.getLogger("dotresize")
 
+REMEDY = "keep more of it, calibrate on text like it, or train it with --recover"
+
 
 def compress(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
@@ -68,8 +71,10 @@ def compress(args: argparse.Namespace) -> int:
         raise ValueError("--recover: trains plain checkpoints only, with one map for all")
     check_unseen(choices)
     check_windows(choices)
+    check_dtype(args.dtype)
     choose(args.backend, device)
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
+    recorded["dtype"] = args.dtype
     recorded["by_parts"] = args.memory is not None  # how much of it changes no weight
     recorded["model_files"] = files_of(args.model)
     recorded |= FIRST_TOKEN
@@ -108,12 +113,16 @@ def compress(args: argparse.Namespace) -> int:
         streams, tokens, texts = _inputs(fitted, model, tokenizer)
         if args.compare:
             _check_compared(texts)
+        quantised = checkpoint.is_quantised(args.model)
+        storage = Storage(args.dtype, quantised=quantised, texts=texts)
         plan = None
         if work is not None:
+            model.store.stored_as = storage.dtype  # type: ignore[attr-defined]
             plan = memory.make_plan(args.memory, wanted, widths, model, tokens, texts)
         with closing(comparison.Reference(model, texts)) as reference:
             narrow, rows = comparison.narrowed(
-                model, tokenizer, tokens, wanted, reference, stages, compare=args.compare
+                *(model, tokenizer, tokens, wanted, reference, stages, storage),
+                compare=args.compare,
             )
             figures = rows[-1].pop("figures", None)
             if recovery.recover is not None:
@@ -122,6 +131,7 @@ def compress(args: argparse.Namespace) -> int:
                 row = comparison.recovered(
                     model, narrow, new, rows[-1], recovery, args.seed, stages, "training"
                 )
+                storage.round(narrow, row)
                 rows.append(comparison.evaluate_into(row, narrow, reference))
         *others, last = rows
         last["settings"] = recorded
@@ -130,7 +140,8 @@ def compress(args: argparse.Namespace) -> int:
             last["peak_memory_bytes"] = peak_memory()
         if args.compare:
             last["compared"] = others
-        report.write_output(args.out, narrow, tokenizer, last, report.narrowed_card, args.model)
+        storage.cast(narrow)
+        card.write_output(args.out, narrow, tokenizer, last, card.narrowed_card, args.model)
         distributed.wait()  # nobody needs its stages any more
         stages.remove()
         if args.report is not None:
@@ -140,6 +151,9 @@ def compress(args: argparse.Namespace) -> int:
             logger.info("memory: a peak of %s, %s expected", shown(peak), shown(plan.host))
         loader = "plain transformers" if last["plain_checkpoint"] else "dotresize.load"
         report.say(f"{report.table(rows)}\n\n{args.out} loads with {loader}")
+        worse = report.warning_of(last["dense_perplexity"], last["perplexity"], REMEDY)
+        if worse is not None:
+            logger.warning(worse)
         return 0
 
     also = {"compare": args.compare, "figures": args.report is not None}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
-from dotresize.cli import comparison, report
+from dotresize.checkpoint.origin import Origin
+from dotresize.cli import card, comparison, report
 from dotresize.cli.checks import (
     check_positions,
     check_recovery,
@@ -139,7 +140,7 @@ def merge_ff(args: argparse.Namespace) -> int:
         main["saved"] = _saved(main["parameters"], plain=merging.plain)
         # Stages stay in the format that shares: what goes on from them must train what is shared.
         written = CausalLM(merged.module, PlainStore(merged.module)) if merging.plain else merged
-        report.write_output(args.out, written, tokenizer, main, _card, args.model)
+        card.write_output(args.out, written, tokenizer, main, _card, args.model)
         stages.remove()
         loader = "plain transformers" if merging.plain else "dotresize.load"
         if merging.plain:
@@ -350,17 +351,17 @@ def _plot(path: str, found: dict[str, Any]) -> None:
     figure.savefig(path)
 
 
-def _card(found: dict[str, Any], name: str) -> str:
+def _card(found: dict[str, Any], name: str, origin: Origin) -> str:
     """Return the model card of a merged model."""
     first, *_, last = found["stacks"]["decoder"]["window"]
     before, after = (found["parameters"][which] / 1e6 for which in ("dense", "merged"))
     if found["settings"]["plain"]:
         share, counts = "have equal feed-forwards", f"{after:.1f} M of {before:.1f} M are distinct"
         loader = "`AutoModelForCausalLM.from_pretrained`"
-        library = "library_name: transformers\npipeline_tag: text-generation"
+        library = "transformers"
     else:
         share, counts = "share one feed-forward", f"{before:.1f} M became {after:.1f} M"
-        loader, library = "`dotresize.load`", "library_name: dotresize"
+        loader, library = "`dotresize.load`", "dotresize"
     lines = [
         f"Layers {first} to {last} {share}; of the parameters, {counts}.",
         f"{loader} loads it (made by dotresize {found['versions']['dotresize']}).",
@@ -374,4 +375,4 @@ def _card(found: dict[str, Any], name: str) -> str:
     else:
         columns["this model"] = found["rows"]["merged"]
     title = f"{name}, feed-forwards merged"
-    return report.model_card(title, name, library, lines, columns)
+    return card.model_card(title, origin, library, lines, columns)

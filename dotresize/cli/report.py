@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from dotresize import checkpoint, distributed
+from dotresize import distributed
 from dotresize.accounting import STAGES
-from dotresize.models.causal_lm import CausalLM
 
 # What a report says of a model's predictions: by text, and of the text that it writes.
 FIGURES = ("perplexity", "kl", "agreement", "generated")
@@ -60,9 +57,9 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     if widths:
         add("width", lambda r: str(r["width"]["new"]))
         add("feed-forward width", lambda r: str(r["feed_forward"]["new"]))
-    add("parameters, total", lambda r: _millions(r["parameters"]["narrow"]["total"]))
+    add("parameters, total", lambda r: millions(r["parameters"]["narrow"]["total"]))
     if widths:
-        add("  non-embedding", lambda r: _millions(r["parameters"]["narrow"]["non_embedding"]))
+        add("  non-embedding", lambda r: millions(r["parameters"]["narrow"]["non_embedding"]))
         add("tied embeddings", lambda r: "yes" if r["tied"] else "no")
         add("plain checkpoint", lambda r: "yes" if r["plain_checkpoint"] else "no")
     rows += quality_cells(reports, reports[0]["unseen"])
@@ -136,88 +133,6 @@ def warning_of(dense: dict[str, float], result: dict[str, float], remedy: str) -
     )
 
 
-def write_output(
-    out: str,
-    model: CausalLM,
-    tokenizer: Any,
-    report: dict[str, Any],
-    card: Callable[[dict[str, Any], str], str],
-    source: str,
-) -> None:
-    """Make the output directory: a model, dotresize.json, and the model card README.md.
-
-    card: of a report and the name of the base model.
-    """
-    name = Path(source).resolve().name if Path(source).exists() else source
-
-    def fill(folder: Path) -> None:
-        checkpoint.save(model, tokenizer, folder)
-        text = json.dumps(report, indent=2) + "\n"
-        (folder / "dotresize.json").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(card(report, name), encoding="utf-8")
-
-    checkpoint.write_whole(out, fill)
-
-
-def narrowed_card(report: dict[str, Any], name: str) -> str:
-    """Return the model card of a narrowed model."""
-    width, inner, parameters = report["width"], report["feed_forward"], report["parameters"]
-    lines = [
-        f"Narrowed by {label(report)}, with dotresize {report['versions']['dotresize']}.",
-        f"Residual width {width['old']} -> {width['new']}.",
-        f"Parameters {_millions(parameters['dense']['total'])} -> "
-        f"{_millions(parameters['narrow']['total'])}",
-        f"(tied tensors counted once); embeddings {'tied' if report['tied'] else 'not tied'}.",
-    ]
-    if inner["method"]:
-        lines.append(f"Feed-forward width {inner['old']} -> {inner['new']}.")
-    lines.append(
-        "A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code."
-        if report["plain_checkpoint"]
-        else "It has adapters on its residual connections: `dotresize.load` loads it."
-    )
-    columns = {
-        "base": {
-            "perplexity": report["dense_perplexity"],
-            "generated": report["dense_generated"],
-        }
-    }
-    if report.get("recovery"):
-        columns["without recovery"] = report["training_free"]
-    columns["this model"] = report
-    library = "library_name: transformers\npipeline_tag: text-generation"
-    return model_card(f"{name}, narrowed", name, library, lines, columns)
-
-
-def model_card(
-    title: str, base: str, library: str, lines: list[str], columns: dict[str, dict[str, Any]]
-) -> str:
-    """Return a model card.
-
-    Args:
-        base: name of the base model.
-        library: what the metadata say of who loads it.
-        lines: what was done, and how to load the result.
-        columns: ``FIGURES``, under the name of the model that they are of.
-    """
-    table = []
-    figures = quality_cells(list(columns.values()))
-    if figures:
-        table = ["", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        table += [f"| {name} | {' | '.join(values)} |" for name, values in figures]
-    body = "\n".join([*lines, *table, ""])
-    return f"""---
-{library}
-base_model: {json.dumps(base)}
-tags: [dotresize, compressed]
----
-
-# {title}
-
-{body}
-Every parameter of the run is in `dotresize.json`.
-"""
-
-
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """Return a count of parameters for people."""
     return f"{count / 1e6:.1f} M"
