@@ -13,8 +13,9 @@ import pytest
 from conftest import PATIENCE, copy_of, fails
 from test_cli import start
 
-from dotresize.cli import _parser, comparison, main
+from dotresize.cli import comparison, main
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, settings
+from dotresize.cli.parser import make_parser
 from dotresize.cli.resume import Stages, refuse_changes
 from dotresize.narrow.options import Options
 
@@ -114,7 +115,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(content, arguments, capsys):
 
 def test_every_option_is_compared(arguments):
     """What decides the weights follows from the fields of dataclasses: none can be forgotten."""
-    args = _parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
     assert {"method", "scope", "ridge", "no_refit", "seed", "windows", "recover"} <= recorded.keys()
     unrecorded = {
@@ -123,7 +124,7 @@ def test_every_option_is_compared(arguments):
         for field in fields(kind)
     } - recorded.keys()
     assert unrecorded == {"backend", "batch_windows", "default_window", "figures"}
-    other = _parser().parse_args([*arguments, "--factor", "qr"])
+    other = make_parser().parse_args([*arguments, "--factor", "qr"])
     with pytest.raises(ValueError, match=r"made with another factor \(polar then, qr now\)"):
         refuse_changes(Path("out"), settings(other, Options), recorded)
 

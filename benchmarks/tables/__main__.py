@@ -19,6 +19,7 @@ from ..rows import read
 from . import checks
 from .api import api
 from .gpu import ceilings, details, peers_table
+from .llama_cpp import llama_cpp
 from .models import families, large, merging, projected
 from .quality import budget, headline, multiple_choice, recovered, speed, study
 
@@ -157,6 +158,12 @@ def _lm_eval_rows() -> list[dict[str, Any]]:
     return [row for row in table if row["run"] == table[-1]["run"]]
 
 
+def _llama_cpp_rows() -> list[dict[str, Any]]:
+    """Return the last run of ``benchmarks.llama_cpp``."""
+    table = rows("llama_cpp.jsonl")
+    return [row for row in table if row["run"] == table[-1]["run"]]
+
+
 def gpu() -> str:
     """Return times, shares of the measured bounds, and ratios to the peers."""
     last = _gpu_rows()
@@ -222,6 +229,7 @@ TABLES = {
         "solvers": solvers,
         "gpu": gpu,
         "demo": demo,
+        "llama_cpp": lambda: llama_cpp(_llama_cpp_rows()),
         "peers": lambda: checks.peers(rows("peer_tests.jsonl"), rows("pot_tests.jsonl")),
     },
     "docs/l1_cost.md": {"gradient": lambda: checks.gradient(rows("gradient.jsonl"))},
@@ -240,6 +248,7 @@ TABLES = {
         "budget": lambda: budget(rows("budget.jsonl")),
     },
     "docs/families.md": {"families": families},
+    "docs/llama-cpp.md": {"llama_cpp": lambda: llama_cpp(_llama_cpp_rows())},
     "docs/gpu.md": {"gpu": gpu_page},
     "docs/large.md": {
         "large": lambda: large(rows("large.jsonl")),
@@ -266,6 +275,7 @@ SOURCES = {
     "study": ("quality.jsonl", "compressor"),
     "recovered": ("recovered.jsonl", "compressor"),
     "lm_eval": ("lm_eval.jsonl", "compressor"),
+    "llama_cpp": ("llama_cpp.jsonl", "compressor"),
     "large": ("large.jsonl", "compressor"),
     "projected": ("projected.jsonl", "compressor"),
     "merging": ("merging.jsonl", "compressor"),
@@ -284,6 +294,7 @@ SHOWN_ROWS = {
     "interrupts": lambda: rows("interrupts.jsonl")[-1:],
     "recovered": lambda: rows("recovered.jsonl")[-1:],
     "lm_eval": _lm_eval_rows,
+    "llama_cpp": _llama_cpp_rows,
 }
 
 

@@ -14,19 +14,20 @@ from ..studies.large_counts import SHAPES, counts, gpu_bytes, parameters
 def families() -> str:
     """Return what can be narrowed of which family, from the axis tables."""
     lines = [
-        "| model types | residual | feed-forward | the width is a multiple of | merging |",
+        "| model types | residual | feed-forward | widths that loaders ask for | merging |",
         "|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        multiple = [name.removeprefix("num_").replace("_", " ") for name in family.width_divisors]
-        multiple += [str(family.width_multiple)] if family.width_multiple > 1 else []
+        asked = "-"
+        if family.width_divisors:
+            asked = "multiples of the heads; others are saved as mistral"
+        elif family.width_multiple > 1:
+            asked = f"multiples of {family.width_multiple}"
         inner = "yes" if family.has_inner_width else "no: experts"
         types = ", ".join(family.model_types)
         residual = f"no: {family.fixed_residual}" if family.fixed_residual else "yes"
         merging = "yes" if family.model_types[0] in STACKS else "no: experts"
-        lines.append(
-            f"| {types} | {residual} | {inner} | {', '.join(multiple) or '-'} | {merging} |"
-        )
+        lines.append(f"| {types} | {residual} | {inner} | {asked} | {merging} |")
     narrowed = {name for family in FAMILIES for name in family.model_types}
     lines += [f"| {name} | - | - | - | yes |" for name in STACKS if name not in narrowed]
     return "\n".join(lines)
