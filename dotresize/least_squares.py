@@ -33,16 +33,19 @@ class NormalEquations:
         self.prior = prior
         self.gram = prior.new_zeros(len(prior), len(prior))
         self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
+        self.squares = prior.new_zeros(())  # of what is to be met
+        self._lam: Tensor | None = None  # what solving has added to the sums
 
-    def add(self, u: Tensor, v: Tensor) -> None:
-        """Add tokens: u (..., inputs), v (..., outputs)."""
+    def add(self, u: Tensor, v: Tensor, weight: float = 1.0) -> None:
+        """Add tokens: u (..., inputs), v (..., outputs), each of which counts ``weight`` times."""
         u, v = u.flatten(0, -2), v.flatten(0, -2)
-        self.gram += over_tokens(u, u)
-        self.cross += over_tokens(u, v)
+        self.gram.add_(over_tokens(u, u), alpha=weight)
+        self.cross.add_(over_tokens(u, v), alpha=weight)
+        self.squares += weight * v.float().square().sum(dtype=FLOAT)
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
-        distributed.total(self.gram, self.cross)
+        distributed.total(self.gram, self.cross, self.squares)
 
     def restrict(self, kept: Tensor, prior: Tensor) -> None:
         """Leave only some of the inputs, int64 (inputs,), with a prior of their own."""
@@ -52,7 +55,21 @@ class NormalEquations:
 
     def solve(self, ridge: float) -> Tensor:
         """Return A, (inputs, outputs); the sums are spent with it."""
-        return solve(self.gram, self.cross, self.prior, ridge)
+        self._lam = _add_ridge(self.gram, self.cross, self.prior, ridge)
+        return torch.linalg.solve(self.gram, self.cross)
+
+    def lost(self, a: Tensor) -> float:
+        """Return what u A misses, sum |u A - v|^2 / sum |v|^2.
+
+        a: (inputs, outputs); once the sums are solved with, what they were solved for.
+        """
+        if self._lam is None:
+            missed = self.squares + (a * (self.gram @ a - 2 * self.cross)).sum()
+        else:  # (G + lam) A = C + lam A0, which is what cross holds
+            drawn = self._lam * (a * (2 * self.prior - a)).sum()
+            missed = self.squares - (a * self.cross).sum() + drawn
+        tiny = torch.finfo(FLOAT).tiny
+        return float((missed / self.squares.clamp_min(tiny)).clamp_min(0.0))
 
 
 def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -64,11 +81,17 @@ def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
     small ridge does not always cover.
     """
+    _add_ridge(gram, cross, prior, ridge)
+    return torch.linalg.solve(gram, cross)
+
+
+def _add_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """Add lam to the sums in place, and return it."""
     # Inputs that are zero on every token leave the prior alone, whatever the ridge.
     lam = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(FLOAT).tiny)
     gram.diagonal().add_(lam)
     cross.add_(prior * lam)
-    return torch.linalg.solve(gram, cross)
+    return lam
 
 
 # The first devices whose matrix units take such factors.

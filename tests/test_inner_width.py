@@ -42,7 +42,7 @@ def test_all_neurons_are_the_identity(kind, tokens):
     model = tiny_model(kind)
     for refit in (True, False):
         options = make_options(refit=refit)
-        narrow = narrow_feed_forwards(CausalLM.in_memory(model), tokens, 40, options)
+        narrow = narrow_feed_forwards(CausalLM.in_memory(model), tokens, 40, options).model
         assert (logits(narrow.module, tokens) - logits(model, tokens)).abs().max() < 2e-3
     narrow, report = compress(model, tokens, ff_width=1.0)
     assert torch.equal(logits(narrow, tokens), logits(model, tokens))
@@ -102,6 +102,20 @@ def test_least_squares_is_nearer_to_what_the_dense_writers_write(kind, tokens):
     magnitude = distance(ff_method="magnitude", refit=False)
     assert distance(ff_method="nystrom", refit=False) < magnitude
     assert distance(ff_method="eliminate", ridge=1e-4) < 0.9 * magnitude
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_what_the_first_feed_forward_loses(refit, tokens):
+    model = tiny_model("olmo2")
+    narrow, report = compress(model, tokens, ff_width=24, refit=refit, self_windows=0)
+    written = []
+    for one in (model, narrow):
+        with captured([writer for _, writer in parts(one)]) as found:
+            logits(one, tokens)
+        written.append(found[0].double())  # later ones read another stream
+    wanted = (written[1] - written[0]).square().sum() / written[0].square().sum()
+    assert len(report["feed_forward_lost"]) == 3
+    assert report["feed_forward_lost"][0] == pytest.approx(float(wanted), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -47,3 +47,24 @@ def test_an_input_that_is_always_zero_keeps_its_prior(problem):
 def test_no_signal_at_all_keeps_the_prior(problem):
     u, v, prior = problem
     assert torch.allclose(solved(0 * u, v, prior, 0.1), prior)
+
+
+@pytest.mark.parametrize("solved", [True, False])
+@pytest.mark.parametrize("ridge", [1e-6, 0.3, 10.0])
+def test_what_is_lost(problem, ridge, solved):
+    """Of all inputs, and of some."""
+    u, v, prior = problem
+    for kept in (torch.arange(11), torch.tensor([0, 3, 4, 9])):
+        equations = NormalEquations(prior)
+        equations.add(u, v)
+        equations.restrict(kept, prior[kept])
+        a = equations.solve(ridge) if solved else prior[kept]
+        wanted = (u[:, kept].double() @ a - v.double()).square().sum() / v.double().square().sum()
+        assert equations.lost(a) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_nothing_is_lost_of_nothing(problem):
+    u, v, prior = problem
+    equations = NormalEquations(0 * prior)
+    equations.add(u, 0 * v)
+    assert equations.lost(equations.solve(0.1)) == 0

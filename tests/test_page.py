@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -50,15 +51,73 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     links.feed(text)
     assert links.found == []
     assert "<script" not in text
-    for heading in ("Perplexity against size", "Variance lost", "Spectrum", "The map", "Time by"):
-        assert heading in text
-    assert text.count("<svg") == 5
+    headings = ("Perplexity by method", "Lost by each feed-forward", "Variance lost", "Spectrum")
+    for heading in (*headings, "The map", "Time by stage"):
+        assert f"<h2>{heading}" in text
+    assert text.count("<svg") == 6
     assert "<td>perplexity, topics</td>" in text
     assert "<td>perplexity, other, unseen</td>" in text
     assert "perplexity, unseen kinds</text>" in text
     for name in ("dense", "magnitude", "PCA", "transport", "PCA + refit"):
         assert f"<th>{name}</th>" in text
     assert re.search(r"<pre>dotresize compress .* --width 16 --compare .*</pre>", text)
+
+
+def written_numbers(svg: str) -> list[str]:
+    """Everything along the axes of a picture that is no word."""
+    words = re.findall(r"<text[^>]*>(.*?)</text>", svg, re.DOTALL)
+    return [word for word in words if not re.search("[A-Za-z]{2}", re.sub("<.*?>", "", word))]
+
+
+@pytest.mark.parametrize("options", [[], ["--params", "0.95"]], ids=["asked for", "by a budget"])
+def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, capsys, monkeypatch):
+    """Whether that was asked for or is what the budget found."""
+    from dotresize.narrow import budget, pipeline
+
+    i = arguments.index("--width")
+    words = [*arguments[:i], *arguments[i + 2 :], *(options or ["--ff-width", "28"])]
+    found = budget.Split(24, 28)
+    monkeypatch.setattr(pipeline, "split_budget", lambda given, divisor: found)
+    assert main([*words, "--compare", "--report", str(tmp_path / "page")]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "page" / "index.html").read_text()
+    for absent in ("Spectrum", "Variance lost", "The map", "against size"):
+        assert absent not in text
+    assert "<h2>Lost by each feed-forward" in text
+    assert text.count("<svg") == 3
+    names = [f"feed-forward, {name}" for name in ("eliminate", "nystrom", "magnitude", "transport")]
+    wanted = ["dense", *names, "feed-forward, eliminate + refit"]
+    assert re.findall("<th>([^<]+)</th>", text) == wanted
+    report = json.loads((Path(arguments[2]) / "dotresize.json").read_text())
+    rows = [*report["compared"], report]
+    kl = [row["kl"]["topics"] for row in rows[1:]]
+    assert len(set(kl)) == 5
+    assert min(kl) > 1e-4
+    assert len({row["parameters"]["narrow"]["total"] for row in rows[1:]}) == 1
+    for row in rows[1:]:
+        assert len(row["feed_forward_lost"]) == 3
+        assert min(row["feed_forward_lost"]) > 1e-4
+    for stage in ("sinkhorn", "recovery", "self-generated text", *["cost"] * (not options)):
+        assert f"seconds, {stage}" not in printed.replace("seconds, self-generated text", "")
+    assert "seconds, refit" in printed
+
+
+def test_axes_have_plain_numbers(page):
+    numbers = written_numbers(page.read_text())
+    assert len(numbers) > 30
+    for number in numbers:
+        assert re.fullmatch(r"[-\u2212]?[\d.]+", number), number
+
+
+def test_nothing_is_compared_where_nothing_is_cut(arguments, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", logger="dotresize")
+    arguments[arguments.index("--width") + 1] = "1"
+    assert main([*arguments, "--compare", "--report", str(tmp_path / "page")]) == 0
+    assert "nothing was cut" in caplog.text
+    assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "PCA", "+", "refit"]
+    text = (tmp_path / "page" / "index.html").read_text()
+    for absent in ("Spectrum", "Variance lost", "The map", "against size"):
+        assert absent not in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -97,9 +156,24 @@ def test_sweep(model_directory, text_file, tmp_path, capsys):
     ]
     text = (tmp_path / "sweep" / "index.html").read_text()
     assert text.count("<svg") == 2
+    assert "Perplexity against size" in text
+    assert "residual width</text>" in text
+    assert "feed-forward width</text>" not in text  # the same everywhere
+    for number in written_numbers(text):
+        assert re.fullmatch(r"[-\u2212]?[\d.]+", number), number
     assert "exists and is not empty" in fails(words, capsys)
     wrong = [*words[:2], str(tmp_path / "wrong"), words[3], "0.8", "11", *words[6:]]
     assert "width 11: must be a whole number" in fails(wrong, capsys)
+    mixed = [*words[:2], str(tmp_path / "mixed"), "--widths", "1", "16", *words[6:]]
+    capsys.readouterr()
+    assert main([*mixed, "--ff-width", "28"]) == 0
+    names = re.findall("<th>([^<]+)</th>", (tmp_path / "mixed" / "index.html").read_text())
+    assert names == [
+        "dense",
+        *(f"feed-forward, {name}" for name in ("eliminate", "nystrom", "magnitude", "transport")),
+        "feed-forward, eliminate + refit",
+        *("magnitude", "PCA", "transport", "PCA + refit"),
+    ]
     without = [*words[:2], str(tmp_path / "other"), *words[3:8], *SMALL]
     assert main(without) == 0
     assert "perplexity, topics (held out)" in (tmp_path / "other" / "index.html").read_text()

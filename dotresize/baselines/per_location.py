@@ -49,13 +49,14 @@ class Located(WidthMethod):
             located = self.located_maps(given, width)
             qs = [width_map.q for width_map in located]
             narrow = slice_model(given.model, qs)
+        lost: list[float] = []
         if given.options.refit:
             with stage("refit", seconds, f"on {len(given.tokens)} windows"):
                 residual = AdaptedResidual()
-                refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
+                lost = refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
         else:
             scale_norms(narrow, AdaptedResidual().body)
-        return Narrowed(narrow, located[0], qs)
+        return Narrowed(narrow, located[0], qs, lost)
 
 
 class PerLocation(Located):

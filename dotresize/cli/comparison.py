@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from dotresize.accounting import count_parameters, peak_memory
+from dotresize.accounting import count_parameters, peak_memory, stage
 from dotresize.calibration.statistics import Statistics
 from dotresize.cli import report
 from dotresize.cli.choices import RecoveryChoices
@@ -19,9 +19,12 @@ from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.calibrate import calibrate
+from dotresize.narrow.choose_width import choose_inner_width, choose_width
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import narrow_model
 from dotresize.recovery import recover
+
+logger = logging.getLogger("dotresize")
 
 COMPARED = ("magnitude", "pca", "dot")
 
@@ -60,11 +63,24 @@ class Reference:
             predictions.close()
 
 
-def compared(options: Options, model: CausalLM) -> list[Options]:
-    """Return what is set beside a method: the plain ones, without refit, at the same widths."""
-    bare = replace(options, refit=False, figures=False)
+def residual_stays(options: Options, model: CausalLM) -> bool:
+    """Return whether it is known beforehand that the residual keeps its width."""
     if model.architecture.fixed_residual:
-        return compared_feed_forwards(options, model)
+        return True
+    if options.energy is not None or options.params is not None:
+        return False
+    return choose_width(model, options) == model.width
+
+
+def compared(options: Options, model: CausalLM) -> list[Options]:
+    """Return what is set beside a method: the plain ones, without refit, at the same widths.
+
+    They are methods of what is cut, none where that is nothing.
+    """
+    bare = replace(options, refit=False, figures=False)
+    if residual_stays(options, model):
+        cut = options.params is not None or choose_inner_width(model, options) is not None
+        return compared_feed_forwards(options, model) if cut else []
     return [
         replace(bare, method=method, targets=options.targets if method.takes_targets else None)
         for method in (METHODS[name] for name in COMPARED)
@@ -108,7 +124,9 @@ def narrowed(
     evaluate_into(beside(main, dense), narrow, reference)
     inner = main["feed_forward"]
     if others and main["width"]["new"] == main["width"]["old"]:
-        others = compared_feed_forwards(options, model)
+        others = compared_feed_forwards(options, model) if inner["method"] else []
+    if compare and not others:
+        logger.info("nothing was cut: there is no method to compare with")
     same_size: dict[str, Any] = {
         "width": main["width"]["new"],
         "energy": None,
@@ -162,14 +180,15 @@ def recovered(
     tokens: int64 (windows, length); row: the report before; name: of the folder in OUT.partial
     from which an interrupted training goes on.
     """
-    found = recover(
-        dense.module,
-        model.module,
-        tokens,
-        folder=stages.path / name,
-        seed=seed,
-        learning_rate=choices.learning_rate,
-    )
+    with stage("recovery", {}, f"of {choices.recover} steps"):
+        found = recover(
+            dense.module,
+            model.module,
+            tokens,
+            folder=stages.path / name,
+            seed=seed,
+            learning_rate=choices.learning_rate,
+        )
     new = {key: value for key, value in row.items() if key != "figures"}
     new["recovery"] = found
     new["training_free"] = {key: row[key] for key in (*report.FIGURES, "seconds")}
@@ -185,22 +204,22 @@ def evaluate_into(
 
     The dense model has no KL and no agreement. generate: whether the model continues prompts.
     """
-    start = time.perf_counter()
     texts, name_of = reference.texts, report.label(row)
-    row |= {"perplexity": {}, "kl": {}, "agreement": {}, "generated": None}
-    for name in texts.windows:
-        predictions = reference.predictions(name)
-        if model is reference.model:
-            row["perplexity"][name] = predictions.perplexity(f"{name_of}, {name}")
-        else:
-            found = quality(model, predictions, desc=f"{name_of}, {name}")
-            row["perplexity"][name] = found.perplexity
-            row["kl"][name], row["agreement"][name] = found.kl, found.agreement
-    if generate and reference.prompts is not None:
-        written = greedy_text(model, reference.model, reference.prompts, desc=name_of)
-        row["generated"] = vars(written) | {"continuations": len(reference.prompts)}
-    row["unseen"] = texts.unseen
-    row["seconds"]["evaluation"] = time.perf_counter() - start if texts.windows else 0.0
+    row |= {"perplexity": {}, "kl": {}, "agreement": {}, "generated": None, "unseen": texts.unseen}
+    if not texts.windows:
+        return row
+    with stage("evaluation", row["seconds"], f"of {name_of} on {', '.join(texts.windows)}"):
+        for name in texts.windows:
+            predictions = reference.predictions(name)
+            if model is reference.model:
+                row["perplexity"][name] = predictions.perplexity(f"{name_of}, {name}")
+            else:
+                found = quality(model, predictions, desc=f"{name_of}, {name}")
+                row["perplexity"][name] = found.perplexity
+                row["kl"][name], row["agreement"][name] = found.kl, found.agreement
+        if generate and reference.prompts is not None:
+            written = greedy_text(model, reference.model, reference.prompts, desc=name_of)
+            row["generated"] = vars(written) | {"continuations": len(reference.prompts)}
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +146,8 @@ def compress(args: argparse.Namespace) -> int:
         distributed.wait()  # nobody needs its stages any more
         stages.remove()
         if args.report is not None:
-            _write_page(args, args.report, f"{Path(args.model).name}, narrowed", rows, figures)
+            title = f"{Path(args.model).name}, narrowed"
+            _write_page(args, args.report, title, rows, figures, last.get("feed_forward_lost", ()))
         if plan is not None:
             peak = last["peak_memory_bytes"]["host"]
             logger.info("memory: a peak of %s, %s expected", shown(peak), shown(plan.host))
@@ -180,15 +182,16 @@ def sweep(args: argparse.Namespace) -> int:
     check_weights(model.module)
     _, tokens, texts = _inputs(choices.fitted(model.config), model, tokenizer)
     _check_compared(texts)
-    wanted = [*comparison.compared(options, model), options]
+    wanted: list[Options] = []
+    for width in args.widths:
+        at_width = replace(options, width=width)
+        wanted += [*comparison.compared(at_width, model), at_width]
     tokens, statistics = calibrate(model, tokens, options, *wanted)
     # Models at many widths write no text: that would take longer than to evaluate them.
     with closing(comparison.Reference(model, texts, generate=False)) as reference:
         rows = [dense := comparison.dense_report(reference)]
-        for width in args.widths:
-            for other in wanted:
-                at_width = replace(other, width=width)
-                rows.append(comparison.evaluated(tokens, statistics, at_width, reference, dense))
+        for one in wanted:
+            rows.append(comparison.evaluated(tokens, statistics, one, reference, dense))
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     report.say(f"{report.table(rows)}\n\n{args.out}/index.html")
     return 0
@@ -200,9 +203,11 @@ def _planned(
     """Return the options with a size, and the widths that the model's config lets be said."""
     outline = checkpoint.outline(args.model)
     check_positions(choices, outline.config)
-    figures = args.report is not None
-    wanted = default_size(outline, replace(options, figures=figures), whole=args.memory is None)
+    wanted = default_size(outline, options, whole=args.memory is None)
     widths = choose_widths(outline, wanted)
+    # A page shows the map, if there is one.
+    shows_map = args.report is not None and not comparison.residual_stays(wanted, outline)
+    wanted = replace(wanted, figures=shows_map)
     if wanted.params is not None:
         check_budget(outline, wanted)
     announce(outline, widths, wanted)
@@ -219,13 +224,18 @@ def _check_compared(texts: Texts) -> None:
 
 
 def _write_page(
-    args: argparse.Namespace, out: str, title: str, rows: list[dict[str, Any]], figures: Any = None
+    args: argparse.Namespace,
+    out: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    figures: Any = None,
+    lost: Sequence[float] = (),
 ) -> None:
     command = shlex.join(["dotresize", *args.typed])
 
     def fill(folder: Path) -> None:
         path = folder / "index.html"
-        html_page.write(path, title=title, command=command, rows=rows, figures=figures)
+        html_page.write(path, title=title, command=command, rows=rows, figures=figures, lost=lost)
 
     checkpoint.write_whole(out, fill)
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from dotresize import accounting
 from dotresize.cli import report
 
+# Shares lost up to this are rounding: a sum of squares in float32 is no better.
+NOISE = 1e-9
+# What a curve may be drawn against.
+_SIZES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "residual width": lambda row: row["width"]["new"],
+    "feed-forward width": lambda row: row["feed_forward"]["new"],
+    "parameters, millions": lambda row: row["parameters"]["narrow"]["total"] / 1e6,
+}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #1c2733; background: #fff; }
@@ -39,6 +48,7 @@ def write(
     command: str,
     rows: list[dict[str, Any]],
     figures: dict[str, Any] | None = None,
+    lost: Sequence[float] = (),
 ) -> None:
     """Write the page.
 
@@ -47,6 +57,7 @@ def write(
         command: what made it, as typed.
         rows: reports, the dense model's first.
         figures: of the main row's map (``maps.figures_of``), if there is one.
+        lost: by each of its feed-forwards, if they were cut or refitted.
     """
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -54,10 +65,15 @@ def write(
         f'<div class="wide">{_table(rows)}</div>',
     ]
     if any(row["perplexity"] for row in rows):
-        groups = _groups(rows[0])
-        drawn = _svg(lambda figure: _sizes(figure, rows, groups), height=4.0 * len(groups))
-        parts += ["<h2>Perplexity against size</h2>", drawn]
-    if figures is not None:
+        parts += _perplexity_parts(rows)
+    if max(lost, default=0.0) > NOISE:
+        parts += [
+            "<h2>Lost by each feed-forward</h2>",
+            '<p class="note">Share of the squares of what it should write on the calibration '
+            "tokens, so that the stream is the dense model's again; layer by layer.</p>",
+            _svg(lambda figure: _bars(figure, lost, "layer"), height=3.0),
+        ]
+    if figures is not None and max(figures["lost"]) > NOISE:
         parts += _map_parts(figures)
     parts += ["<h2>Time by stage</h2>", _svg(lambda figure: _stages(figure, rows), height=3.0)]
     page = (
@@ -89,7 +105,7 @@ def _map_parts(figures: dict[str, Any]) -> list[str]:
         "<h2>Variance lost at each location</h2>",
         '<p class="note">Of the RMS-normalised residual stream, before any refit; from the '
         "embedding to the final norm.</p>",
-        _svg(lambda figure: _lost(figure, figures), height=3.0),
+        _svg(lambda figure: _bars(figure, figures["lost"], "residual location"), height=3.0),
         "<h2>Spectrum</h2>",
         '<p class="note">Share of the variance beyond the leading directions: what no map of that '
         "width can keep.</p>",
@@ -124,32 +140,83 @@ def _groups(dense: dict[str, Any]) -> dict[str, list[str]]:
     return {name: texts for name, texts in groups.items() if texts}
 
 
-def _sizes(figure: Any, rows: list[dict[str, Any]], groups: dict[str, list[str]]) -> None:
-    """Draw panels for each group of texts: their mean against width and parameters."""
-    panels = figure.subplots(len(groups), 2, squeeze=False, sharey="row", sharex="col")
-    for axes, (name, texts) in zip(panels, groups.items(), strict=True):
-        _size_panels(axes[0], axes[1], rows, texts)
-        axes[0].set_ylabel(name)
-    panels[-1][0].set_xlabel("residual width")
-    panels[-1][1].set_xlabel("parameters, millions")
+def _perplexity_parts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return curves against the sizes that differ within a method, or bars where none does."""
+    groups, methods = _groups(rows[0]), _by_method(rows)
+    sizes = {
+        name: size
+        for name, size in _SIZES.items()
+        if any(len(set(map(size, own))) > 1 for own in methods.values())
+    }
+    if not sizes:
+        height = len(groups) * (1.0 + 0.35 * len(rows))
+        drawn = _svg(lambda figure: _method_bars(figure, rows, groups), height=height)
+        return ["<h2>Perplexity by method</h2>", drawn]
+    drawn = _svg(lambda figure: _curves(figure, rows, groups, sizes), height=4.0 * len(groups))
+    return ["<h2>Perplexity against size</h2>", drawn]
 
 
-def _size_panels(
-    widths: Any, parameters: Any, rows: list[dict[str, Any]], texts: list[str]
+def _by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the reports of narrowed models, by method."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[1:]:
+        methods.setdefault(report.label(row), []).append(row)
+    return methods
+
+
+def _curves(
+    figure: Any,
+    rows: list[dict[str, Any]],
+    groups: dict[str, list[str]],
+    sizes: dict[str, Callable[[dict[str, Any]], float]],
 ) -> None:
-    """Draw a line for each method: the geometric mean over the texts."""
-    dense = rows[0]
-    for name in dict.fromkeys(report.label(row) for row in rows[1:]):
-        points = sorted(
-            (row["width"]["new"], row["parameters"]["narrow"]["total"] / 1e6, _mean(row, texts))
-            for row in [dense, *(row for row in rows if report.label(row) == name)]
-        )
-        for axis, i in ((widths, 0), (parameters, 1)):
-            axis.plot([p[i] for p in points], [p[2] for p in points], marker="o", label=name)
-    widths.set_yscale("log")
-    parameters.legend(fontsize=8)
-    for axis in (widths, parameters):
-        axis.grid(True, which="both", alpha=0.25)
+    """Draw panels for each group of texts: their geometric mean against each size, by method."""
+    panels = figure.subplots(len(groups), len(sizes), squeeze=False, sharey="row", sharex="col")
+    for axes, (group, texts) in zip(panels, groups.items(), strict=True):
+        for axis, (name, size) in zip(axes, sizes.items(), strict=True):
+            for method, own in _by_method(rows).items():
+                points = sorted((size(row), _mean(row, texts)) for row in [rows[0], *own])
+                axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            axis.set_xlabel(name)
+            axis.grid(True, alpha=0.25)
+            _plain(axis.xaxis)
+        axes[0].set(ylabel=group, yscale="log")
+        _plain_log(axes[0].yaxis, (1, 2, 3, 5))
+        axes[-1].legend(fontsize=8)
+
+
+def _method_bars(figure: Any, rows: list[dict[str, Any]], groups: dict[str, list[str]]) -> None:
+    """Draw a bar for each model, in panels for each group of texts: their geometric mean."""
+    panels = figure.subplots(len(groups), 1, squeeze=False, sharex="col")
+    names = [report.label(row) for row in rows]
+    for (axis,), (group, texts) in zip(panels, groups.items(), strict=True):
+        values = [_mean(row, texts) for row in rows]
+        places = range(len(rows))  # two may have one name
+        drawn = axis.barh(places, values, color=["tab:gray"] + ["tab:blue"] * (len(rows) - 1))
+        axis.bar_label(drawn, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
+        axis.set_yticks(places, names)
+        axis.set_xlabel(group)
+        axis.margins(x=0.1)
+        axis.invert_yaxis()
+        _plain(axis.xaxis)
+
+
+def _plain(axis: Any) -> None:
+    """Write plain numbers along a linear axis: no offset, no powers."""
+    from matplotlib.ticker import ScalarFormatter
+
+    numbers = ScalarFormatter(useOffset=False)
+    numbers.set_scientific(False)
+    axis.set_major_formatter(numbers)
+
+
+def _plain_log(axis: Any, steps: tuple[float, ...]) -> None:
+    """Write plain numbers along a logarithmic axis. steps: those of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format(Decimal(f"{value:.3g}"), "f")))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _mean(row: dict[str, Any], texts: list[str]) -> float:
@@ -167,19 +234,22 @@ def _stages(figure: Any, rows: list[dict[str, Any]]) -> None:
             left = [a + b for a, b in zip(left, values, strict=True)]
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _lost(figure: Any, figures: dict[str, Any]) -> None:
+def _bars(figure: Any, lost: Sequence[float], place: str) -> None:
     axis = figure.subplots()
-    axis.bar(range(len(figures["lost"])), figures["lost"])
-    axis.set(xlabel="residual location", ylabel="share lost")
+    axis.bar(range(len(lost)), lost)
+    axis.set(xlabel=place, ylabel="share lost")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _plain(axis.yaxis)
 
 
 def _spectrum(figure: Any, figures: dict[str, Any]) -> None:
     axis = figure.subplots()
     counts = range(1, len(figures["spectrum"]) + 1)
-    axis.semilogy(counts, [max(value, 1e-8) for value in figures["spectrum"]])
+    axis.semilogy(counts, [max(value, 1e-6) for value in figures["spectrum"]])
+    _plain_log(axis.yaxis, (1,))
     axis.axvline(figures["width"], color="tab:red", label=f"width {figures['width']}")
     axis.set(xlabel="directions kept", ylabel="share lost")
     axis.legend(fontsize=8)

@@ -65,7 +65,7 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     rows += quality_cells(reports, reports[0]["unseen"])
     for stage in STAGES:
         seconds = [report["seconds"].get(stage, 0.0) for report in reports]
-        if widths or any(seconds):
+        if any(seconds):
             rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in seconds]))
     return rows
 

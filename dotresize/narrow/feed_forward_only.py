@@ -21,22 +21,24 @@ from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of, rows_of
-from dotresize.narrow.options import Options
-from dotresize.narrow.refit import refit_writer
+from dotresize.narrow.maps import WidthMap
+from dotresize.narrow.options import Narrowed, Options
+from dotresize.narrow.refit import add_windows, refit_writer
 
 
 @torch.no_grad()
 def narrow_feed_forwards(
     model: CausalLM, tokens: Tensor, inner: int | None, options: Options
-) -> CausalLM:
-    """Return a copy of the model whose feed-forward blocks have ``inner`` neurons each.
+) -> Narrowed:
+    """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons each.
 
     tokens: int64 (windows, length). Without a width the copy is as the model is.
     """
     architecture = model.architecture
     narrow = model.copied()
+    lost: list[float] = []
     if inner is None:
-        return narrow
+        return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
     with (
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
@@ -45,11 +47,11 @@ def narrow_feed_forwards(
         for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
             with model.resident(name) as dense_layer, narrow.resident(name) as layer:
                 equations = _equations(dense_layer, layer, part, dense_stream, stream)
-                refit_writer(layer, part, equations, inner, options)
+                lost.append(refit_writer(layer, part, equations, inner, options)[1])
                 for i in range(len(stream)):
                     stream.stream[i] = stream.run(layer, i)
     setattr(narrow.config, architecture.inner, inner)
-    return narrow
+    return Narrowed(narrow, WidthMap.none(), [], lost)
 
 
 def _equations(
@@ -62,5 +64,5 @@ def _equations(
     for i in range(len(dense_stream)):
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
-        equations.add(stream.until(layer, writer, i), written[0].float() - bias)
+        add_windows(equations, stream.until(layer, writer, i), written[0].float() - bias)
     return equations

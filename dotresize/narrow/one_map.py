@@ -42,12 +42,13 @@ class OneMap(WidthMethod):
         with stage("absorption", seconds):
             q = basis(given.model, width_map, given.options)
             narrow = absorb(given.model, q, untie=given.options.untie)
+        lost: list[float] = []
         if given.options.refit or inner is not None:
             with stage("refit", seconds, f"on {len(given.tokens)} windows"):
-                refit_weights(given, narrow, q, inner)
+                lost = refit_weights(given, narrow, q, inner)
         else:
             scale_norms(narrow)
-        return Narrowed(narrow, width_map, [q])
+        return Narrowed(narrow, width_map, [q], lost)
 
     def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
         model, options = given.model, given.options
@@ -117,10 +118,13 @@ def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     return level(q) if model.architecture.layer_norm else q
 
 
-def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> None:
-    """Refit what absorption made, and narrow its feed-forwards, in place."""
+def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> list[float]:
+    """Refit what absorption made, and narrow its feed-forwards, in place.
+
+    Returns what each feed-forward lost; see ``refit``.
+    """
     model, options = given.model, given.options
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
     if options.refit and narrow.tied and norm_has_weight:
         choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=options.ridge)
-    refit(model, narrow, q, given.tokens, inner, options)
+    return refit(model, narrow, q, given.tokens, inner, options)

@@ -7,6 +7,7 @@ in this package, those that they are compared with in dotresize.baselines.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class Narrowed(NamedTuple):
     model: CausalLM
     map: WidthMap  # of several, the first
     bases: list[Tensor]  # (D, k) float64: one for all residual locations, one for each, or none
+    lost: Sequence[float] = ()  # by each feed-forward (narrow/refit.py)
 
 
 class WidthMethod(ABC):

@@ -87,7 +87,8 @@ def narrow_model(
         count = {"asked": options.params, "count": options.params_count}
         report["budget"] = count | split.details()
     report["map"] = made.map.details
-    if options.figures and made.bases:
+    report["feed_forward_lost"] = list(made.lost)
+    if options.figures and made.bases and width < model.width:
         moment = cast(Tensor, statistics.moment)
         shown = made.bases if len(made.bases) > 1 else made.bases * len(moment)
         report["figures"] = maps.figures_of(shown, moment, made.map.details)
@@ -119,9 +120,9 @@ def _narrowed(
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
         with stage("refit", seconds, "of feed-forwards"):
-            narrow = narrow_feed_forwards(model, given.tokens, inner, options)
-            narrow.finish()
-        return Narrowed(narrow, maps.WidthMap.none(), [])
+            made = narrow_feed_forwards(model, given.tokens, inner, options)
+            made.model.finish()
+        return made
     made = options.method.narrow(given, width, inner, seconds)
     if not made.model.store.whole:
         with stage("absorption", seconds, "of the rest"):

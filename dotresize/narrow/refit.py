@@ -66,10 +66,13 @@ def refit(
     inner: int | None,
     options: Options,
     residual: Residual | None = None,
-) -> None:
+) -> list[float]:
     """Refit ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
     Each layer's scales are then moved into its norms (narrow/norm_scales.py).
+
+    Returns what each feed-forward misses of what its writer should write, as a share of its
+    squares on the tokens; of experts, and of those that are left as they are, there is none.
 
     Args:
         dense: the original model.
@@ -96,6 +99,7 @@ def refit(
         if options.refit and not narrow.tied:
             run.head(dense, narrow)
         scale_final_norm(narrow)
+    return run.lost
 
 
 class _Refit:
@@ -112,6 +116,7 @@ class _Refit:
         residual: Residual,
     ) -> None:
         self.architecture = dense.architecture
+        self.lost: list[float] = []  # by each feed-forward so far
         self._options, self._inner_width, self.residual = options, inner, residual
         self._dense = Streams(dense, tokens, options.batch_windows)
         place = self._dense.place
@@ -196,7 +201,7 @@ class _Refit:
         prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
-            equations.add(norm(x), v)
+            add_windows(equations, norm(x), v)
         equations.total()
         a = equations.solve(self._options.ridge)
         for dense_reader, reader in readers:
@@ -212,9 +217,24 @@ class _Refit:
         project = (self._stream_scale * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
-            missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
-            equations.add(h, missing / self._multiplier - bias)
-        return refit_writer(layer, part, equations, self._inner_width, self._options)
+            projected = product(wanted.flatten(0, -2), project).view(x.shape)
+            add_windows(equations, h, (projected - x.float()) / self._multiplier - bias)
+        kept, lost = refit_writer(layer, part, equations, self._inner_width, self._options)
+        self.lost.append(lost)
+        return kept
+
+
+def add_windows(equations: NormalEquations, u: Tensor, v: Tensor) -> None:
+    """Add windows of tokens, the first of each as often as all the others together.
+
+    Every token attends to the first, which carries activations a hundred times larger, whether it
+    is the tokenizer's BOS or not: what is lost there is lost everywhere (docs/compress.md).
+    u (windows, length, inputs), v (windows, length, outputs).
+    """
+    equations.add(u, v)
+    more = u.shape[1] - 2
+    if more > 0:
+        equations.add(u[:, :1], v[:, :1], weight=more)
 
 
 def refit_writer(
@@ -223,10 +243,11 @@ def refit_writer(
     equations: NormalEquations,
     inner: int | None,
     options: Options,
-) -> Tensor | None:
+) -> tuple[Tensor | None, float]:
     """Choose a feed-forward's neurons and solve its writer, in place.
 
-    Returns which neurons stay, int64 (inner,); None for all.
+    Returns which neurons stay, int64 (inner,), None for all; and what the block then misses of what
+    the writer should write, as a share of its squares.
     """
     equations.total()
     rows = equations.prior
@@ -240,8 +261,9 @@ def refit_writer(
             keep_outputs(linear_of(layer, name), kept, part.stacked)
     if options.refit:
         rows = equations.solve(WRITER_RIDGES * options.ridge)
+    lost = equations.lost(rows)
     set_rows(linear_of(layer, part.writer), rows)
-    return kept
+    return kept, lost
 
 
 def _pairs(
