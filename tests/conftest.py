@@ -6,6 +6,7 @@ imported; tests/aot_compile.py covers real compilation in a process of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -114,6 +115,28 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory):
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     ).save_pretrained(folder)
     return folder
+
+
+def pieces_tokenizer(size: int = 320, prefix: str = "first"):
+    """A tokenizer like Llama 2's: merges of characters, bytes for the rest, BOS in front."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, processors, trainers
+    from tokenizers.pre_tokenizers import Metaspace
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = Metaspace(prepend_scheme=prefix, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["hello world, it is new and a dash " * 20], trainer)
+    described = json.loads(tokenizer.to_str())
+    # As in a real one, only the first three are special.
+    described["added_tokens"] = described["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import fails, pieces_tokenizer, tiny_model
 
 from dotresize import compress
 from dotresize.cli import main
@@ -30,29 +29,6 @@ def bytes_tokenizer(model_directory):
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(model_directory)
-
-
-def pieces_tokenizer(size: int = 320, prefix: str = "first"):
-    """A tokenizer like Llama 2's: merges of characters, bytes for the rest, BOS in front."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from tokenizers.pre_tokenizers import Metaspace
-
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = Metaspace(prepend_scheme=prefix, split=False)
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(["hello world, it is new and a dash " * 20], trainer)
-    described = json.loads(tokenizer.to_str())
-    # As in a real one, only the first three are special.
-    described["added_tokens"] = described["added_tokens"][:3]
-    tokenizer = Tokenizer.from_str(json.dumps(described))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    assert isinstance(pre_tokenizers.Metaspace(), Metaspace)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def read(path: Path) -> tuple[dict, dict]:

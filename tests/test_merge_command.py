@@ -127,7 +127,7 @@ def easily_broken(words, model_directory, tmp_path):
     return changed
 
 
-@pytest.mark.parametrize("evaluated", [True, False], ids=["--eval", "no text"])
+@pytest.mark.parametrize("evaluated", [True, False], ids=["--eval", "held out"])
 def test_a_broken_result_is_warned_of(evaluated, easily_broken, caplog, capsys):
     pytest.importorskip("accelerate")
     words = easily_broken
@@ -135,12 +135,8 @@ def test_a_broken_result_is_warned_of(evaluated, easily_broken, caplog, capsys):
         words = [*words[: words.index("--eval")], *words[words.index("--eval") + 2 :]]
     assert main(words) == 0
     found = json.loads((Path(words[2]) / "dotresize.json").read_text())
-    if evaluated:
-        name = "repeated"
-        dense, merged = (found["rows"][row]["perplexity"][name] for row in ("dense", "merged"))
-    else:
-        name = "calibration windows"
-        dense, merged = (-found["metric"][row] for row in ("dense", "merged"))
+    name = "repeated" if evaluated else "repeated (held out)"
+    dense, merged = (found["rows"][row]["perplexity"][name] for row in ("dense", "merged"))
     last = caplog.records[-1]
     assert last.levelname == "WARNING"
     assert last.message == (
@@ -219,7 +215,7 @@ def test_the_profile_is_drawn(words, tmp_path, capsys):
         (["--soft", "0"], "--soft 0: must be positive"),
         (["--soft", "1", "--no-permute"], "--soft 1: must be positive, and without --no-permute"),
         (["--select-windows", "7"], "--select-windows 7: must be 1 to 6"),
-        (["--start", "5"], "start 5: a window of 2 begins at 0 to 1"),
+        (["--start", "5"], "--start 5: must be 0 to 1 for 3 layers"),
         (["--recover", "0"], "--recover 0: must be at least 1 step"),
     ],
     ids=str,

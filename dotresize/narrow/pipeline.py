@@ -81,7 +81,13 @@ def narrow_model(
     report = _report(model, made.model, statistics, options, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
     report["width"]["asked"] = asked
-    report["calibration"]["first_token"] = first
+    report["calibration"] |= {
+        "first_token": first,  # that all windows begin with, None for none
+        "first_token_counts": {
+            "map": "as any other",
+            "least_squares": "as all others of its window",
+        },
+    }
     report["budget"] = None
     if split is not None:
         count = {"asked": options.params, "count": options.params_count}
