@@ -134,7 +134,7 @@ def test_tokens_given_are_taken_as_they_are():
 def test_it_counts_as_all_others_of_its_window(length):
     u, v = torch.randn(3, length, 5), torch.randn(3, length, 4)
     ours, theirs = (NormalEquations(torch.zeros(5, 4, dtype=torch.float64)) for _ in range(2))
-    add_windows(ours, u, v)
+    add_windows(ours, u.flatten(0, 1), v, length)
     theirs.add(u, v)
     for _ in range(length - 2):
         theirs.add(u[:, :1], v[:, :1])

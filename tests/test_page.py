@@ -77,7 +77,7 @@ def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, c
     i = arguments.index("--width")
     words = [*arguments[:i], *arguments[i + 2 :], *(options or ["--ff-width", "28"])]
     found = budget.Split(24, 28)
-    monkeypatch.setattr(pipeline, "split_budget", lambda given, divisor: found)
+    monkeypatch.setattr(pipeline, "split_budget", lambda given: found)
     assert main([*words, "--compare", "--report", str(tmp_path / "page")]) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "page" / "index.html").read_text()
@@ -162,8 +162,8 @@ def test_sweep(model_directory, text_file, tmp_path, capsys):
     for number in written_numbers(text):
         assert re.fullmatch(r"[-\u2212]?[\d.]+", number), number
     assert "exists and is not empty" in fails(words, capsys)
-    wrong = [*words[:2], str(tmp_path / "wrong"), words[3], "0.8", "11", *words[6:]]
-    assert "width 11: must be a whole number" in fails(wrong, capsys)
+    wrong = [*words[:2], str(tmp_path / "wrong"), words[3], "0.8", "25", *words[6:]]
+    assert "width 25: must be a whole number up to the model's 24" in fails(wrong, capsys)
     mixed = [*words[:2], str(tmp_path / "mixed"), "--widths", "1", "16", *words[6:]]
     capsys.readouterr()
     assert main([*mixed, "--ff-width", "28"]) == 0

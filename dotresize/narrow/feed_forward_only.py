@@ -64,5 +64,6 @@ def _equations(
     for i in range(len(dense_stream)):
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
-        add_windows(equations, stream.until(layer, writer, i), written[0].float() - bias)
+        length = stream.batches[i].shape[1]
+        add_windows(equations, stream.until(layer, writer, i), written[0].float() - bias, length)
     return equations

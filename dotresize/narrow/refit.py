@@ -72,7 +72,8 @@ def refit(
     Each layer's scales are then moved into its norms (narrow/norm_scales.py).
 
     Returns what each feed-forward misses of what its writer should write, as a share of its
-    squares on the tokens; of experts, and of those that are left as they are, there is none.
+    squares on the tokens, which count as in ``add_windows``; of experts, and of those that are left
+    as they are, there is none.
 
     Args:
         dense: the original model.
@@ -98,7 +99,8 @@ def refit(
             setattr(narrow.config, run.architecture.inner, inner)
         if options.refit and not narrow.tied:
             run.head(dense, narrow)
-        scale_final_norm(narrow)
+        else:
+            scale_final_norm(narrow)
     return run.lost
 
 
@@ -125,6 +127,7 @@ class _Refit:
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [ActivationCache(count, place) for _ in self.architecture.sublayers]
         self._middle, self._inner = ActivationCache(count, place), ActivationCache(count, place)
+        self._length = tokens.shape[1]
         self._multiplier = self.architecture.multiplier(dense.config)
         self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
         locations = 2 * len(dense.layers) + 1
@@ -179,6 +182,7 @@ class _Refit:
             heads = _pairs(dense_head, head, ("weight",))
             stream, delivered = self._narrow.stream, self._delivered[0]
             self._readers(stream, delivered, dense_norm, norm, self.qs[-1], heads)
+            scale_final_norm(narrow)  # while they are held: what is let go is written
 
     def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
         for i in range(len(self._dense)):
@@ -201,7 +205,7 @@ class _Refit:
         prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
-            add_windows(equations, norm(x), v)
+            add_windows(equations, norm(x), v, self._length)
         equations.total()
         a = equations.solve(self._options.ridge)
         for dense_reader, reader in readers:
@@ -217,24 +221,24 @@ class _Refit:
         project = (self._stream_scale * q).float()
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
-            projected = product(wanted.flatten(0, -2), project).view(x.shape)
-            add_windows(equations, h, (projected - x.float()) / self._multiplier - bias)
+            missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
+            add_windows(equations, h, missing / self._multiplier - bias, self._length)
         kept, lost = refit_writer(layer, part, equations, self._inner_width, self._options)
         self.lost.append(lost)
         return kept
 
 
-def add_windows(equations: NormalEquations, u: Tensor, v: Tensor) -> None:
+def add_windows(equations: NormalEquations, u: Tensor, v: Tensor, length: int) -> None:
     """Add windows of tokens, the first of each as often as all the others together.
 
     Every token attends to the first, which carries activations a hundred times larger, whether it
     is the tokenizer's BOS or not: what is lost there is lost everywhere (docs/compress.md).
-    u (windows, length, inputs), v (windows, length, outputs).
+    u: (..., inputs), v: (..., outputs), of windows of ``length`` tokens one after the other.
     """
     equations.add(u, v)
-    more = u.shape[1] - 2
-    if more > 0:
-        equations.add(u[:, :1], v[:, :1], weight=more)
+    if length > 2:
+        u_first, v_first = (x.view(-1, length, x.shape[-1])[:, 0] for x in (u, v))
+        equations.add(u_first, v_first, weight=length - 2)
 
 
 def refit_writer(
