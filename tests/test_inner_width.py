@@ -14,6 +14,7 @@ from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
+from dotresize.narrow.refit import FIRST_WEIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,9 +114,8 @@ def test_what_the_first_feed_forward_loses(refit, tokens):
         with captured([writer for _, writer in parts(one)]) as found:
             logits(one, tokens)
         written.append(found[0].double())  # later ones read another stream
-    # The first token of a window counts as all others together.
     counts = torch.ones(tokens.shape[1], 1, dtype=torch.float64)
-    counts[0] = tokens.shape[1] - 1
+    counts[0] = FIRST_WEIGHT
     missed, whole = (
         (x.view(*tokens.shape, -1).square() * counts).sum()
         for x in (written[1] - written[0], written[0])

@@ -23,7 +23,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.options import Narrowed, Options
-from dotresize.narrow.refit import add_windows, refit_writer
+from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
 
 
 @torch.no_grad()
@@ -65,5 +65,6 @@ def _equations(
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
         length = stream.batches[i].shape[1]
-        add_windows(equations, stream.until(layer, writer, i), written[0].float() - bias, length)
+        h, y = stream.until(layer, writer, i), written[0].float() - bias
+        add_windows(equations, h, y, length, FIRST_WEIGHT)
     return equations

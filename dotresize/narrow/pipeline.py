@@ -29,6 +29,7 @@ from dotresize.narrow.choose_width import (
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 from dotresize.narrow.options import Calibrated, Narrowed, Options
+from dotresize.narrow.refit import first_weight
 from dotresize.ops.backends import choose
 
 logger = logging.getLogger("dotresize")
@@ -83,10 +84,8 @@ def narrow_model(
     report["width"]["asked"] = asked
     report["calibration"] |= {
         "first_token": first,  # that all windows begin with, None for none
-        "first_token_counts": {
-            "map": "as any other",
-            "least_squares": "as all others of its window",
-        },
+        # How often it counts in the map, and in least squares.
+        "first_token_counts": {"map": 1.0, "least_squares": first_weight(model, made.model)},
     }
     report["budget"] = None
     if split is not None:

@@ -43,6 +43,11 @@ from dotresize.narrow.options import Options
 
 # A feed-forward's writer has three times the inputs of a reader, and fewer that matter.
 WRITER_RIDGES = 3.0
+# How often the first token of a window counts, BOS or not, where the residual keeps its width. All
+# tokens attend to it, and its activations are a hundred times larger: what is lost there is lost
+# everywhere. Where the residual is narrowed it counts as any other: what its large channels lose no
+# reader brings back (docs/compress.md).
+FIRST_WEIGHT = 100.0
 
 
 class Residual:
@@ -127,7 +132,7 @@ class _Refit:
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [ActivationCache(count, place) for _ in self.architecture.sublayers]
         self._middle, self._inner = ActivationCache(count, place), ActivationCache(count, place)
-        self._length = tokens.shape[1]
+        self._length, self._first = tokens.shape[1], first_weight(dense, narrow)
         self._multiplier = self.architecture.multiplier(dense.config)
         self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
         locations = 2 * len(dense.layers) + 1
@@ -205,7 +210,7 @@ class _Refit:
         prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
         equations = NormalEquations(prior)
         for x, v in zip(stream, delivered, strict=True):
-            add_windows(equations, norm(x), v, self._length)
+            add_windows(equations, norm(x), v, self._length, self._first)
         equations.total()
         a = equations.solve(self._options.ridge)
         for dense_reader, reader in readers:
@@ -222,23 +227,28 @@ class _Refit:
         equations = NormalEquations(prior)
         for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
             missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
-            add_windows(equations, h, missing / self._multiplier - bias, self._length)
+            add_windows(equations, h, missing / self._multiplier - bias, self._length, self._first)
         kept, lost = refit_writer(layer, part, equations, self._inner_width, self._options)
         self.lost.append(lost)
         return kept
 
 
-def add_windows(equations: NormalEquations, u: Tensor, v: Tensor, length: int) -> None:
-    """Add windows of tokens, the first of each as often as all the others together.
+def first_weight(dense: CausalLM, narrow: CausalLM) -> float:
+    """Return how often the first token of a window counts; see ``FIRST_WEIGHT``."""
+    return FIRST_WEIGHT if narrow.width == dense.width else 1.0
 
-    Every token attends to the first, which carries activations a hundred times larger, whether it
-    is the tokenizer's BOS or not: what is lost there is lost everywhere (docs/compress.md).
+
+def add_windows(
+    equations: NormalEquations, u: Tensor, v: Tensor, length: int, first: float
+) -> None:
+    """Add windows of tokens, the first of each as often as ``first`` says.
+
     u: (..., inputs), v: (..., outputs), of windows of ``length`` tokens one after the other.
     """
     equations.add(u, v)
-    if length > 2:
+    if first != 1.0:
         u_first, v_first = (x.view(-1, length, x.shape[-1])[:, 0] for x in (u, v))
-        equations.add(u_first, v_first, weight=length - 2)
+        equations.add(u_first, v_first, weight=first - 1.0)
 
 
 def refit_writer(
