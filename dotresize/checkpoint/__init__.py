@@ -136,7 +136,7 @@ def parts_of(source: str) -> tuple[Path, Any, Any]:
     """
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
-    folder = _snapshot(Path(source))
+    folder = snapshot(Path(source))
     if not folder.is_dir():
         raise ValueError(f"model {source}: must be a directory")
     if _own_format(folder) is not None:
@@ -190,7 +190,7 @@ def _one_line(source: str) -> Iterator[None]:
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = _snapshot(Path(source))
+    path = snapshot(Path(source))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"model {source}: no such file")
@@ -206,7 +206,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     return source, {"trust_remote_code": False}
 
 
-def _snapshot(path: Path) -> Path:
+def snapshot(path: Path) -> Path:
     """Return the model inside a folder of the hub's cache (``models--org--name``); others as is.
 
     Of several snapshots the one that ``refs/main`` names is meant.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dotresize.checkpoint import snapshot
+
 # What a card's metadata say of a licence.
 _LICENCE = ("license", "license_name", "license_link")
 # Files of a model directory that go with its weights wherever they go.
@@ -40,8 +42,8 @@ def origin_of(source: str) -> Origin:
         return _of_gguf(path)
     if not path.exists():
         return Origin(source, _metadata(_downloaded_card(source)))
-    folder = path
-    cache = next((p for p in (path, *path.parents) if p.name.startswith("models--")), None)
+    folder = snapshot(path)
+    cache = next((p for p in (folder, *folder.parents) if p.name.startswith("models--")), None)
     hub_id = None if cache is None else "/".join(cache.name.split("--")[1:])
     files = [f for pattern in _PASSED_ON for f in sorted(folder.glob(pattern)) if f.is_file()]
     return Origin(hub_id, _metadata(folder / "README.md"), tuple(files))
