@@ -102,15 +102,32 @@ def outline(source: str) -> CausalLM:
     Its parameters have shapes and no memory: what the config alone can refuse is refused before
     weights are read. Raises ValueError as ``load_with_tokenizer`` does.
     """
-    transformers: Any = importlib.import_module("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    where, options = _locate(source)
-    with _one_line(source):
-        config = transformers.AutoConfig.from_pretrained(where, **options)
+    config = read_config(source)
+    where, _ = _locate(source)
+    if config is None:
+        kind = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))["model_type"]
+        raise ValueError(f"model {source}: is of type {kind}; give the model it was made of")
     architecture_of(config)
+    transformers: Any = importlib.import_module("transformers")
+    if (Path(where) / "config.json").is_file():
+        with _one_line(
+            source
+        ):  # a config of a million layers would take minutes even without memory
+            check_stored(Path(where), config)
     with _one_line(source), torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
     return CausalLM.in_memory(module)
+
+
+def read_config(source: str) -> Any:
+    """Return a model's config, its weights unread; None for a directory in a format of ours."""
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    where, options = _locate(source)
+    if _own_format(Path(where)) is not None:
+        return None
+    with _one_line(source):
+        return transformers.AutoConfig.from_pretrained(where, **options)
 
 
 def is_quantised(source: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 import dotresize
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights
-from dotresize.cli.checks import check_files, check_windows, find_device
+from dotresize.cli.checks import check_files, check_positions, check_windows, find_device
 from dotresize.cli.choices import TextChoices, chosen
 from dotresize.cli.compress import compress, sweep
 from dotresize.cli.export import export
@@ -66,6 +66,7 @@ def _eval(args: argparse.Namespace) -> int:
     choices = chosen(TextChoices, args)
     check_windows(choices)
     check_files(choices)
+    check_positions(choices, checkpoint.read_config(args.model))
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=False)
     check_weights(model.module)
     for name, windows in evaluation_texts(
