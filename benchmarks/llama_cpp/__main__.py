@@ -6,7 +6,7 @@
 Each model directory is exported by ``dotresize export`` and run by a prebuilt llama.cpp: token ids
 of the evaluation texts, logits and greedy text in f32 are compared with transformers', then every
 type is written by llama.cpp's own quantiser, its perplexity measured and its decoding timed, all
-types in turns. Without a directory the models of the README's table are made: SmolLM2-135M, dense
+files in turns. Without a directory the models of the README's table are made: SmolLM2-135M, dense
 and narrowed by the demo's calibration.
 """
 
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dotresize import checkpoint
 from dotresize.calibration.text import added_around, read_text, tokenize
-from dotresize.checkpoint import gguf_file
+from dotresize.checkpoint import gguf_file, load_with_tokenizer, parts_of, save, write_whole
+from dotresize.cli.resume import partial_folder
 from dotresize.evaluate import evaluation_windows, perplexity
 
 from ..demo.texts import model_file, write_texts
@@ -35,6 +35,7 @@ from ..rows import append, where
 from .library import LlamaCpp, find
 
 FOLDER = Path("demo-output/llama_cpp")
+FILES = FOLDER / "files"
 TYPES = ("f32", "q8_0", "q4_0", "q4_k_m")
 # The rows of the table, by what dotresize compress is asked for.
 NARROWED = {
@@ -46,21 +47,25 @@ WINDOWS, EVAL_WINDOWS, LENGTH = 18, 4, 512
 PROMPTS, NEW_TOKENS, ROUNDS = 4, 48, 5
 
 
-def made_models(options: list[str]) -> dict[str, Path]:
-    """Return the table's models, made anew: the dense one, and those that ``NARROWED`` asks for."""
+def made_models(options: list[str], *, keep: bool) -> dict[str, Path]:
+    """Return the table's models: the dense one, and those that ``NARROWED`` asks for.
+
+    keep: whether those that are there are taken as they are.
+    """
     calibration, _ = write_texts(FOLDER / "texts")
-    dense = FOLDER / "dense"
-    for folder in FOLDER.iterdir():
-        if folder.is_dir() and folder.name != "texts":
-            shutil.rmtree(folder)
-    device = torch.device("cpu")
-    model, tokenizer = checkpoint.load_with_tokenizer(str(model_file()), device, to_narrow=True)
-    checkpoint.write_whole(dense, lambda folder: checkpoint.save(model, tokenizer, folder))
-    found = {"dense": dense}
-    for name, asked in NARROWED.items():
-        found[name] = FOLDER / name.replace(" ", "-")
-        command = [sys.executable, "-m", "dotresize", "compress", str(model_file())]
-        command += [str(found[name]), *asked, "--windows", str(WINDOWS), "--quiet", *options]
+    found = {name: FOLDER / name.replace(" ", "-") for name in ("dense", *NARROWED)}
+    for name, folder in found.items():
+        if keep and folder.is_dir():
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial_folder(str(folder)), ignore_errors=True)
+        if name == "dense":
+            device = torch.device("cpu")
+            model, tokenizer = load_with_tokenizer(str(model_file()), device, to_narrow=True)
+            write_whole(folder, lambda new, m=model, t=tokenizer: save(m, t, new))
+            continue
+        command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(folder)]
+        command += [*NARROWED[name], "--windows", str(WINDOWS), "--quiet", *options]
         command += ["--calibration", *map(str, calibration)]
         print("$ dotresize", *command[3:], flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -70,7 +75,7 @@ def made_models(options: list[str]) -> dict[str, Path]:
 def compared(folder: Path, opened: Any, texts: list[str], windows: Tensor) -> dict[str, Any]:
     """Return how a file in f32 differs from the directory that it was made of."""
     device = torch.device("cpu")
-    model, tokenizer = checkpoint.load_with_tokenizer(str(folder), device, to_narrow=False)
+    model, tokenizer = load_with_tokenizer(str(folder), device, to_narrow=False)
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     other = sum(own != opened.tokenise(text) for own, text in zip(ids, texts, strict=True))
     window = windows[0]
@@ -107,25 +112,25 @@ def compared(folder: Path, opened: Any, texts: list[str], windows: Tensor) -> di
 
 def measured(
     library: LlamaCpp, folder: Path, texts: dict[str, Path], threads: int
-) -> list[dict[str, Any]]:
-    """Return a row for every type of a model directory."""
-    path, config, tokenizer = checkpoint.parts_of(str(folder))
-    base = FOLDER / "f32.gguf"
-    base.unlink(missing_ok=True)
-    gguf_file.write(path, config, tokenizer, base, "f32", folder.name)
+) -> tuple[list[dict[str, Any]], dict[str, Path]]:
+    """Return a row for every type of a model directory, and the files, by type."""
+    path, config, tokenizer = parts_of(str(folder))
     first, _ = added_around(tokenizer)
     windows = {
         name: evaluation_windows(tokenize(text, tokenizer), LENGTH, EVAL_WINDOWS, first)
         for name, text in texts.items()
     }
+    FILES.mkdir(parents=True, exist_ok=True)
+    files = {kind: FILES / f"{folder.name}-{kind}.gguf" for kind in TYPES}
     rows = []
-    files = {}
-    for kind in TYPES:
-        files[kind] = base if kind == "f32" else FOLDER / f"{kind}.gguf"
-        if kind != "f32":
-            library.quantise(base, files[kind], kind, threads)
-        row: dict[str, Any] = {"type": kind, "bytes": files[kind].stat().st_size}
-        with library.opened(files[kind], length=LENGTH, threads=threads) as opened:
+    for kind, file in files.items():
+        file.unlink(missing_ok=True)
+        if kind == "f32":
+            gguf_file.write(path, config, tokenizer, file, kind, folder.name)
+        else:
+            library.quantise(files["f32"], file, kind, threads)
+        row: dict[str, Any] = {"type": kind, "bytes": file.stat().st_size}
+        with library.opened(file, length=LENGTH, threads=threads) as opened:
             row["perplexity"] = {
                 name: math.exp(sum(map(opened.loss, found)) / found[:, 1:].numel())
                 for name, found in windows.items()
@@ -134,42 +139,50 @@ def measured(
                 documents = [text for path in texts.values() for text in read_text(path)]
                 everything = torch.cat(list(windows.values()))
                 row["compared"] = compared(folder, opened, documents, everything)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    prompt = next(iter(windows.values()))[0][:16].tolist()
-    speeds: dict[str, list[float]] = {kind: [] for kind in TYPES}
-    for _ in range(ROUNDS):
-        for kind, file in files.items():
-            with library.opened(file, length=LENGTH, threads=threads) as opened:
-                opened.greedy(prompt, 4)
-                speeds[kind].append(opened.greedy(prompt, NEW_TOKENS)[1])
-    for row in rows:
-        row["tokens_per_s"] = statistics.median(speeds[row["type"]])
         row["widths"] = [config.hidden_size, config.intermediate_size]
         row["model_type"] = config.model_type
-    return rows
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows, files
+
+
+def speeds(library: LlamaCpp, files: list[Path], threads: int) -> list[float]:
+    """Return each file's tokens a second when decoding: medians of runs in turns."""
+    taken: list[list[float]] = [[] for _ in files]
+    for _ in range(ROUNDS):
+        for file, found in zip(files, taken, strict=True):
+            with library.opened(file, length=LENGTH, threads=threads) as opened:
+                opened.greedy(list(range(300, 316)), 4)
+                found.append(opened.greedy(list(range(300, 316)), NEW_TOKENS)[1])
+    return [statistics.median(found) for found in taken]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, help="directories (the README's table)")
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
+    parser.add_argument("--keep", action="store_true", help="take models that were made before")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args, options = parser.parse_known_args()
     library = find()
     FOLDER.mkdir(parents=True, exist_ok=True)
     _, held_out = write_texts(FOLDER / "texts")
     texts = {path.stem: path for path in held_out}
-    models = {path.name: path for path in args.models} or made_models(options)
+    models = {path.name: path for path in args.models} or made_models(options, keep=args.keep)
     about = where(args.threads) | {"llama_cpp": library.version}
     about |= {"windows": EVAL_WINDOWS, "window": LENGTH}
+    rows: list[dict[str, Any]] = []
+    files: list[Path] = []
     for name, folder in models.items():
         print(f"{name}:", flush=True)
-        rows = [
-            about | {"model": name} | row for row in measured(library, folder, texts, args.threads)
-        ]
-        if args.out is not None:
-            append(args.out, rows)
+        found, written = measured(library, folder, texts, args.threads)
+        rows += [about | {"model": name} | row for row in found]
+        files += [written[row["type"]] for row in found]
+    for row, speed in zip(rows, speeds(library, files, args.threads), strict=True):
+        row["tokens_per_s"] = speed
+        print(f"{row['model']}, {row['type']}: {speed:.1f} tokens/s", flush=True)
+    if args.out is not None:
+        append(args.out, rows)
     return 0
 
 
