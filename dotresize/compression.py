@@ -91,11 +91,12 @@ def compress(
             each, with adapters (baselines/adapters.py), to compare with.
 
     Returns:
-        the narrowed model, of the same class and dtype, and a report (a JSON-able dict).
+        the narrowed model, of the same dtype and class (but a Llama of a width that its heads do
+        not divide is a Mistral, the same function), and a report (a JSON-able dict).
 
     Raises:
         ValueError: no such model, or weights that are not loaded; unsupported architecture; tokens
-            that are none, or longer than the model's positions; a width no loader accepts; a
+            that are none, or longer than the model's positions; a width that is none; a
             collapsed span; weights or activations that are not finite; unknown options.
         TypeError: a keyword that is no option.
 
@@ -103,7 +104,8 @@ def compress(
         with h the residual stream, w the gain of a norm and Q (D, k) orthonormal, every reader W
         becomes ``Q' diag(w) W``, every writer ``W Q``, and the norm's weight 1; a refit then
         replaces ``Q' diag(w)`` by the ridge solution of ``norm(h Q) A = norm(h) diag(w)`` on the
-        calibration tokens (narrow/absorb.py, narrow/refit.py).
+        calibration tokens, and the sizes of the columns return into the norm's weight
+        (narrow/absorb.py, narrow/refit.py, narrow/norm_scales.py).
 
     Reference:
         Verma, Murray and Duh, DOTResize: Reducing LLM Width via Discrete Optimal Transport-based

@@ -95,7 +95,7 @@ def perplexity(
     windows: int64 (count, length). The loss is summed in float64.
     """
     pairs = ((ids, found, None) for ids, found in _logits(model, windows, batch_windows, desc))
-    return _quality(pairs, model, len(windows), desc).perplexity
+    return _quality(pairs, model, len(windows), desc, alone=True).perplexity
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def quality(model: CausalLM, dense: Predictions, *, desc: str = "") -> Quality:
     own = _logits(model, dense.windows, dense.batch_windows, desc)
     both = zip(own, dense.logits(), strict=True)
     triples = ((ids, found, wanted) for (ids, found), (_, wanted) in both)
-    return _quality(triples, model, len(dense.windows), desc)
+    return _quality(triples, model, len(dense.windows), desc, alone=False)
 
 
 class Predictions:
@@ -147,7 +147,7 @@ class Predictions:
     def perplexity(self, desc: str = "") -> float:
         """Return the model's own perplexity."""
         pairs = ((ids, found, None) for ids, found in self.logits())
-        return _quality(pairs, self._model, len(self.windows), desc).perplexity
+        return _quality(pairs, self._model, len(self.windows), desc, alone=True).perplexity
 
     def close(self) -> None:
         """Let what is kept go."""
@@ -190,7 +190,7 @@ def greedy_text(model: CausalLM, dense: CausalLM, prompts: Tensor, *, desc: str 
     written = continue_greedily(model, prompts, NEW_TOKENS, desc=f"continue {desc}")
     texts = torch.cat([prompts.to(written.device), written], 1)
     pairs = ((ids, found, None) for ids, found in _logits(dense, texts, BATCH_WINDOWS))
-    under_dense = _quality(pairs, dense, len(texts), f"text of {desc}", given=given)
+    under_dense = _quality(pairs, dense, len(texts), f"text of {desc}", alone=True, given=given)
     return GreedyText(repeated_share(written), under_dense.perplexity)
 
 
@@ -210,18 +210,18 @@ def _quality(
     windows: int,
     desc: str,
     *,
+    alone: bool,
     given: int = 1,
 ) -> Quality:
     """Return the figures of batches of tokens, logits and the dense model's logits, if there are.
 
-    given: tokens of each window that are not predicted. Sums are in float64.
+    alone: whether there are none, on any process. given: tokens of each window that are not
+    predicted. Sums are in float64.
     """
     # Of loss, KL, agreement, and the number of tokens.
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    alone = True
     progress = tqdm(total=windows, desc=f"evaluate {desc}", unit="window", disable=None)
     for ids, found, dense in batches:
-        alone = dense is None
         for i in range(len(ids)):
             for start in range(given - 1, ids.shape[1] - 1, CHUNK):
                 part = slice(start, min(start + CHUNK, ids.shape[1] - 1))

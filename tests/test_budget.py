@@ -101,6 +101,16 @@ def test_what_is_taken_was_measured(excess, cut, tokens, monkeypatch):
     assert (found[0] < 96, found[1] < 256) == cut, report["budget"]
 
 
+def test_the_middle_is_taken_only_if_it_is_better(tokens, monkeypatch):
+    """Also where neither width alone can meet the budget."""
+    both = probe_as(lambda x, y: 9.0 if x < 0.8 and y < 0.8 else 1.0)
+    monkeypatch.setattr(Measured, "excess", both)
+    choices = {"params": 0.12, "params_count": "non_embedding", "self_windows": 0}
+    _, report = compress(tiny_model(**WIDE), tokens, **choices)
+    assert report["budget"]["excess"] == 1.0
+    assert 9.0 in [tried["excess"] for tried in report["budget"]["measured"]]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "qwen3_moe"])
 def test_a_budget_of_one_width(kind, tokens):
     """Where only one width can be cut, the budget is that width, and nothing is measured."""

@@ -47,7 +47,8 @@ def read_back(path: Path, config):
     import transformers
 
     _, tensors = read(path)
-    kind = gguf.MODEL_ARCH.QWEN2 if config.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    kept = gguf.GGUFReader(path).fields["general.architecture"].contents() == "qwen2"
+    kind = gguf.MODEL_ARCH.QWEN2 if kept else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     state = model.state_dict()
@@ -56,7 +57,7 @@ def read_back(path: Path, config):
             continue
         value = tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))]
         part = name.split(".")[-2]
-        if part in ("q_proj", "k_proj") and config.model_type != "qwen2":
+        if part in ("q_proj", "k_proj") and not kept:
             heads = value.view(-1, config.head_dim, *value.shape[1:])
             value = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).reshape(value.shape)
         state[name] = value.view(state[name].shape)
@@ -72,17 +73,26 @@ def read_back(path: Path, config):
         ("llama", {}),
         ("llama", {"tied": False, "attention_bias": True}),
         ("mistral", {"tied": False}),
-        ("qwen2", {}),
+        ("qwen2", {}),  # narrowed, its heads are wider than its residual: written as llama
+        ("qwen2", {"num_attention_heads": 3, "num_key_value_heads": 1, "width": 24}),
     ],
 )
 def test_f32_has_the_logits_of_transformers(kind, changes, bytes_tokenizer, tmp_path):
     tokens = torch.randint(259, (4, 24))
-    width = 16 if changes.get("attention_bias") else 18
+    changes = dict(changes)
+    width = changes.pop("width", 16 if changes.get("attention_bias") else 18)
     narrow, _ = compress(
         tiny_model(kind, **changes), tokens, width=width, ff_width=30, self_windows=0
     )
     folder = saved(narrow, bytes_tokenizer, tmp_path / "narrow")
     assert main(["export", str(folder), str(tmp_path / "n.gguf"), "--type", "f32", "--quiet"]) == 0
+    fields, tensors = read(tmp_path / "n.gguf")
+    assert fields["general.architecture"] == (
+        "qwen2" if kind == "qwen2" and width == 24 else "llama"
+    )
+    # llama.cpp's qwen2 has no place for heads of another width.
+    if fields["general.architecture"] == "qwen2":
+        assert tensors["blk.0.attn_q.weight"].numel() == width * width
     back = read_back(tmp_path / "n.gguf", narrow.config)
     with torch.no_grad():
         assert torch.equal(back(tokens).logits, narrow(tokens).logits)
@@ -140,6 +150,26 @@ def test_scaled_rotations(bytes_tokenizer, tmp_path):
         plain / tensors["rope_freqs.weight"], model.model.rotary_emb.inv_freq
     )
     assert fields["llama.rope.freq_base"] == 5e5
+
+
+def test_what_old_checkpoints_store_besides(bytes_tokenizer, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(tiny_model(), bytes_tokenizer, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"]) == 0
+    assert not [name for name in read(tmp_path / "m.gguf")[1] if "rot" in name]
+
+
+def test_several_chat_templates(bytes_tokenizer, tmp_path):
+    bytes_tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    folder = saved(tiny_model(), bytes_tokenizer, tmp_path / "model")
+    assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"]) == 0
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.chat_template"] == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
 def test_byte_pairs(bytes_tokenizer, tmp_path):
@@ -216,6 +246,7 @@ def test_what_is_refused(model_directory, bytes_tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(odd)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     scaled = str(saved(tiny_model(rope_parameters=yarn), bytes_tokenizer, tmp_path / "yarn"))
+    capsys.readouterr()
     for words, said in (
         ((model, out, "--type", "q5_k"), "--type q5_k: must be one of f32, f16, bf16, q8_0, q4_0"),
         ((model, str(tmp_path / "m.bin")), "must end in .gguf"),
@@ -235,6 +266,7 @@ def test_nothing_is_left_of_a_file_that_fails(bytes_tokenizer, tmp_path, capsys)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 3] = 7e4
     folder = saved(model, bytes_tokenizer, tmp_path / "model")
+    capsys.readouterr()
     said = fails(["export", str(folder), str(tmp_path / "m.gguf"), "--quiet"], capsys)
     assert "model.layers.2.mlp.up_proj.weight does not fit into f16" in said
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -29,7 +29,7 @@ correlation = torch.rand(6, 6)
 result = sinkhorn(torch.rand(12, 6), 0.1)
 """
 # Commands that need no model, and that other tests, or installations, run.
-LEFT_OUT = ("pip install", "make ", "torchrun", "python -m benchmarks")
+LEFT_OUT = ("pip install", "make ", "torchrun", "python -m benchmarks", "npm ", "llama-")
 # Commands that make what those after them read.
 BEFORE = ("python -c", "head ", "tail ")
 # Pages whose Python stands alone.

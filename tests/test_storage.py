@@ -33,10 +33,12 @@ def report(out: str | Path) -> dict:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("memory", [[], ["--memory", "3GB"]])
+@pytest.mark.parametrize("memory", [[], ["--memory", "3GB"]], ids=["whole", "by layers"])
 def test_the_type_that_was_asked_for(dtype, memory, words):
     import transformers
 
+    if memory and dtype == "float16":
+        return  # is refused
     assert main([*words, "--dtype", dtype, *memory]) == 0
     assert types(words[2]) == {getattr(torch, dtype)}
     assert report(words[2])["stored"]["dtype"] == dtype
@@ -95,6 +97,11 @@ def test_numbers_too_large_for_float16(words, tmp_path, model_directory, caplog)
     assert main([words[0], str(big), *words[2:], "--dtype", "float16"]) == 0
     assert "too large for it; stored as bfloat16" in caplog.text
     assert types(words[2]) == {torch.bfloat16}
+
+
+def test_float16_is_refused_where_it_would_be_found_too_small_too_late(words, capsys):
+    said = fails([*words, "--dtype", "float16", "--memory", "3GB"], capsys)
+    assert "--dtype float16: give bfloat16 or float32 with --memory" in said
 
 
 def test_a_type_that_is_none(words, capsys):

@@ -14,13 +14,13 @@ from ..studies.large_counts import SHAPES, counts, gpu_bytes, parameters
 def families() -> str:
     """Return what can be narrowed of which family, from the axis tables."""
     lines = [
-        "| model types | residual | feed-forward | widths that loaders ask for | merging |",
+        "| model types | residual | feed-forward | widths that configs accept | merging |",
         "|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        asked = "-"
+        asked = "any"
         if family.width_divisors:
-            asked = "multiples of the heads; others are saved as mistral"
+            asked = "multiples of the heads; others are saved as mistral, unless there are biases"
         elif family.width_multiple > 1:
             asked = f"multiples of {family.width_multiple}"
         inner = "yes" if family.has_inner_width else "no: experts"

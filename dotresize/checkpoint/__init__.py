@@ -116,7 +116,9 @@ def outline(source: str) -> CausalLM:
             check_stored(Path(where), config)
     with _one_line(source), torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
-    return CausalLM.in_memory(module)
+    model = CausalLM.in_memory(module)
+    model.architecture.check(module)
+    return model
 
 
 def read_config(source: str) -> Any:
@@ -142,7 +144,7 @@ def is_quantised(source: str) -> bool:
     config = Path(where) / "config.json"
     try:
         return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of a hub id that is already loaded: as its weights say
+    except (OSError, ValueError):  # a hub id: transformers says what it reads
         return False
 
 

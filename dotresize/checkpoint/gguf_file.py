@@ -40,6 +40,8 @@ TYPES = {
     "q4_0": ("Q4_0", "Q8_0", "MOSTLY_Q4_0"),
 }
 SHAPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+# What old checkpoints store besides, and every reader computes.
+_COMPUTED = ".rotary_emb.inv_freq"
 BLOCK = 32
 
 
@@ -60,6 +62,17 @@ def check(out: str, kind: str) -> None:
         raise ValueError("export needs gguf: pip install 'dotresize[gguf]'") from None
 
 
+def architecture_of(config: Any) -> str:
+    """Return llama.cpp's architecture of a model.
+
+    Its Qwen2 takes heads that are together as wide as the residual only; where the residual was
+    narrowed, "llama" is the same function, which may have biases of queries, keys and values.
+    """
+    kind = SHAPES[config.model_type]
+    whole = config.num_attention_heads * head_size(config) == config.hidden_size
+    return kind if kind == "llama" or whole else "llama"
+
+
 def check_config(config: Any) -> None:
     """Raise ValueError, naming the entry, for a model that has no form here."""
     kind = config.model_type
@@ -70,7 +83,8 @@ def check_config(config: Any) -> None:
         )
     rope = dict(config.rope_parameters)
     scaling = rope.get("rope_type", "default")
-    known = ("default", "linear", "llama3") if SHAPES[kind] == "llama" else ("default", "linear")
+    own = architecture_of(config)
+    known = ("default", "linear", "llama3") if own == "llama" else ("default", "linear")
     refused = {
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
         f"rope_type {scaling}": scaling not in known,
@@ -114,13 +128,13 @@ def write(folder: Path, config: Any, tokenizer: Any, out: Path, kind: str, name:
 def _write(folder: Path, config: Any, tokenizer: Any, path: Path, kind: str, name: str) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(path, SHAPES[config.model_type])
+    writer = gguf.GGUFWriter(path, architecture_of(config))
     try:
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType[TYPES[kind][2]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_config(writer, config)
-        _add_vocabulary(writer, tokenizer, config.vocab_size)
+        _add_vocabulary(writer, tokenizer, config)
         tensors = _Tensors(folder, config, kind)
         for target, shape, dtype in tensors.listed():
             bytes_shape = gguf.quant_shape_to_byte_shape(shape, dtype) if _packed(dtype) else shape
@@ -161,8 +175,8 @@ def _add_config(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
-    found = vocabulary(tokenizer, size)
+def _add_vocabulary(writer: Any, tokenizer: Any, config: Any) -> None:
+    found = vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.rule or "default")
     writer.add_token_list(found.pieces)
@@ -172,10 +186,11 @@ def _add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     if found.scores:
         writer.add_token_scores(found.scores)
     writer.add_add_space_prefix(found.prefixed)
-    first = found.first if found.first is not None else tokenizer.bos_token_id
+    # Without these llama.cpp takes tokens of its own for the beginning and the end of text.
+    named = tokenizer.bos_token_id if found.first is None else found.first
     for add, token in (
-        (writer.add_bos_token_id, first),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_bos_token_id, _id(named, config.bos_token_id)),
+        (writer.add_eos_token_id, _id(tokenizer.eos_token_id, config.eos_token_id)),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
@@ -183,8 +198,18 @@ def _add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
             add(token)
     writer.add_add_bos_token(found.first is not None)
     writer.add_add_eos_token(found.last is not None)
-    if getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+
+
+def _id(token: int | None, otherwise: Any) -> int | None:
+    """Return a token, or the first that a config names instead; None for none."""
+    if token is not None:
+        return token
+    return otherwise[0] if isinstance(otherwise, (list, tuple)) else otherwise
 
 
 def head_size(config: Any) -> int:
@@ -198,7 +223,7 @@ class _Tensors:
     def __init__(self, folder: Path, config: Any, kind: str) -> None:
         import gguf
 
-        architecture = gguf.MODEL_ARCH[SHAPES[config.model_type].upper()]
+        architecture = gguf.MODEL_ARCH[architecture_of(config).upper()]
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         self._config, self._types = config, TYPES[kind]
         self._quantise, self._dtypes = gguf.quantize, gguf.GGMLQuantizationType
@@ -206,7 +231,8 @@ class _Tensors:
         for path in shards(folder):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
-                    if name == "lm_head.weight" and is_tied(config):
+                    tied = name == "lm_head.weight" and is_tied(config)
+                    if tied or name.endswith(_COMPUTED):
                         continue
                     target = names.get_name(name, try_suffixes=(".weight", ".bias"))
                     if target is None:
@@ -250,7 +276,7 @@ class _Tensors:
 
     def _interleaved(self, name: str, weight: Tensor) -> Tensor:
         part = name.split(".")[-2]
-        if SHAPES[self._config.model_type] != "llama" or part not in ("q_proj", "k_proj"):
+        if architecture_of(self._config) != "llama" or part not in ("q_proj", "k_proj"):
             return weight
         halves = weight.view(-1, 2, head_size(self._config) // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)

@@ -24,6 +24,9 @@ _RULES = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
+CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
+# Rules by which a word that is in the vocabulary is one token, whatever the merges say.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -76,7 +79,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     first, last = added_around(tokenizer)
     return Vocabulary(
         model="gpt2" if by_bytes else "llama",
-        rule=_rule(described["pre_tokenizer"]) if by_bytes else None,
+        rule=_rule(described) if by_bytes else None,
         pieces=pieces,
         kinds=kinds,
         merges=[" ".join(pair) for pair in merges] if by_bytes else [],
@@ -85,9 +88,6 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         first=first,
         last=last,
     )
-
-
-CONVERTER = "llama.cpp's convert_hf_to_gguf.py may take it"
 
 
 def _pieces(
@@ -103,14 +103,20 @@ def _pieces(
             kinds[i] = int(TokenType.BYTE)
     for token in added:
         i = token["id"]
-        kinds[i] = int(TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
-        if not token["special"]:  # these are looked for in the text as it was written
+        control = token["special"] or _looks_special(token["content"])
+        kinds[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
+        if not control:  # these are looked for in the text as it was written
             pieces[i] = token["content"].replace(_SPACE, " ")
     return pieces, kinds
 
 
+def _looks_special(piece: str) -> bool:
+    """Return whether a token is one of control though its tokenizer does not say so."""
+    return piece.startswith("<|") and piece.endswith("|>")
+
+
 def _scores(merges: list[list[str]], tokens: dict[str, int], size: int) -> list[float]:
-    """Return scores that merge in the order of ``merges``; unmade pieces are never merged to."""
+    """Return scores that merge in the order of ``merges``; pieces that none makes come last."""
     scores = [-1e9] * size
     for rank, (left, right) in reversed(list(enumerate(merges))):
         made = tokens.get(left + right)
@@ -119,24 +125,37 @@ def _scores(merges: list[list[str]], tokens: dict[str, int], size: int) -> list[
     return scores
 
 
-def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
+def _rule(described: dict[str, Any]) -> str:
     """Return llama.cpp's name of a splitting rule; ValueError where it has none."""
-    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        before, own = steps[:-1], steps[-1].get("use_regex", True)
-        if not before and own:
-            return "gpt-2"
-        if own and [(s["type"], s.get("individual_digits")) for s in before] == [("Digits", True)]:
-            return "smollm"
-        if len(before) == 1 and before[0]["type"] == "Split" and not own:
-            rule = _RULES.get(before[0]["pattern"].get("Regex", ""))
-            if rule is not None:
-                return rule
-    raise ValueError(
-        f"tokenizer: splits text by {' and '.join(kinds) or 'no rule'} of its own, which is not "
-        f"among {', '.join(sorted({'gpt-2', 'smollm', *_RULES.values()}))}; {CONVERTER}"
-    )
+    steps = _steps(described["pre_tokenizer"])
+    name = _known(steps)
+    whole_words = described["model"].get("ignore_merges", False)
+    if name is not None and whole_words != (name in _WHOLE_WORDS):
+        raise ValueError(
+            f"tokenizer: ignore_merges is {whole_words}, which llama.cpp's {name} is not; "
+            f"{CONVERTER}"
+        )
+    if name is None:
+        kinds = " and ".join(step["type"] for step in steps)
+        known = ", ".join(sorted({"gpt-2", "smollm", *_RULES.values()}))
+        raise ValueError(
+            f"tokenizer: splits text by {kinds or 'no rule'} of its own, which is not among "
+            f"{known}; {CONVERTER}"
+        )
+    return name
+
+
+def _known(steps: list[dict[str, Any]]) -> str | None:
+    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    before, own = steps[:-1], steps[-1].get("use_regex", True)
+    if own and not before:
+        return "gpt-2"
+    if own and [(s["type"], s.get("individual_digits")) for s in before] == [("Digits", True)]:
+        return "smollm"
+    if own or [s["type"] for s in before] != ["Split"] or before[0].get("invert"):
+        return None
+    return _RULES.get(before[0]["pattern"].get("Regex", ""))
 
 
 def _prefixed(described: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -68,7 +69,7 @@ def _interrupt(*_: object) -> NoReturn:
     """Raise KeyboardInterrupt, and again after a while: what is raised in a ``__del__`` is lost."""
     sys.unraisablehook = _unraisable
     signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 2.0)  # cleaning up takes less
+    signal.setitimer(signal.ITIMER_REAL, 10.0)  # cleaning up takes less
     raise KeyboardInterrupt
 
 
@@ -84,13 +85,15 @@ def _stop_asking() -> None:
 
 
 def _as_typed(message: str, args: argparse.Namespace) -> str:
-    """Return a message that begins with an option's name as Python has it, with the one typed."""
-    name, space, rest = message.partition(" ")
-    end = ":" if name.endswith(":") else ""
-    name = name.removesuffix(":")
-    if name in ("model", "out", "eval", "verb") or not hasattr(args, name):
-        return message
-    return f"--{name.replace('_', '-')}{end}{space}{rest}"
+    """Return a message with options as they are typed, not as Python has them."""
+    known = vars(args).keys() - {"model", "out", "eval", "verb"}
+    # Words that are no English are options wherever they stand, others where a message begins.
+    plain = [name for name in known if "_" in name or name == "params"]
+    if plain:
+        pattern = rf"(?<![-\w])({'|'.join(sorted(plain, key=len, reverse=True))})(?!\w)"
+        message = re.sub(pattern, lambda found: f"--{found[1].replace('_', '-')}", message)
+    first = re.match(r"\w+", message)
+    return f"--{message}" if first is not None and first[0] in known else message
 
 
 def _stages_kept(args: argparse.Namespace) -> str:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     }
     distributed.begin()
     if distributed.rank():
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)  # the first process says it
         os.environ["TQDM_DISABLE"] = "1"
     code = verbs[args.verb](args)
     # Not after an error: other processes may wait for what will not come.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dotresize.accounting import count_parameters, peak_memory, stage
+from dotresize.accounting import stages as stages_of
 from dotresize.calibration.statistics import Statistics
 from dotresize.cli import report
 from dotresize.cli.choices import RecoveryChoices
@@ -107,7 +108,7 @@ def narrowed(
     options: Options,
     reference: Reference,
     stages: Stages,
-    storage: Storage,
+    storage: Storage | None,
     *,
     compare: bool,
 ) -> tuple[CausalLM, list[dict[str, Any]]]:
@@ -119,7 +120,8 @@ def narrowed(
     narrow, main = stages.model(
         "narrow", lambda: narrow_model(model, tokens, options, statistics), tokenizer, model.device
     )
-    storage.round(narrow, main)
+    if storage is not None:
+        storage.round(narrow, main)
     dense = dense_report(reference)
     evaluate_into(beside(main, dense), narrow, reference)
     inner = main["feed_forward"]
@@ -154,6 +156,7 @@ def evaluated(
     dense: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the report of a narrowed model, its figures beside the dense model's."""
+    stages_of.info("to compare with: %s, %s", options.method.name, options.ff_method.name)
     narrow, row = narrow_model(reference.model, tokens, options, statistics)
     return evaluate_into(beside(row, dense), narrow, reference)
 

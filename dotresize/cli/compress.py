@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dotresize import checkpoint, distributed
-from dotresize.accounting import check_weights, peak_memory
+from dotresize.accounting import check_weights, peak_memory, stage
 from dotresize.cli import card, comparison, html_page, memory, report
 from dotresize.cli.checks import (
     check_positions,
@@ -101,13 +101,16 @@ def compress(args: argparse.Namespace) -> int:
                 "--report": args.report is not None,
             }
             memory.check(args.memory, args.model, options, others)
+            if args.dtype == "float16":  # whose range is found to be too small when it is too late
+                raise ValueError("--dtype float16: give bfloat16 or float32 with --memory")
         planned.append(_planned(args, options, choices))
 
     def run(stages: Stages) -> int:
         work = None if args.memory is None else stages.offload()
-        model, tokenizer = checkpoint.load_with_tokenizer(
-            args.model, device, to_narrow=True, work=work
-        )
+        with stage("reading the model", {}):
+            model, tokenizer = checkpoint.load_with_tokenizer(
+                args.model, device, to_narrow=True, work=work
+            )
         check_weights(model.module)
         wanted, widths = planned[0]
         fitted = choices.fitted(model.config)
@@ -122,7 +125,9 @@ def compress(args: argparse.Namespace) -> int:
             plan = memory.make_plan(args.memory, wanted, widths, model, tokens, texts)
         with closing(comparison.Reference(model, texts)) as reference:
             narrow, rows = comparison.narrowed(
-                *(model, tokenizer, tokens, wanted, reference, stages, storage),
+                *(model, tokenizer, tokens, wanted, reference, stages),
+                # What is still to be trained is rounded after that.
+                storage if recovery.recover is None else None,
                 compare=args.compare,
             )
             figures = rows[-1].pop("figures", None)
@@ -142,7 +147,8 @@ def compress(args: argparse.Namespace) -> int:
         if args.compare:
             last["compared"] = others
         storage.cast(narrow)
-        card.write_output(args.out, narrow, tokenizer, last, card.narrowed_card, args.model)
+        with stage("writing", {}, args.out):
+            card.write_output(args.out, narrow, tokenizer, last, card.narrowed_card, args.model)
         distributed.wait()  # nobody needs its stages any more
         stages.remove()
         if args.report is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dotresize import checkpoint, distributed
 from dotresize.checkpoint import gguf_file
+from dotresize.checkpoint.origin import origin_of
 from dotresize.cli.report import say
 
 logger = logging.getLogger("dotresize")
@@ -19,7 +20,8 @@ def export(args: argparse.Namespace) -> int:
         raise ValueError("export: runs in one process; run it without torchrun")
     gguf_file.check(args.out, args.type)
     folder, config, tokenizer = checkpoint.parts_of(args.model)
-    gguf_file.write(folder, config, tokenizer, Path(args.out), args.type, folder.resolve().name)
+    name = origin_of(args.model).hub_id or folder.resolve().name
+    gguf_file.write(folder, config, tokenizer, Path(args.out), args.type, name)
     odd = [f"{name} {size}" for name, size in _rows(config) if size % gguf_file.BLOCK]
     if odd and args.type in ("q8_0", "q4_0"):
         logger.info(
@@ -27,7 +29,7 @@ def export(args: argparse.Namespace) -> int:
             *(" and ".join(odd), gguf_file.BLOCK),
         )
     size = Path(args.out).stat().st_size
-    say(f"{args.out}  {size / 1e6:.1f} MB, {args.type}, {gguf_file.SHAPES[config.model_type]}")
+    say(f"{args.out}  {size / 1e6:.1f} MB, {args.type}, {gguf_file.architecture_of(config)}")
     return 0
 
 

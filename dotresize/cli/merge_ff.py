@@ -15,7 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from dotresize import checkpoint, distributed
-from dotresize.accounting import check_weights, peak_memory, unique_parameters, versions
+from dotresize.accounting import (
+    check_weights,
+    peak_memory,
+    stage,
+    unique_parameters,
+    versions,
+)
 from dotresize.checkpoint.origin import Origin
 from dotresize.cli import card, comparison, report
 from dotresize.cli.checks import (
@@ -27,6 +33,7 @@ from dotresize.cli.checks import (
 )
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
 from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
+from dotresize.cli.storage import Storage, check_dtype
 from dotresize.cli.texts import (
     calibration_streams,
     calibration_windows,
@@ -89,12 +96,13 @@ def merge_ff(args: argparse.Namespace) -> int:
     recovery = chosen(RecoveryChoices, args)
     check_texts(choices)
     check_windows(choices)
+    check_dtype(args.dtype)
     choose(merging.backend, device)
     merging.check(choices.windows)
     check_recovery(recovery, device)
     recorded = settings(args, Source, MergeChoices, TextChoices, RecoveryChoices)
     recorded["model_files"] = files_of(args.model)
-    recorded |= FIRST_TOKEN
+    recorded |= FIRST_TOKEN | {"dtype": args.dtype}
     recorded["text_sha256"] = digests(choices.files)
 
     def check() -> None:
@@ -105,28 +113,33 @@ def merge_ff(args: argparse.Namespace) -> int:
         merging.check_layers(len(layers_of(outline.module, stacks_of(outline.module)[0])))
 
     def run(stages: Stages) -> int:
-        model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
+        with stage("reading the model", {}):
+            model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
         check_weights(model.module)
         texts_of = choices.fitted(model.config)
         layers = len(layers_of(model.module, stacks_of(model.module)[0]))
         streams = calibration_streams(texts_of, model, tokenizer)
         tokens = calibration_windows(texts_of, streams, tokenizer)
         texts = evaluation_texts(texts_of, model, tokenizer, streams)
+        quantised = checkpoint.is_quantised(args.model)
+        storage = Storage(args.dtype, quantised=quantised, texts=texts)
         new = None
         if recovery.recover is not None:
             count = recovery.recover * BATCH_WINDOWS
             new = recovery_windows(texts_of, streams, count, tokenizer)
         with closing(comparison.Reference(model, texts)) as reference:
             rows = [_report("dense", model, reference)]
-            merged, main = stages.model(
-                "merged", lambda: _merged(merging, model, tokens), tokenizer, device
-            )
+            with stage("merging", {}, f"tries windows of {merging.merge} layers"):
+                merged, main = stages.model(
+                    "merged", lambda: _merged(merging, model, tokens), tokenizer, device
+                )
             chosen_window = main["stacks"]["decoder"]
             first, *_, last = chosen_window["window"]
             logger.info("layers %d to %d of %d become one feed-forward", first, last, layers)
             judge = _Judge(reference, new, recovery, args.seed, stages)
             rows += judge.reports("merged", merged)
             result = rows[-1]["perplexity"]
+            storage.round(merged, main)
             if args.compare:
                 rows += _compared(merging, model, tokens, judge, chosen_window)
         main |= {
@@ -138,9 +151,11 @@ def merge_ff(args: argparse.Namespace) -> int:
         if recovery.recover is not None:
             main["recovery"] = main["rows"]["merged + recovery"].pop("recovery")
         main["saved"] = _saved(main["parameters"], plain=merging.plain)
+        storage.cast(merged)
         # Stages stay in the format that shares: what goes on from them must train what is shared.
         written = CausalLM(merged.module, PlainStore(merged.module)) if merging.plain else merged
-        card.write_output(args.out, written, tokenizer, main, _card, args.model)
+        with stage("writing", {}, args.out):
+            card.write_output(args.out, written, tokenizer, main, _card, args.model)
         stages.remove()
         loader = "plain transformers" if merging.plain else "dotresize.load"
         if merging.plain:

@@ -95,8 +95,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--width",
         type=float,
-        help="instead, of the residual stream: a share up to 1, or an exact number (all of it; "
-        "0.8 where no size is given and no budget can be measured, as with --memory)",
+        help="instead, of the residual stream: a share up to 1, or an exact number (if nothing "
+        "else is given and no budget can be measured, as with --memory, 0.8)",
     )
     size.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"
@@ -113,12 +113,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     groups["output"].add_argument(
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"
     )
-    groups["output"].add_argument(
-        "--dtype",
-        default="auto",
-        help="how weights are stored: auto, float32, bfloat16 or float16 (auto: as the model's; "
-        "of a quantised one bfloat16, if predictions stay the same, else float32)",
-    )
+    _add_dtype(groups)
     _add_recovery(groups)
     groups["running"].add_argument(
         "--memory",
@@ -150,7 +145,7 @@ def _add_narrowing(groups: _Groups) -> None:
         "--multiple-of",
         type=int,
         metavar="N",
-        help="of what widths are a multiple (256, 128, 64 or 32: the largest one near enough)",
+        help="widths become multiples of N (of 256, 128, 64 or 32, the largest that fits)",
     )
     size.add_argument(
         "--keep-type",
@@ -162,7 +157,7 @@ def _add_narrowing(groups: _Groups) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="devices it will be split over; the feed-forward width is a multiple of N times more",
+        help="how many devices will share it: the feed-forward width can be divided by N as well",
     )
     method = groups["method"]
     method.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
@@ -233,12 +228,22 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"
     )
+    _add_dtype(groups)
     _add_recovery(groups)
     groups["running"].add_argument(
         "--resume", action="store_true", help="go on with an interrupted --recover in OUT.partial"
     )
     _add_texts(groups, windows=20)
     _add_common(groups)
+
+
+def _add_dtype(groups: _Groups) -> None:
+    groups["output"].add_argument(
+        "--dtype",
+        default="auto",
+        help="how weights are stored: auto, float32, bfloat16 or float16 (auto: as they were read; "
+        "of a quantised model bfloat16, if predictions stay the same, else float32)",
+    )
 
 
 def _add_recovery(groups: _Groups) -> None:

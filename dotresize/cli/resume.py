@@ -210,12 +210,12 @@ def already_done(out: str, settings: dict[str, Any]) -> bool:
 
 def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Raise ValueError naming the first setting that was another when ``made`` was written."""
+    if FIRST_TOKEN.keys() - before.keys():
+        raise ValueError(
+            f"output {made}: was calibrated on windows without the token that the tokenizer puts "
+            "first (BOS); it cannot be resumed"
+        )
     for name, value in settings.items():
-        if name not in before and name in FIRST_TOKEN:
-            raise ValueError(
-                f"output {made}: was calibrated on windows without the token that the tokenizer "
-                "puts first (BOS); it cannot be resumed"
-            )
         if name not in before:
             raise ValueError(
                 f"output {made}: its record says nothing of {name}, as another command or version "

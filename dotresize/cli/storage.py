@@ -73,7 +73,8 @@ class Storage:
         total = count = 0.0
         for windows in self._windows:
             with closing(Predictions(model, windows, desc="float32")) as exact:
-                found = quality(rounded, exact, desc="bfloat16").kl or 0.0
+                found = quality(rounded, exact, desc="bfloat16").kl
+                assert found is not None
             total, count = total + found * windows.numel(), count + windows.numel()
         kl = total / count
         kept = torch.bfloat16 if kl <= MOST_KL else torch.float32

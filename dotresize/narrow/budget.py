@@ -201,7 +201,8 @@ def _best(given: Calibrated) -> Split:
     middle = middle_of(pairs, ends, model)
     if middle is not None and (near or not all(alone)):
         excess = measured.excess(*middle)
-        if excess < found[best] - MARGIN * abs(found[best]) or not alone[best]:
+        margin = MARGIN * abs(found[best]) if alone[best] else 0.0
+        if excess < found[best] - margin:
             ends, found, best = [middle], [excess], 0
     width, inner = ends[best]
     return Split(width, inner, found[best], tuple(measured.excesses))

@@ -89,7 +89,10 @@ def _chosen(
         found = round_width(asked * full, full, **rule)
         if asked < 1 and found == full and full > 1:
             least = math.lcm((multiple or FEW_STEP) * times, divisor)
-            raise ValueError(f"{name} {asked:g}: there is no multiple of {least} below {full}")
+            raise ValueError(
+                f"{name} {asked:g}: there is no multiple of {least} below {full}; give an exact "
+                "number, or a smaller multiple_of"
+            )
         return found
     step = math.lcm((multiple or 1) * times, divisor)
     if asked == full:
@@ -223,9 +226,8 @@ def residual_step(model: CausalLM, options: Options) -> int:
 def announce(model: CausalLM, widths: Widths, options: Options) -> None:
     """Say which widths were chosen, under which type the result is saved, and what it costs."""
     changes: list[tuple[str, int, int, float | None]] = []
-    if widths.residual is not None:
-        asked = 1.0 if options.width is None else options.width
-        changes.append(("width", model.width, widths.residual, asked))
+    if widths.residual is not None and options.width is not None:
+        changes.append(("width", model.width, widths.residual, options.width))
     if widths.inner is not None:
         changes.append(("feed-forward width", model.inner_width, widths.inner, options.ff_width))
     for change in changes:

@@ -68,12 +68,18 @@ def _move(architecture: Architecture, norm: nn.Module, readers: Sequence[Tensor]
     if not sound.any():
         return
     size = size * (gain[sound].square().mean() / size[sound].square().mean()).sqrt()
-    if readers[0].dtype.itemsize < 4:
-        size = gain.abs() * torch.exp2((size / gain.abs()).log2().round())
+    exact = readers[0].dtype.itemsize < 4
+    if exact:
+        power = (size / gain.abs()).log2().round()
+        if architecture.norm_offset:  # 2^p - 1 fits into eight bits
+            power = power.clamp(-7, 7)
+        size = gain.abs() * torch.exp2(power)
     size = torch.where(sound, size * gain.sign(), gain)
     new = (size - architecture.norm_offset).to(norm.weight)  # type: ignore[arg-type]
     # What the weight really holds from now on, rounded as it is.
     held = new.to(FLOAT) + architecture.norm_offset
+    sound &= (held == size) if exact else (held != 0)
+    new = torch.where(sound, new, norm.weight)  # type: ignore[arg-type]
     factor = torch.where(sound, gain / held, torch.ones_like(gain))
     for reader in readers:
         reader.mul_(factor.to(reader.device, torch.promote_types(reader.dtype, torch.float32)))

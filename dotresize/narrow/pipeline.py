@@ -57,6 +57,7 @@ def narrow_model(
             "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
         )
     first = first_token(model, windows)
+    alone = statistics is None  # who calibrates before has said what was chosen
     if statistics is None:
         windows, statistics = calibrate(model, windows, options)
     if not model.architecture.fixed_residual:
@@ -73,7 +74,7 @@ def narrow_model(
             split = split_budget(given)
         width = split.width
         inner = split.inner if split.inner < model.inner_width else None
-    if widths.residual is None:
+    if alone or widths.residual is None:
         announce_found(model, width, inner)
     for name in ("self-generated text", "calibration"):
         seconds[name] = statistics.seconds.get(name, 0.0)

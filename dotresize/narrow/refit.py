@@ -247,7 +247,7 @@ def add_windows(
     """
     equations.add(u, v)
     if first != 1.0:
-        u_first, v_first = (x.view(-1, length, x.shape[-1])[:, 0] for x in (u, v))
+        u_first, v_first = (x.reshape(-1, length, x.shape[-1])[:, 0] for x in (u, v))
         equations.add(u_first, v_first, weight=first - 1.0)
 
 
