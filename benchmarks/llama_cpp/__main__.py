@@ -76,6 +76,7 @@ def compared(folder: Path, opened: Any, texts: list[str], windows: Tensor) -> di
     """Return how a file in f32 differs from the directory that it was made of."""
     device = torch.device("cpu")
     model, tokenizer = load_with_tokenizer(str(folder), device, to_narrow=False)
+    model.module.float()  # the weights as they are, computed as llama.cpp does
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     other = sum(own != opened.tokenise(text) for own, text in zip(ids, texts, strict=True))
     window = windows[0]
