@@ -20,7 +20,7 @@ from . import checks
 from .api import api
 from .gpu import ceilings, details, peers_table
 from .llama_cpp import llama_cpp
-from .models import families, large, merging, projected
+from .models import families, first_token, large, merging, projected
 from .quality import budget, headline, multiple_choice, recovered, speed, study
 
 ROOT = Path(__file__).parent.parent.parent
@@ -242,6 +242,7 @@ TABLES = {
         "speed": lambda: speed(rows("speed.jsonl")),
         "recovered": lambda: recovered(rows("recovered.jsonl")),
         "lm_eval": lambda: multiple_choice(_lm_eval_rows()),
+        "first_token": lambda: first_token(rows("first_token.jsonl")),
     },
     "docs/studies.md": {
         "study": lambda: study(rows("quality.jsonl")),
@@ -275,6 +276,7 @@ SOURCES = {
     "study": ("quality.jsonl", "compressor"),
     "recovered": ("recovered.jsonl", "compressor"),
     "lm_eval": ("lm_eval.jsonl", "compressor"),
+    "first_token": ("first_token.jsonl", "compressor"),
     "llama_cpp": ("llama_cpp.jsonl", "compressor"),
     "large": ("large.jsonl", "compressor"),
     "projected": ("projected.jsonl", "compressor"),

@@ -33,6 +33,36 @@ def families() -> str:
     return "\n".join(lines)
 
 
+def first_token(table: list[dict[str, Any]]) -> str:
+    """Return what a model loses by how often the first token of a window counts."""
+    if not table:
+        return "No rows yet."
+    lines = [
+        "| model | calibrated on windows | their first token counts | excess |",
+        "|---|---|---|---|",
+    ]
+    for row in table:
+        bos = row["first_token"] is not None
+        begun = "as they lie in the text" if not bos else "that begin with BOS"
+        begun = "without BOS" if bos and row["calibrated_with"] is None else begun
+        times = "as any other" if row["counts"] == 1 else f"{row['counts']:,.0f} times"
+        lines.append(f"| {row['model']} | {begun} | {times} | {row['excess']:.3f} |")
+    last = table[-1]
+    with_bos = next((row for row in table if "dense_without" in row), None)
+    lines += [
+        "",
+        f"Feed-forward width x 0.75, {last['windows']} windows of {last['window']} tokens, three texts, "
+        f"evaluated as users run the model; {last['device']}, {last['date']}.",
+    ]
+    if with_bos is not None:
+        pairs = ", ".join(
+            f"{name} {with_bos['dense_without'][name]:.1f} and {with_bos['dense'][name]:.1f}"
+            for name in with_bos["dense"]
+        )
+        lines.append(f"Dense perplexity of {with_bos['model']} without BOS and with it: {pairs}.")
+    return "\n".join([*lines, "Rows: `benchmarks/results/first_token.jsonl`."])
+
+
 def large(table: list[dict[str, Any]]) -> str:
     """Return memory and time by stage of models that stayed in their files."""
     stages = ("calibration", "cost", "sinkhorn", "factorisation", "absorption", "refit")
