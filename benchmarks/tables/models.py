@@ -51,8 +51,8 @@ def first_token(table: list[dict[str, Any]]) -> str:
     with_bos = next((row for row in table if "dense_without" in row), None)
     lines += [
         "",
-        f"Feed-forward width x 0.75, {last['windows']} windows of {last['window']} tokens, three texts, "
-        f"evaluated as users run the model; {last['device']}, {last['date']}.",
+        f"Feed-forward width x 0.75, {last['windows']} windows of {last['window']} tokens, three "
+        f"texts, evaluated as users run the model; {last['device']}, {last['date']}.",
     ]
     if with_bos is not None:
         pairs = ", ".join(
