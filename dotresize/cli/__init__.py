@@ -92,7 +92,8 @@ def _as_typed(message: str, args: argparse.Namespace) -> str:
     if plain:
         pattern = rf"(?<![-\w])({'|'.join(sorted(plain, key=len, reverse=True))})(?!\w)"
         message = re.sub(pattern, lambda found: f"--{found[1].replace('_', '-')}", message)
-    first = re.match(r"\w+", message)
+    message = re.sub(r"\b(give|or) (width|energy)\b", r"\1 --\2", message)
+    first = re.match(r"\w+(?=[ :])", message)
     return f"--{message}" if first is not None and first[0] in known else message
 
 
