@@ -68,6 +68,17 @@ _OF_KIND = {
 }
 
 
+# Rotations scaled as in Llama 3.1, for a tiny context.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def tiny_model(kind: str = "llama", *, tied: bool = True, dtype=torch.float32, **changes):
     """A random model of 3 layers and width 24, its norms and biases not at their initial values."""
     import transformers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fails, pieces_tokenizer, tiny_model
+from conftest import LLAMA3_ROPE, fails, pieces_tokenizer, tiny_model
 
 from dotresize import compress
 from dotresize.cli import main
@@ -133,15 +133,7 @@ def test_smaller_types(kind, most, bytes_tokenizer, tmp_path):
 
 
 def test_scaled_rotations(bytes_tokenizer, tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    model = tiny_model(rope_parameters=rope)
+    model = tiny_model(rope_parameters=LLAMA3_ROPE)
     folder = saved(model, bytes_tokenizer, tmp_path / "model")
     assert main(["export", str(folder), str(tmp_path / "m.gguf"), "--type", "f32", "--quiet"]) == 0
     fields, tensors = read(tmp_path / "m.gguf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import LLAMA3_ROPE, fails, tiny_model
 
 from dotresize import compress
 from dotresize.cli import main
@@ -147,15 +147,7 @@ def test_llama_saved_as_mistral_is_the_same_function(tied, tmp_path):
 
 
 def test_scaled_rotations_come_with_it():
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    model = tiny_model(rope_parameters=rope, dtype=torch.float64)
+    model = tiny_model(rope_parameters=LLAMA3_ROPE, dtype=torch.float64)
     tokens = torch.randint(259, (4, 16))
     narrow, _ = compress(model, tokens, width=18, refit=False, self_windows=0)
     assert narrow.config.rope_parameters["rope_type"] == "llama3"
