@@ -218,7 +218,7 @@ def _quality(
     alone: whether there are none, on any process. given: tokens of each window that are not
     predicted. Sums are in float64.
     """
-    # Of loss, KL, agreement, and the number of tokens.
+    # These are the sums of loss, KL and agreement, and the number of tokens.
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     progress = tqdm(total=windows, desc=f"evaluate {desc}", unit="window", disable=None)
     for ids, found, dense in batches:

@@ -140,7 +140,7 @@ def pieces_tokenizer(size: int = 320, prefix: str = "first"):
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["hello world, it is new and a dash " * 20], trainer)
     described = json.loads(tokenizer.to_str())
-    # As in a real one, only the first three are special.
+    # A real one has only its first three tokens marked as special.
     described["added_tokens"] = described["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(described))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

@@ -52,7 +52,7 @@ def test_no_signal_at_all_keeps_the_prior(problem):
 @pytest.mark.parametrize("solved", [True, False])
 @pytest.mark.parametrize("ridge", [1e-6, 0.3, 10.0])
 def test_what_is_lost(problem, ridge, solved):
-    """Of all inputs, and of some."""
+    """What is lost is right for all inputs, and for some of them."""
     u, v, prior = problem
     for kept in (torch.arange(11), torch.tensor([0, 3, 4, 9])):
         equations = NormalEquations(prior)

@@ -69,7 +69,7 @@ def test_items_are_the_same_each_time_and_spread(task):
 
 def test_nothing_of_a_calibration_text_is_asked_for(task):
     _, items = task
-    # As a held-out text quotes it: in other lines.
+    # A held-out text may quote it in other lines.
     calibration = [document(100) + "\n\n" + items.plain(DOCUMENTS[1])]
     made = items.make_items(DOCUMENTS, calibration)
     assert {item["document"] for item in made} == {0, 2, 3, 4}

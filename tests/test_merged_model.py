@@ -46,7 +46,7 @@ def test_repeated_for_plain_transformers(kind, tmp_path):
     loaded = type(merged).from_pretrained(tmp_path / "plain")
     assert torch.equal(logits(loaded.eval(), kind), logits(merged, kind))
     assert unique_parameters(loaded) == report["parameters"]["dense"]
-    # As many bytes as the dense model's file, so a tied head is not repeated, too.
+    # The file has as many bytes as the dense model's, so a tied head is not repeated.
     model.save_pretrained(tmp_path / "dense")
     plain, dense = (load_file(tmp_path / f / "model.safetensors") for f in ("plain", "dense"))
     assert sum(w.nbytes for w in plain.values()) == sum(w.nbytes for w in dense.values())

@@ -153,16 +153,15 @@ def parts_of(source: str) -> tuple[Path, Any, Any]:
 
     ValueError where it is none that plain transformers loads.
     """
-    transformers: Any = importlib.import_module("transformers")
-    transformers.utils.logging.set_verbosity_error()
     folder = snapshot(Path(source))
     if not folder.is_dir():
         raise ValueError(f"model {source}: must be a directory")
-    if _own_format(folder) is not None:
+    config = read_config(source)
+    if config is None:
         raise ValueError(f"model {source}: is no plain checkpoint, which plain transformers loads")
-    where, options = _locate(str(folder))
+    transformers: Any = importlib.import_module("transformers")
+    where, options = _locate(source)
     with _one_line(source):
-        config = transformers.AutoConfig.from_pretrained(where, **options)
         if not shards(folder):
             raise ValueError("has no safetensors files")
         return folder, config, transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -297,17 +296,21 @@ def write_whole(out: str | Path, fill: Callable[[Path], None]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=path.absolute().parent))
     try:
         fill(partial)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        for entry in partial.rglob("*"):
-            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
-            if entry.is_file():
-                with entry.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        settle(partial, *partial.rglob("*"))
         partial.rename(path.absolute())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def settle(*paths: Path) -> None:
+    """Give files the permissions that new ones have, and wait until they are on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def save(model: CausalLM, tokenizer: Any, folder: Path) -> None:

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dotresize.checkpoint import settle
 from dotresize.checkpoint.gguf_vocabulary import CONVERTER, vocabulary
 from dotresize.models.causal_lm import is_tied
 from dotresize.offload.headers import shards
@@ -115,11 +116,7 @@ def write(folder: Path, config: Any, tokenizer: Any, out: Path, kind: str, name:
     os.close(descriptor)
     try:
         _write(folder, config, tokenizer, Path(partial), kind, name)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
+        settle(Path(partial))
         os.rename(partial, out)
     finally:
         Path(partial).unlink(missing_ok=True)

@@ -22,7 +22,8 @@ def export(args: argparse.Namespace) -> int:
     folder, config, tokenizer = checkpoint.parts_of(args.model)
     name = origin_of(args.model).hub_id or folder.resolve().name
     gguf_file.write(folder, config, tokenizer, Path(args.out), args.type, name)
-    odd = [f"{name} {size}" for name, size in _rows(config) if size % gguf_file.BLOCK]
+    rows = {"width": config.hidden_size, "feed-forward width": config.intermediate_size}
+    odd = [f"{what} {size}" for what, size in rows.items() if size % gguf_file.BLOCK]
     if odd and args.type in ("q8_0", "q4_0"):
         logger.info(
             "%s: no multiple of %d, so tensors with such rows are f16",
@@ -31,11 +32,3 @@ def export(args: argparse.Namespace) -> int:
     size = Path(args.out).stat().st_size
     say(f"{args.out}  {size / 1e6:.1f} MB, {args.type}, {gguf_file.architecture_of(config)}")
     return 0
-
-
-def _rows(config: object) -> list[tuple[str, int]]:
-    """Return the lengths of rows of weights, by what decides them."""
-    return [
-        ("width", config.hidden_size),  # type: ignore[attr-defined]
-        ("feed-forward width", config.intermediate_size),  # type: ignore[attr-defined]
-    ]

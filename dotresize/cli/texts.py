@@ -18,6 +18,7 @@ from dotresize.calibration.text import (
     random_windows,
     tokenize,
 )
+from dotresize.cli.checks import check_positions
 from dotresize.cli.choices import TextChoices
 from dotresize.evaluate import evaluation_windows
 from dotresize.models.causal_lm import CausalLM
@@ -69,9 +70,7 @@ def evaluation_texts(
 
     streams: of the calibration files, of which windows are held out where no texts are named.
     """
-    positions = getattr(model.config, "max_position_embeddings", choices.window)
-    if choices.window > positions:
-        raise ValueError(f"--window {choices.window}: the model has {positions} positions")
+    check_positions(choices, model.config)
     windows = {}
     first, _ = added_around(tokenizer)
     if streams is not None and not choices.eval:

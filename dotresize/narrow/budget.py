@@ -213,7 +213,7 @@ def ends_of(pairs: list[tuple[int, int]], model: CausalLM) -> list[tuple[int, in
     least = LEAST * model.width, LEAST * model.inner_width
     fitting = [pair for pair in pairs if pair[0] >= least[0] and pair[1] >= least[1]] or pairs
     widest = max(inner for _, inner in fitting)
-    # Of all residual widths beside the widest feed-forward the largest one.
+    # Several residual widths may leave the feed-forward whole: the largest one is meant.
     first = max(pair for pair in fitting if pair[1] == widest)
     return list(dict.fromkeys((first, max(fitting))))
 
