@@ -184,3 +184,20 @@ def test_ctrl_c_while_modules_are_imported(wait):
     else:
         # Python itself was still starting, and knew of no handler.
         assert process.returncode in (-signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_which_an_import_makes_another_error(kind):
+    """NumPy, interrupted while it loads under a module that goes on without it, fails later."""
+    code = (
+        "import os, sys\n"
+        "from dotresize.cli import commands, main\n"
+        "def run(_):\n"
+        f"    try: os.kill(os.getpid(), {int(kind)})\n"
+        "    except KeyboardInterrupt: raise ImportError('cannot load module') from None\n"
+        "commands.run = run\n"
+        "sys.exit(main(['info']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dotresize: interrupted; nothing was left behind\n"

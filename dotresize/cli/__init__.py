@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
         return commands.run(args)
     except KeyboardInterrupt:
-        _stop_asking()
-        kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
-        return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
+        return _interrupted(args)
     except Exception as error:
         if os.environ.get("DOTRESIZE_DEBUG"):
             raise
+        # Modules that are interrupted while they are imported may make another error of it.
+        if _asked():
+            return _interrupted(args)
         # A backend that cannot run here is a RuntimeError of this package.
         if isinstance(error, ValueError) or type(error).__name__ == "BackendError":
             return _fail(_as_typed(str(error), args), 2)
@@ -77,6 +78,17 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     """Say nothing of an interrupt that was lost, as it comes again."""
     if lost.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(lost)
+
+
+def _asked() -> bool:
+    """Return whether an interrupt has arrived."""
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _interrupted(args: argparse.Namespace) -> int:
+    _stop_asking()
+    kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
+    return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
 
 
 def _stop_asking() -> None:
