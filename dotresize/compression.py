@@ -20,7 +20,7 @@ from dotresize.models.torch_settings import usual_settings
 from dotresize.narrow.feed_forward import Eliminate
 from dotresize.narrow.one_map import OneMap, PrincipalDirections, Transport
 from dotresize.narrow.options import NUMBERS, FeedForwardMethod, Options, WidthMethod
-from dotresize.narrow.pipeline import narrow_model
+from dotresize.narrow.pipeline import Prepared, narrow_model
 from dotresize.narrow.targets import given_targets
 from dotresize.ops.arguments import check_number, check_word, shown
 
@@ -71,7 +71,7 @@ def compress(
     model: Any,
     tokens: Tensor | Iterable[Tensor],
     *,
-    statistics: Statistics | None = None,
+    statistics: Prepared | Statistics | None = None,
     **choices: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Narrow the residual width, and the feed-forward width, of a causal language model.
@@ -83,7 +83,7 @@ def compress(
             (its ``input_ids``, without the padding that its ``attention_mask`` marks), lists of
             ids, or an iterable of such. Texts of different lengths are joined, in order, and cut
             into windows as long as the longest.
-        statistics: what ``narrow.calibrate.calibrate`` returned with these tokens, to share one
+        statistics: what ``narrow.pipeline.prepare`` returned with these tokens, to share one
             calibration between several calls; the model then writes nothing itself.
         choices: the fields of ``narrow.options.Options``, which describes them (width, energy,
             params, ff_width, method, refit, ...), the methods by their names; and ``scope``:
@@ -123,8 +123,8 @@ def compress(
         >>> narrow.config.hidden_size, report["width"]["old"]
         (24, 32)
     """
-    if statistics is not None and not isinstance(statistics, Statistics):
-        raise ValueError(f"statistics is {shown(statistics)}: must be what calibrate returned")
+    if statistics is not None and not isinstance(statistics, (Prepared, Statistics)):
+        raise ValueError(f"statistics is {shown(statistics)}: must be what prepare returned")
     unknown = choices.keys() - inspect.signature(compress).parameters.keys()
     if unknown:
         raise TypeError(f"compress() got an unexpected keyword argument {sorted(unknown)[0]!r}")

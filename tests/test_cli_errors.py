@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         ("--ff-width", "41", "--ff-width 41: must be a whole number up to the model's 40"),
         ("--ff-method", "prune", "must be one of eliminate, nystrom, magnitude, transport"),
-        ("--steps", "0", "steps 0: must be at least 1"),
+        ("--steps", "0", "--steps 0: must be a whole number from 1 to 10000, or inf"),
         ("--targets", "nowhere.json", "nowhere.json: no such file"),
         ("--factor", "svd", "must be one of polar, qr"),
         ("--reg", "0", "reg 0: must be positive"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ from dotresize.narrow.targets import kept_set
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = supported(residual=True)
-METHODS = ("pca", "dot", "magnitude")  # with one map for all locations
+# With one map for all locations; the last as in the paper.
+METHODS = {
+    **{name: {"method": name} for name in ("pca", "dot", "magnitude")},
+    "one transport": {"method": "dot", "steps": 1, "factor": "qr"},
+}
 
 
 @pytest.fixture
@@ -75,9 +80,8 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
     """float64: absorption is exact, whatever the map."""
     model = float64_norms(tiny_model(kind, tied=tied, dtype=torch.float64))
     narrow, report = compress(
-        model, tokens, width=16, method=method, refit=False, untie=True, factor="qr",
-        self_windows=0,
-    )  # fmt: skip
+        model, tokens, width=16, refit=False, untie=True, self_windows=0, **METHODS[method]
+    )
     assert narrow.config.hidden_size == 16
     assert report["tied"] is False
     q = _map_of(model, tokens, method)
@@ -92,7 +96,7 @@ def test_untied_equals_the_projected_dense_model(kind, tied, method, tokens):
 def _map_of(model, tokens, method):
     handle = CausalLM.in_memory(model)
     statistics = collect(handle, tokens)
-    options = make_options(method=method, factor="qr", untie=True)
+    options = make_options(untie=True, **METHODS[method])
     kept = kept_set(None, statistics, 16)
     return basis(handle, options.method.maps([statistics.mean()], [kept], options)[0], options)
 
@@ -105,7 +109,9 @@ def test_full_width_is_the_identity(kind, tied, untie, method, tokens):
     model = tiny_model(kind, tied=tied)
     wanted = logits(model, tokens)
     for use_refit in (False, True):
-        narrow, _ = compress(model, tokens, width=1.0, method=method, refit=use_refit, untie=untie)
+        narrow, _ = compress(
+            model, tokens, width=1.0, refit=use_refit, untie=untie, **METHODS[method]
+        )
         assert (logits(narrow, tokens) - wanted).abs().max() < 2e-5 * wanted.abs().max()
     assert torch.equal(logits(model, tokens), wanted)  # the given model is untouched
 
@@ -269,7 +275,18 @@ def test_non_finite_weights_and_activations_are_named(tokens):
         ({"ff_method": "prune"}, "must be one of eliminate"),
         ({"energy": 0.0}, "energy 0: must be a share"),
         ({"energy": 0.9, "width": 0.5}, "not both"),
-        ({"steps": 0, "method": "dot"}, "steps 0"),
+        ({"steps": 0, "method": "dot"}, "steps 0: must be a whole number from 1 to 10000, or inf"),
+        ({"steps": 1.5, "method": "dot"}, "steps 1.5: must be a whole number"),
+        ({"steps": math.nan, "method": "dot"}, "steps"),
+        ({"steps": math.inf, "method": "pca"}, "steps: method pca has none; give method dot"),
+        ({"factor": "qr", "method": "dot"}, "factor qr: the limit of transport has none"),
+        (
+            {"steps": math.inf, "method": "dot", "targets": torch.arange(16)},
+            "targets: the limit of transport depends on none",
+        ),
+        ({"reg": 2, "method": "magnitude"}, "reg: method magnitude has none; give method dot"),
+        ({"sensitivity": True, "method": "slicegpt"}, "sensitivity: method slicegpt has none"),
+        ({"sensitivity": 1, "method": "dot"}, "sensitivity is 1: must be True or False"),
         ({"targets": torch.arange(3)}, "targets: method pca has none"),
         ({"targets": torch.arange(3), "method": "dot"}, "3 neurons are named, the new width is 16"),
         ({"targets": torch.arange(3), "method": "dot", "params": 0.5}, "leave params out"),

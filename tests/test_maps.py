@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -77,8 +80,9 @@ def test_collapsed_span_is_refused_by_name():
 def test_transport_names_the_reg_that_collapses():
     x = torch.randn(200, 12)
     cost = l1_cost(x)
-    with pytest.raises(ValueError, match=r"reg 1e\+15 x mean cost: its span has collapsed"):
-        transport(cost, largest(x.abs().mean(0), 8), reg=1e15)
+    for steps in (1, 2, math.inf):
+        with pytest.raises(ValueError, match=r"reg 1e\+15 x mean cost: its span has collapsed"):
+            transport(cost, largest(x.abs().mean(0), 8), reg=1e15, steps=steps)
 
 
 def test_transport_reports_its_solve():
@@ -89,17 +93,59 @@ def test_transport_reports_its_solve():
     assert set(found.seconds) == {"sinkhorn", "factorisation"}
 
 
-def test_transports_in_a_row_approach_the_dominant_subspace():
-    """(D P)^q of a selection is a subspace iteration; more steps come nearer to its limit."""
-    x = torch.randn(300, 20)
+def test_transports_in_a_row_approach_their_limit():
+    """(D P)^q of a selection is a subspace iteration, and its limit the leading eigenvectors."""
+    x = torch.randn(300, 20) * torch.linspace(1, 3, 20)
     cost, selection = l1_cost(x), torch.arange(6)
-    limit = transport(cost, selection, steps=400).q
+    limit = transport(cost, selection).q
+    assert orthonormal(limit)
 
     def distance(steps: int) -> float:
         q = transport(cost, selection, steps=steps).q
         return float((q - limit @ (limit.mT @ q)).norm())
 
-    assert distance(100) < 0.7 * distance(10) < 0.7 * distance(2)
+    assert distance(1000) < 0.1 * distance(10) < 0.1 * distance(1)
+
+
+@pytest.mark.parametrize(("width", "k"), [(2, 1), (7, 6), (33, 20)])
+def test_the_limit_is_that_of_the_float64_oracle(width, k):
+    """The plan of the reference, symmetrised, by NumPy; its spectrum is what the report shows."""
+    cost = l1_cost(torch.randn(50, width))
+    found = transport(cost, torch.arange(k), reg=0.7)
+    reg = 0.7 * float(cost.double().mean())
+    plan = sinkhorn(cost.double(), reg, tol=1e-12, max_iter=10_000, backend="torch").plan.numpy()
+    values, vectors = np.linalg.eigh(width * (plan + plan.T) / 2)
+    assert values.min() > 0  # the kernel of an L1 distance is positive definite
+    assert same_span(found.q, torch.from_numpy(vectors[:, width - k :].copy()))
+    assert found.spectrum.numpy() == pytest.approx(values[::-1], abs=1e-8)
+    assert found.spectrum[0] == pytest.approx(1.0)  # the constant direction
+    assert found.details["steps"] == "inf"
+
+
+def test_at_a_large_reg_the_limit_is_classical_scaling():
+    x = torch.randn(400, 15).double() * torch.linspace(1, 2, 15)
+    cost = l1_cost(x.float()).double()
+    centring = torch.eye(15, dtype=torch.float64) - 1 / 15
+    scaling = torch.linalg.eigh(-centring @ cost @ centring).eigenvectors[:, -5:]
+    constant = torch.full((15, 1), 15**-0.5, dtype=torch.float64)
+    found = transport(cost.float(), torch.arange(6), reg=1e4)
+    assert torch.allclose(
+        found.q.mT @ constant, torch.eye(6, 1).double(), atol=1e-3
+    ) or torch.allclose(found.q.mT @ constant, -torch.eye(6, 1).double(), atol=1e-3)
+    missed = scaling - found.q @ (found.q.mT @ scaling)
+    assert missed.norm() < 2e-3
+
+
+def test_several_limits_at_once_and_neurons_that_are_equal():
+    x = torch.randn(2, 60, 9)
+    x[1, :, 4:] = x[1, :, 4:5]  # five neurons that nothing tells apart
+    cost = torch.stack([l1_cost(one) for one in x])
+    both = transports(cost, [torch.arange(6)] * 2)
+    for one, found in zip(cost, both, strict=True):
+        assert orthonormal(found.q)
+        assert same_span(found.q, transport(one, torch.arange(6)).q)
+    signal = x[1].double()
+    assert torch.allclose(signal @ both[1].q @ both[1].q.mT, signal, atol=1e-5)
 
 
 def test_align_keeps_the_span_and_approaches_the_axes():

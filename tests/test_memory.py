@@ -43,7 +43,7 @@ def test_the_command_line_says_what_it_will_take(by_parts, arguments, caplog, tm
     assert not Path(f"{by_parts[2]}.partial").exists()
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "narrow_model", "dense_report"])
+@pytest.mark.parametrize("stage", ["prepare", "narrow_model", "dense_report"])
 def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -77,7 +77,7 @@ def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, c
     i = arguments.index("--width")
     words = [*arguments[:i], *arguments[i + 2 :], *(options or ["--ff-width", "28"])]
     found = budget.Split(24, 28)
-    monkeypatch.setattr(pipeline, "split_budget", lambda given: found)
+    monkeypatch.setattr(pipeline, "split_budget", lambda *_: found)
     assert main([*words, "--compare", "--report", str(tmp_path / "page")]) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "page" / "index.html").read_text()
@@ -97,7 +97,7 @@ def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, c
     for row in rows[1:]:
         assert len(row["feed_forward_lost"]) == 3
         assert min(row["feed_forward_lost"]) > 1e-4
-    for stage in ("sinkhorn", "recovery", "self-generated text", *["cost"] * (not options)):
+    for stage in ("sinkhorn", "recovery", "self-generated text", "calibration", "cost"):
         assert f"seconds, {stage}" not in printed.replace("seconds, self-generated text", "")
     assert "seconds, refit" in printed
 

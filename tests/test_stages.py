@@ -39,7 +39,7 @@ def whole(arguments, tmp_path) -> bytes:
     return weights(Path(words[2]))
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "narrow_model", "dense_report", "evaluate_into"])
+@pytest.mark.parametrize("stage", ["prepare", "narrow_model", "dense_report", "evaluate_into"])
 def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
     """What was finished is not done again, and the result is the same to the last bit."""
     out, partial = Path(arguments[2]), Path(f"{arguments[2]}.partial")
@@ -49,7 +49,7 @@ def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
         message = fails(arguments, capsys, code=1)
     assert not out.exists()
     kept = {path.name for path in partial.iterdir()} if partial.exists() else set()
-    done = {"calibrate": set(), "narrow_model": {"settings.json", "calibration"}}
+    done = {"prepare": set(), "narrow_model": {"settings.json", "calibration"}}
     assert kept == done.get(stage, {"settings.json", "calibration", "narrow"})
     if not kept:
         assert "nothing was left behind" in message
@@ -60,7 +60,7 @@ def test_stopped_in_every_stage(stage, whole, arguments, capsys, monkeypatch):
         [*arguments, "--resume", "--ridge", "0.5"], capsys
     )
     with monkeypatch.context() as patch:
-        for name, folder in (("calibrate", "calibration"), ("narrow_model", "narrow")):
+        for name, folder in (("prepare", "calibration"), ("narrow_model", "narrow")):
             if folder in kept:
                 patch.setattr(comparison, name, stop)
         assert main([*arguments, "--resume"]) == 0
@@ -125,7 +125,7 @@ def test_every_option_is_compared(arguments):
     } - recorded.keys()
     assert unrecorded == {"backend", "batch_windows", "default_window", "figures"}
     other = make_parser().parse_args([*arguments, "--factor", "qr"])
-    with pytest.raises(ValueError, match=r"made with another factor \(polar then, qr now\)"):
+    with pytest.raises(ValueError, match=r"made with another factor \(None then, qr now\)"):
         refuse_changes(Path("out"), settings(other, Options), recorded | FIRST_TOKEN)
 
 

@@ -21,8 +21,7 @@ from dotresize.calibration.text import random_windows, tokenize
 from dotresize.checkpoint import load_with_tokenizer
 from dotresize.compression import make_options
 from dotresize.narrow.budget import split_budget
-from dotresize.narrow.calibrate import calibrate
-from dotresize.narrow.options import Calibrated
+from dotresize.narrow.calibrate import with_own_text
 
 from ..demo.texts import model_file, write_texts
 from ..rows import append, where
@@ -46,8 +45,8 @@ def main() -> int:
             start = time.perf_counter()
             options = make_options(params=args.params, seed=seed)
             tokens = random_windows(streams, count, WINDOW, seed)
-            tokens, statistics = calibrate(model, tokens, options)
-            split = split_budget(Calibrated(model, tokens, statistics, options))
+            tokens, _ = with_own_text(model, tokens, options)
+            split = split_budget(model, tokens, options)
             row = {"params": args.params, "windows": count, "seed": seed}
             row |= {"width": split.width, "inner": split.inner, **split.details()}
             row["seconds"] = round(time.perf_counter() - start, 1)

@@ -15,7 +15,7 @@ class Magnitude(OneMap):
     """Selection of the neurons with the largest mean magnitudes, or of given ones."""
 
     name = "magnitude"
-    takes_targets = True
+    takes = frozenset({"targets"})
 
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options

@@ -67,8 +67,8 @@ class PerLocation(Located):
     def __init__(self, method: OneMap) -> None:
         self._method = method
         self.name = method.name
-        self.takes_targets = method.takes_targets
-        self.needs = method.needs | {"apart"}
+        self.takes = method.takes
+        self.needs, self.felt = method.needs | {"apart"}, method.felt
 
     @property
     def spelled(self) -> str:

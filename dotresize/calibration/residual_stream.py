@@ -75,19 +75,21 @@ class Streams:
         """Let the streams go."""
         self.stream.close()
 
-    def logits(self, i: int) -> Tensor:
+    def logits(self, i: int, stream: Tensor | None = None, windows: slice = slice(None)) -> Tensor:
         """Return the logits of batch i, from a stream that has passed all layers.
 
-        The head must be resident.
+        The final norm and the head must be resident.
+
+        stream: another one than the batch's, of some of its windows.
         """
         tables = [self._module.get_submodule(name) for name in self._architecture.tables]
-        stream = self.stream[i]
+        stream = self.stream[i] if stream is None else stream
 
         def as_found(*_: Any, **__: Any) -> Tensor:
             return stream
 
         with _replaced(dict.fromkeys([*tables, *self._layers], as_found)):
-            ids = self.batches[i].to(self._device)
+            ids = self.batches[i][windows].to(self._device)
             return self._module(input_ids=ids, use_cache=False).logits
 
     def _catcher(self, layer: nn.Module) -> Callable:
@@ -105,10 +107,10 @@ class Streams:
     def __len__(self) -> int:
         return len(self.stream)
 
-    def run(self, layer: nn.Module, i: int) -> Tensor:
-        """Return the layer's output for batch i."""
+    def run(self, layer: nn.Module, i: int, stream: Tensor | None = None) -> Tensor:
+        """Return the layer's output for batch i, or for another stream of these tokens."""
         args, kwargs = self._arguments[layer][i]
-        out = layer(self.stream[i], *args, **kwargs)
+        out = layer(self.stream[i] if stream is None else stream, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def until(self, layer: nn.Module, module: nn.Module, i: int) -> Tensor:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dotresize import distributed
+from dotresize.calibration.gradients import BackwardPass
 from dotresize.calibration.residual_stream import Streams, captured_inputs, norms_of
 from dotresize.least_squares import scaled_gram
 from dotresize.models.causal_lm import CausalLM
 from dotresize.ops.l1_accumulator import L1CostAccumulator
+
+# What is collected for every location, if it is asked for.
+MATRICES = ("moment", "cost", "fisher", "gradient_cost")
 
 
 @dataclass
@@ -30,9 +36,14 @@ class Statistics:
         importance: (L, D) float64, mean |x|.
         moment: (M, D, D) float64, mean of x'x; None if not asked for.
         cost: (M, D, D) float32, mean |x_i - x_j|; None if not asked for.
+        fisher: (M, D, D) float64, mean of g'g, g the gradients of calibration/gradients.py; None if
+            not asked for.
+        gradient_cost: (M, D, D) float32, mean |g_i - g_j|; None if not asked for.
         final: (D, D) float64, the moment in front of the final norm; None without moments.
-        seconds: "calibration" (forward passes and moments), "cost", and "self-generated text".
+        seconds: "calibration" (forward passes and moments), "cost", "sensitivity" (the backward
+            pass, its matrices and costs), and "self-generated text".
         own_windows: how many of the windows the model wrote itself.
+        kept_bytes: what the backward pass kept of the forward pass.
     """
 
     locations: list[str]
@@ -41,46 +52,53 @@ class Statistics:
     moment: Tensor | None
     cost: Tensor | None
     final: Tensor | None = None
+    fisher: Tensor | None = None
+    gradient_cost: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     own_windows: int = 0
+    kept_bytes: int = 0
 
     @classmethod
     def none(cls, tokens: int, width: int) -> Statistics:
         """Return statistics of no location, for a model whose residual stays as it is."""
-        seconds = {"calibration": 0.0, "cost": 0.0}
+        seconds = dict.fromkeys(("calibration", "cost", "sensitivity"), 0.0)
         none = torch.empty((0, width), dtype=torch.float64, device="cpu")
         return cls([], tokens, none, None, None, seconds=seconds)
 
     @property
     def apart(self) -> bool:
         """Whether every location has its own moment and cost."""
-        return all(x is None or len(x) == len(self.locations) for x in (self.moment, self.cost))
+        matrices = (getattr(self, name) for name in MATRICES)
+        return all(x is None or len(x) == len(self.locations) for x in matrices)
 
     def mean(self) -> Statistics:
         """Return the mean over locations, as statistics of a single one."""
-        moment, cost = (
-            None if x is None else x.mean(0, keepdim=True) for x in (self.moment, self.cost)
-        )
-        importance = self.importance.mean(0, keepdim=True)
-        return Statistics(["mean"], self.tokens, importance, moment, cost, seconds=self.seconds)
+        return self._of("mean", lambda x: x.mean(0, keepdim=True))
 
     def at(self, i: int) -> Statistics:
         """Return the statistics of location i alone, which must have been kept apart."""
-        moment, cost = (None if x is None else x[i : i + 1] for x in (self.moment, self.cost))
-        importance = self.importance[i : i + 1]
-        return Statistics(
-            [self.locations[i]], self.tokens, importance, moment, cost, seconds=self.seconds
+        return self._of(self.locations[i], lambda x: x[i : i + 1])
+
+    def _of(self, location: str, one: Callable[[Tensor], Tensor]) -> Statistics:
+        found = {name: getattr(self, name) for name in MATRICES}
+        found = {name: None if x is None else one(x) for name, x in found.items()}
+        return replace(
+            self, locations=[location], importance=one(self.importance), final=None, **found
         )
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)  # of whose tensors no gradient can be taken
+@torch.no_grad()
 def collect(
     model: CausalLM,
     tokens: Tensor,
     *,
     cost: bool = True,
     moment: bool = True,
+    fisher: bool = False,
+    gradient_cost: bool = False,
     apart: bool = False,
+    seed: int = 0,
     batch_windows: int = 4,
     backend: str = "auto",
 ) -> Statistics:
@@ -88,17 +106,28 @@ def collect(
 
     Args:
         tokens: int64 (windows, length).
-        cost, moment: which of the two matrices to collect.
+        cost, moment, fisher, gradient_cost: which matrices to collect; each of the last two asks
+            for a backward pass.
         apart: keep the matrices of every location, not only their mean.
+        seed: of the output whose gradients are taken.
 
     Raises:
-        ValueError: activations that are not finite; names the location and neuron.
+        ValueError: activations, predictions or gradients that are not finite; names the location
+            and neuron.
     """
-    sums = _Sums(model, cost=cost, moment=moment, apart=apart, backend=backend)
+    kept = len(list(model.architecture.norms(model.module))) if apart else 1
+    activations = _Matrices(model, kept, moment=moment, cost=cost, backend=backend)
+    gradients = _Matrices(model, kept, moment=fisher, cost=gradient_cost, backend=backend)
+    sums = _Sums(model, activations, gradients, final=moment)
     start = time.perf_counter()
     layers = model.layers
-    with closing(Streams(model, tokens, batch_windows)) as streams:
+    with closing(Streams(model, tokens, batch_windows)) as streams, ExitStack() as stack:
+        back = None
+        if fisher or gradient_cost:
+            back = stack.enter_context(closing(BackwardPass(model, tokens, streams, seed)))
         for i, name in enumerate(tqdm(layers, desc="calibration", unit="layer", disable=None)):
+            if back is not None:
+                back.keep()
             with model.resident(name) as layer:
                 for j in range(len(streams)):
                     with captured_inputs(norms_of(model.architecture, layer)) as read:
@@ -106,71 +135,114 @@ def collect(
                     sums.add(read, 2 * i)
         for stream in streams.stream:
             sums.add([stream], 2 * len(layers))
-    return sums.statistics(tokens.numel(), time.perf_counter() - start)
+        forward = time.perf_counter()
+        if back is not None:
+            back.run(sums.add_gradients)
+    seconds = {
+        "calibration": forward - start - activations.cost_seconds,
+        "cost": activations.cost_seconds,
+        "sensitivity": time.perf_counter() - forward if back is not None else 0.0,
+    }
+    return sums.statistics(tokens.numel(), seconds, 0 if back is None else back.kept_bytes)
+
+
+class _Matrices:
+    """Sums of second moments and of L1 costs, of every location or of all together."""
+
+    def __init__(
+        self, model: CausalLM, count: int, *, moment: bool, cost: bool, backend: str
+    ) -> None:
+        """Begin with no token. count: how many are kept apart."""
+        self._device, width = model.device, model.width
+        self.moment = _zeros(model, count, width, width) if moment else None
+        self._costs = [
+            L1CostAccumulator(width, reduction="sum", device=self._device, backend=backend)
+            for _ in range(count if cost else 0)
+        ]
+        self.cost_seconds = 0.0
+
+    def add(self, i: int, given: Tensor, scale: Tensor) -> Tensor | None:
+        """Add tokens ``given * scale`` to place i; return their second moment, float32.
+
+        given: (T, D) of any floating type; scale: (T, 1) float32.
+        """
+        i = min(i, max(0 if self.moment is None else len(self.moment), len(self._costs)) - 1)
+        scaled = given.float() * scale
+        product = None
+        if self.moment is not None:
+            product = scaled_gram(given, scale, scaled)
+            self.moment[i] += product
+        if self._costs:
+            self._synchronize()
+            start = time.perf_counter()
+            self._costs[i].update(scaled)
+            self._synchronize()
+            self.cost_seconds += time.perf_counter() - start
+        return product
+
+    def costs(self) -> Tensor | None:
+        """Return the sums of costs, (count, D, D) float32."""
+        return torch.stack([sums.result() for sums in self._costs]) if self._costs else None
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class _Sums:
-    """Sums over tokens, of every location or of all together."""
+    """All sums over tokens."""
 
     def __init__(
-        self, model: CausalLM, *, cost: bool, moment: bool, apart: bool, backend: str
+        self, model: CausalLM, activations: _Matrices, gradients: _Matrices, *, final: bool
     ) -> None:
-        self.names = [name for name, _ in model.architecture.norms(model.module)]
-        self._apart = apart
-        self._device = model.device
-        width, kept = model.width, len(self.names) if apart else 1
-        self.importance = self._zeros(len(self.names), width)
-        self.moment = self._zeros(kept, width, width) if moment else None
-        self.final = self._zeros(width, width) if moment else None
-        self.costs = [
-            L1CostAccumulator(width, reduction="sum", device=self._device, backend=backend)
-            for _ in range(kept if cost else 0)
-        ]
-        self._cost_seconds = 0.0
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self._names = [name for name, _ in model.architecture.norms(model.module)]
+        self._activations, self._gradients = activations, gradients
+        self._importance = _zeros(model, len(self._names), model.width)
+        self._final = _zeros(model, model.width, model.width) if final else None
 
     def add(self, read: list[Tensor], first: int) -> None:
         """Add the tokens of the locations from ``first`` on, as read by their norms."""
         for i, x in enumerate(read, first):
             found = x.flatten(0, -2)
-            _check_finite(found, self.names[i])
-            stream = found.float()
-            scale = inverse_rms(stream)
-            stream = stream * scale
-            self.importance[i] += stream.abs().sum(0).double()
-            place = i if self._apart else 0
-            if self.moment is not None and self.final is not None:
-                product = scaled_gram(found, scale, stream)
-                self.moment[place] += product
-                if i == len(self.names) - 1:
-                    self.final += product
-            if self.costs:
-                self._synchronize()
-                start = time.perf_counter()
-                self.costs[place].update(stream)
-                self._synchronize()
-                self._cost_seconds += time.perf_counter() - start
+            _check_finite("activations", found, self._names[i])
+            scale = inverse_rms(found.float())
+            self._importance[i] += (found.float() * scale).abs().sum(0).double()
+            product = self._activations.add(i, found, scale)
+            if self._final is not None and product is not None and i == len(self._names) - 1:
+                self._final += product
 
-    def statistics(self, tokens: int, seconds: float) -> Statistics:
-        each = tokens if self._apart else tokens * len(self.names)
-        cost = torch.stack([sums.result() for sums in self.costs]) if self.costs else None
-        distributed.total(self.importance, self.moment, self.final, cost)
-        took = {"calibration": seconds - self._cost_seconds, "cost": self._cost_seconds}
+    def add_gradients(self, read: list[Tensor], gradients: list[Tensor], first: int) -> None:
+        """Add the gradients by the normalised streams of the locations from ``first`` on."""
+        for i, (x, g) in enumerate(zip(read, gradients, strict=True), first):
+            found = g.flatten(0, -2)
+            _check_finite("gradients", found, self._names[i])
+            self._gradients.add(i, found, 1 / inverse_rms(x.flatten(0, -2).float()))
+
+    def statistics(self, tokens: int, seconds: dict[str, float], kept_bytes: int) -> Statistics:
+        sums = {
+            "moment": self._activations.moment,
+            "cost": self._activations.costs(),
+            "fisher": self._gradients.moment,
+            "gradient_cost": self._gradients.costs(),
+        }
+        distributed.total(self._importance, self._final, *sums.values())
+        matrices: dict[str, Any] = {}
+        for name, value in sums.items():
+            each = tokens * (1 if value is None else len(self._names) // len(value))
+            matrices[name] = None if value is None else value / each
         return Statistics(
-            self.names,
+            self._names,
             tokens,
-            self.importance / tokens,
-            None if self.moment is None else self.moment / each,
-            None if cost is None else cost / each,
-            None if self.final is None else self.final / tokens,
-            took,
+            self._importance / tokens,
+            final=None if self._final is None else self._final / tokens,
+            seconds=seconds,
+            kept_bytes=kept_bytes,
+            **matrices,
         )
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+def _zeros(model: CausalLM, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=model.device)
 
 
 def inverse_rms(stream: Tensor) -> Tensor:
@@ -178,8 +250,8 @@ def inverse_rms(stream: Tensor) -> Tensor:
     return torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 
-def _check_finite(stream: Tensor, name: str) -> None:
-    finite = torch.isfinite(stream).all(0)
+def _check_finite(what: str, found: Tensor, name: str) -> None:
+    finite = torch.isfinite(found).all(0)
     if not finite.all():
         neuron = int((~finite).nonzero()[0])
-        raise ValueError(f"activations entering {name}, neuron {neuron}, are not finite")
+        raise ValueError(f"{what} entering {name}, neuron {neuron}, are not finite")

@@ -7,12 +7,14 @@ field's ``flag``. Both what is passed on and what is compared follow from the fi
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from dotresize.compression import make_options
 from dotresize.narrow.options import Options
 from dotresize.narrow.targets import read_targets
+from dotresize.ops.arguments import check_word
 
 _Kind = TypeVar("_Kind")
 
@@ -81,6 +83,9 @@ def compress_options(args: argparse.Namespace, **others: Any) -> Options:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.targets is not None:
         given["targets"] = read_targets(args.targets)
+    if args.sensitivity is not None:
+        check_word("sensitivity", args.sensitivity, ("on", "off"))
+        given["sensitivity"] = args.sensitivity == "on"
     return make_options(refit=not args.no_refit, **given | others)
 
 
@@ -96,4 +101,5 @@ def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
         for one in fields(kind)
         if one.metadata.get("resume", True)
     ]
-    return {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}
+    found = {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}
+    return {flag: "inf" if value == math.inf else value for flag, value in found.items()}

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dotresize.accounting import count_parameters, peak_memory, stage
 from dotresize.accounting import stages as stages_of
-from dotresize.calibration.statistics import Statistics
 from dotresize.cli import report
 from dotresize.cli.choices import RecoveryChoices
 from dotresize.cli.resume import Stages
@@ -19,10 +18,9 @@ from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import choose_inner_width, choose_width
 from dotresize.narrow.options import Options
-from dotresize.narrow.pipeline import narrow_model
+from dotresize.narrow.pipeline import Prepared, narrow_model, prepare
 from dotresize.recovery import recover
 
 logger = logging.getLogger("dotresize")
@@ -83,7 +81,7 @@ def compared(options: Options, model: CausalLM) -> list[Options]:
         cut = options.params is not None or choose_inner_width(model, options) is not None
         return compared_feed_forwards(options, model) if cut else []
     return [
-        replace(bare, method=method, targets=options.targets if method.takes_targets else None)
+        bare.with_method(method)
         for method in (METHODS[name] for name in COMPARED)
         if options.refit or method != options.method
     ]
@@ -93,7 +91,8 @@ def compared_feed_forwards(options: Options, model: CausalLM) -> list[Options]:
     """Return what is set beside a method that left the residual as it is, without refit."""
     bare = replace(options, refit=False, figures=False, targets=None)
     if not model.architecture.fixed_residual:
-        bare = replace(bare, method=METHODS["magnitude"])  # which keeps all channels as they are
+        # which keeps all channels as they are
+        bare = bare.with_method(METHODS["magnitude"])
     return [
         replace(bare, ff_method=method)
         for method in FF_METHODS.values()
@@ -114,11 +113,9 @@ def narrowed(
 ) -> tuple[CausalLM, list[dict[str, Any]]]:
     """Return the narrowed model, and the reports: dense, what is compared, and its own."""
     others = compared(options, model) if compare else []
-    tokens, statistics = stages.calibration(
-        lambda: calibrate(model, tokens, options, *others), model.device
-    )
+    prepared = stages.calibration(lambda: prepare(model, tokens, options, *others), model.device)
     narrow, main = stages.model(
-        "narrow", lambda: narrow_model(model, tokens, options, statistics), tokenizer, model.device
+        "narrow", lambda: narrow_model(model, tokens, options, prepared), tokenizer, model.device
     )
     if storage is not None:
         storage.round(narrow, main)
@@ -141,23 +138,16 @@ def narrowed(
             del same_size["width"]
     else:
         same_size["ff_method"] = FF_METHODS["eliminate"]
-    rows = [
-        evaluated(tokens, statistics, replace(other, **same_size), reference, dense)
-        for other in others
-    ]
+    rows = [evaluated(prepared, replace(other, **same_size), reference, dense) for other in others]
     return narrow, [dense, *rows, main]
 
 
 def evaluated(
-    tokens: Tensor,
-    statistics: Statistics,
-    options: Options,
-    reference: Reference,
-    dense: dict[str, Any],
+    prepared: Prepared, options: Options, reference: Reference, dense: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the report of a narrowed model, its figures beside the dense model's."""
     stages_of.info("to compare with: %s, %s", options.method.name, options.ff_method.name)
-    narrow, row = narrow_model(reference.model, tokens, options, statistics)
+    narrow, row = narrow_model(reference.model, prepared.tokens, options, prepared)
     return evaluate_into(beside(row, dense), narrow, reference)
 
 

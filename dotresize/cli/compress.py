@@ -43,7 +43,6 @@ from dotresize.cli.texts import (
 )
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.budget import check_budget
-from dotresize.narrow.calibrate import calibrate
 from dotresize.narrow.choose_width import (
     DEFAULT_SIZE,
     Widths,
@@ -52,6 +51,7 @@ from dotresize.narrow.choose_width import (
     default_size,
 )
 from dotresize.narrow.options import Options
+from dotresize.narrow.pipeline import prepare
 from dotresize.offload.memory_plan import shown
 from dotresize.ops.backends import choose
 from dotresize.recovery import BATCH_WINDOWS
@@ -192,12 +192,12 @@ def sweep(args: argparse.Namespace) -> int:
     for width in args.widths:
         at_width = replace(options, width=width)
         wanted += [*comparison.compared(at_width, model), at_width]
-    tokens, statistics = calibrate(model, tokens, options, *wanted)
+    prepared = prepare(model, tokens, *wanted)
     # Models at many widths write no text: that would take longer than to evaluate them.
     with closing(comparison.Reference(model, texts, generate=False)) as reference:
         rows = [dense := comparison.dense_report(reference)]
         for one in wanted:
-            rows.append(comparison.evaluated(tokens, statistics, one, reference, dense))
+            rows.append(comparison.evaluated(prepared, one, reference, dense))
     _write_page(args, args.out, f"{Path(args.model).name} at {len(args.widths)} widths", rows)
     report.say(f"{report.table(rows)}\n\n{args.out}/index.html")
     return 0

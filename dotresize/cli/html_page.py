@@ -107,8 +107,9 @@ def _map_parts(figures: dict[str, Any]) -> list[str]:
         "embedding to the final norm.</p>",
         _svg(lambda figure: _bars(figure, figures["lost"], "residual location"), height=3.0),
         "<h2>Spectrum</h2>",
-        '<p class="note">Share of the variance beyond the leading directions: what no map of that '
-        "width can keep.</p>",
+        '<p class="note">Share beyond the leading directions: of the variance, what no map of that '
+        "width can keep; of a transport plan, whose leading directions are the map, without its "
+        "constant one.</p>",
         _svg(lambda figure: _spectrum(figure, figures), height=3.0),
         "<h2>The map</h2>",
         f'<p class="note">Size of its entries, old neurons down, new ones across. '
@@ -247,8 +248,9 @@ def _bars(figure: Any, lost: Sequence[float], place: str) -> None:
 
 def _spectrum(figure: Any, figures: dict[str, Any]) -> None:
     axis = figure.subplots()
-    counts = range(1, len(figures["spectrum"]) + 1)
-    axis.semilogy(counts, [max(value, 1e-6) for value in figures["spectrum"]])
+    for name, shares in figures["spectra"].items():
+        counts = range(1, len(shares) + 1)
+        axis.semilogy(counts, [max(value, 1e-6) for value in shares], label=name)
     _plain_log(axis.yaxis, (1,))
     axis.axvline(figures["width"], color="tab:red", label=f"width {figures['width']}")
     axis.set(xlabel="directions kept", ylabel="share lost")

@@ -167,9 +167,18 @@ def _add_narrowing(groups: _Groups) -> None:
         default="eliminate",
         help="eliminate, nystrom, magnitude or transport (eliminate)",
     )
-    method.add_argument("--reg", type=float, default=3.0, help="of dot, times the mean cost (3)")
-    method.add_argument("--steps", type=int, default=1, help="transports in a row, of dot (1)")
-    method.add_argument("--factor", default="polar", help="of dot: polar or qr (polar)")
+    method.add_argument("--reg", type=float, help="of dot, times the mean cost (3)")
+    method.add_argument(
+        "--steps",
+        type=float,
+        help="of dot: transports in a row, or inf for their limit (inf; with --targets 1)",
+    )
+    method.add_argument("--factor", help="of dot with a number of --steps: polar or qr (polar)")
+    method.add_argument(
+        "--sensitivity",
+        metavar="on|off",
+        help="of dot and pca: heed what the output feels, by a backward pass (off)",
+    )
     method.add_argument(
         "--no-refit", action="store_true", help="leave the weights as absorption makes them"
     )

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dotresize import checkpoint, distributed
-from dotresize.calibration.statistics import Statistics
+from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.cli.names import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.budget import Split
+from dotresize.narrow.pipeline import Prepared
 
 logger = logging.getLogger("dotresize")
 
 # Recorded since windows begin with the token that the tokenizer puts in front of a text (BOS).
 FIRST_TOKEN = {"first_token": "the tokenizer's"}
-_TENSORS = ("importance", "moment", "cost", "final")
+_TENSORS = ("importance", "final", *MATRICES)
 
 
 def check_name(out: str) -> None:
@@ -102,33 +103,36 @@ class Stages:
             raise ValueError(f"{self.path}: is not what an unfinished run leaves") from None
         refuse_changes(self.path, settings, before)
 
-    def calibration(
-        self, make: Callable[[], tuple[Tensor, Statistics]], device: torch.device
-    ) -> tuple[Tensor, Statistics]:
-        """Return tokens and statistics: as they were kept, or made and kept."""
+    def calibration(self, make: Callable[[], Prepared], device: torch.device) -> Prepared:
+        """Return tokens, statistics and the budget's split: as they were kept, or made and kept."""
         from safetensors.torch import load_file, save_file
 
         folder = self.path / "calibration"
         if not folder.exists():
-            tokens, statistics = make()
+            prepared = make()
+            tokens, statistics, split = prepared
             record: dict[str, Any] = dict(vars(statistics))
             tensors = {name: record.pop(name) for name in _TENSORS}
             tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
 
             def fill(new: Path) -> None:
                 save_file(tensors | {"tokens": tokens.contiguous()}, new / "tensors.safetensors")
-                (new / "record.json").write_text(json.dumps(record), encoding="utf-8")
+                parts = {"statistics": record, "split": None if split is None else vars(split)}
+                (new / "record.json").write_text(json.dumps(parts), encoding="utf-8")
 
             try:
                 self._keep(folder, fill)
             except OSError as error:  # the run itself needs no room for it
                 logger.warning("calibration is not kept for --resume: %s", error.strerror or error)
-            return tokens, statistics
+            return prepared
         tensors = load_file(folder / "tensors.safetensors", device=str(device))
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         tokens = tensors.pop("tokens").cpu()
-        record |= {name: tensors.get(name) for name in _TENSORS}
-        return tokens, Statistics(**record)
+        known = record["statistics"] | {name: tensors.get(name) for name in _TENSORS}
+        split = record["split"]
+        return Prepared(
+            tokens, Statistics(**known), None if split is None else Split.recorded(**split)
+        )
 
     def model(
         self,

@@ -68,6 +68,11 @@ class Split:
     excess: float | None = None
     measured: tuple[tuple[int, int, float], ...] = ()
 
+    @classmethod
+    def recorded(cls, *, measured: list[list[Any]], **others: Any) -> Split:
+        """Return a split whose fields have been through JSON."""
+        return cls(measured=tuple((int(k), int(m), float(x)) for k, m, x in measured), **others)
+
     def details(self) -> dict[str, Any]:
         """Return what the report says of it."""
         return {
@@ -162,11 +167,13 @@ def check_budget(model: CausalLM, options: Options) -> None:
         raise ValueError(budget.refusal("no width has so few"))
 
 
-def split_budget(given: Calibrated) -> Split:
-    """Return the widths that share ``options.params`` of the model's parameters best."""
-    model, options = given.model, given.options
+def split_budget(model: CausalLM, tokens: Tensor, options: Options) -> Split:
+    """Return the widths that share ``options.params`` of the model's parameters best.
+
+    tokens: int64 (windows, length).
+    """
     assert options.params is not None
-    split = _best(given)
+    split = _best(model, tokens, options)
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s",
         options.params,
@@ -180,9 +187,7 @@ def split_budget(given: Calibrated) -> Split:
     return split
 
 
-def _best(given: Calibrated) -> Split:
-    model, options = given.model, given.options
-    assert options.params is not None
+def _best(model: CausalLM, tokens: Tensor, options: Options) -> Split:
     check_budget(model, options)
     budget = Budget(model, options)
     if model.architecture.fixed_residual:
@@ -192,7 +197,7 @@ def _best(given: Calibrated) -> Split:
     pairs = budget.pairs()
     if (model.width, model.inner_width) in pairs:
         return Split(model.width, model.inner_width)
-    measured = Measured(given)
+    measured = Measured(model, tokens, options)
     ends = ends_of(pairs, model)
     found = [measured.excess(*pair) for pair in ends]
     alone = [pair[0] == model.width or pair[1] == model.inner_width for pair in ends]
@@ -270,16 +275,15 @@ def _counted(model: CausalLM, width: int, inner: int) -> dict[str, int]:
 class Measured:
     """Excesses of narrowed models on windows that neither their maps nor their refits have seen."""
 
-    def __init__(self, given: Calibrated) -> None:
-        self._windows, cut = _split_windows(given.tokens)
+    def __init__(self, model: CausalLM, tokens: Tensor, options: Options) -> None:
+        self._windows, cut = _split_windows(tokens)
         if len(cut) < distributed.size():
             raise ValueError(
-                f"{len(given.tokens)} windows are too few for a budget on {distributed.size()} "
-                "processes"
+                f"{len(tokens)} windows are too few for a budget on {distributed.size()} processes"
             )
-        statistics = collect_for(given.model, cut, given.options)
-        self._given = given._replace(tokens=cut, statistics=statistics)
-        self._dense = math.log(perplexity(given.model, self._windows, desc="budget"))
+        statistics = collect_for(model, cut, options)
+        self._given = Calibrated(model, cut, statistics, options)
+        self._dense = math.log(perplexity(model, self._windows, desc="budget"))
         self.excesses: list[tuple[int, int, float]] = []
 
     def excess(self, width: int, inner: int) -> float:

@@ -1,4 +1,4 @@
-"""Calibration: what the model writes itself, and the statistics that a method asks for."""
+"""What the model writes itself, and the statistics that a method asks for."""
 
 from __future__ import annotations
 
@@ -8,35 +8,30 @@ from torch import Tensor
 from dotresize import distributed
 from dotresize.accounting import stage
 from dotresize.calibration.self_generated import sample
-from dotresize.calibration.statistics import Statistics, collect
+from dotresize.calibration.statistics import MATRICES, Statistics, collect
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.options import Options
 
 
-def calibrate(model: CausalLM, tokens: Tensor, *wanted: Options) -> tuple[Tensor, Statistics]:
-    """Return the tokens, with those the model writes itself, and what any of the options needs.
+def with_own_text(
+    model: CausalLM, tokens: Tensor, options: Options
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the tokens with those that the model writes itself, and the time that this took.
 
-    tokens: int64 (windows, length). The first options say how many windows are written.
+    tokens: int64 (windows, length).
     """
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = {"self-generated text": 0.0}
     # Every token that an offloaded model writes would read all weights from their files.
-    own = wanted[0].own_windows(len(tokens)) if model.store.whole else 0
+    own = options.own_windows(len(tokens)) if model.store.whole else 0
     if own and distributed.rank() == 0:
         with stage("self-generated text", seconds, f"of {own} windows"):
             begin = first_token(model, tokens)
-            written = sample(model, own, tokens.shape[1], wanted[0].seed, begin)
+            written = sample(model, own, tokens.shape[1], options.seed, begin)
         tokens = torch.cat([tokens, written.to(tokens.device)])
     tokens = distributed.from_first(tokens)
     if len(tokens) < distributed.size():
         raise ValueError(f"{len(tokens)} windows are too few for {distributed.size()} processes")
-    if model.architecture.fixed_residual:
-        statistics = Statistics.none(tokens.numel(), model.width)
-    else:
-        with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
-            statistics = collect_for(model, tokens, *wanted)
-    statistics.own_windows = own
-    statistics.seconds["self-generated text"] = seconds.get("self-generated text", 0.0)
-    return tokens, statistics
+    return tokens, seconds
 
 
 def first_token(model: CausalLM, tokens: Tensor) -> int | None:
@@ -60,9 +55,8 @@ def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics
     return collect(
         model,
         tokens,
-        cost="cost" in needs,
-        moment="moment" in needs,
-        apart="apart" in needs,
+        **{name: name in needs for name in (*MATRICES, "apart")},
+        seed=wanted[0].seed,
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.resized import becomes_mistral, has_biases, resized
-from dotresize.narrow.options import Options
+from dotresize.narrow.options import OF_METHODS, Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS, round_width
 from dotresize.narrow.targets import check_kept
 
@@ -164,8 +164,8 @@ def check_residual(model: CausalLM, options: Options) -> None:
         )
     of_residual = {
         options.method.spelled.partition(" ")[0]: not options.method.default,
-        "targets": options.targets is not None,
         "untie": options.untie,
+        **{name: getattr(options, name) is not None for name in OF_METHODS},
     }
     for name, given in of_residual.items():
         if architecture.fixed_residual and given:

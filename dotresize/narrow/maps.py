@@ -52,12 +52,21 @@ class WidthMap:
         selection: int64 (k,), the old neuron that each new one stands for, ascending.
         details: figures for the report.
         seconds: time per stage.
+        spectrum: (D,) eigenvalues by which directions were ranked, descending; None for a map that
+            ranks none.
     """
 
     q: Tensor
     selection: Tensor
     details: dict[str, object] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    spectrum: Tensor | None = None
+
+    @classmethod
+    def identity(cls, width: int, device: torch.device) -> WidthMap:
+        """Return the map that leaves everything as it is."""
+        kept = torch.arange(width, dtype=torch.int64, device=device)
+        return cls(torch.eye(width, dtype=torch.float64, device=device), kept)
 
     @classmethod
     def none(cls) -> WidthMap:
@@ -73,18 +82,25 @@ def largest(importance: Tensor, k: int) -> Tensor:
     return importance.topk(k).indices.sort().values
 
 
-def figures_of(qs: list[Tensor], moment: Tensor, details: dict[str, object]) -> dict[str, object]:
-    """Return what a page shows of a map: the variance it loses, the spectrum, the map itself.
+def figures_of(qs: list[Tensor], moment: Tensor, width_map: WidthMap) -> dict[str, object]:
+    """Return what a page shows of a map: the variance it loses, spectra, the map itself.
 
     qs: (D, k) orthonormal for each location; moment: (L, D, D) second moments of the locations.
     """
     kept = [float(((m @ q) * q).sum() / m.trace()) for m, q in zip(moment, qs, strict=True)]
-    spectrum = torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0)
-    lost = 1 - spectrum.cumsum(0) / spectrum.sum()
+    spectra = {"variance": beyond(torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0))}
+    if width_map.spectrum is not None:
+        # The first is the constant direction, which dwarfs the others and tells no neurons apart.
+        spectra["transport plan"] = [1.0, *beyond(width_map.spectrum[1:])]
     return {
         "lost": [max(0.0, 1 - share) for share in kept],
-        "spectrum": lost.clamp_min(0).tolist(),
+        "spectra": spectra,
         "width": qs[0].shape[1],
         "map": qs[0].abs().tolist(),
-        "details": details,
+        "details": width_map.details,
     }
+
+
+def beyond(spectrum: Tensor) -> list[float]:
+    """Return the share of eigenvalues that lies beyond the first, the first two, ..."""
+    return (1 - spectrum.cumsum(0) / spectrum.sum()).clamp_min(0).tolist()

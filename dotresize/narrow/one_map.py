@@ -17,6 +17,7 @@ from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import refit
+from dotresize.narrow.sensitivity import least_felt, unit
 from dotresize.narrow.targets import kept_set
 from dotresize.narrow.tied_head import choose_table
 from dotresize.narrow.transport import transports
@@ -52,10 +53,7 @@ class OneMap(WidthMethod):
 
     def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
         model, options = given.model, given.options
-        device = given.statistics.importance.device
-        q = torch.eye(model.width, dtype=torch.float64, device=device)
-        if width < model.width:
-            q = basis(model, self._map(given, width), options)
+        q = basis(model, self._map(given, width), options)
         narrow = absorb(model, q, untie=options.untie)
         fewer = inner if inner < model.inner_width else None
         if options.refit or fewer is not None:
@@ -63,47 +61,92 @@ class OneMap(WidthMethod):
         return narrow
 
     def _map(self, given: Calibrated, width: int) -> WidthMap:
-        """Return the map of the mean over locations, all of which weigh alike."""
+        """Return the map of the mean over locations, all of which weigh alike.
+
+        At the full width it is the identity, whatever the method.
+        """
+        if width == given.model.width:
+            return WidthMap.identity(width, given.model.device)
         selection = kept_set(given.options.targets, given.statistics, width)
         return self.maps([given.statistics.mean()], [selection], given.options)[0]
 
 
 class PrincipalDirections(OneMap):
-    """Principal directions of the second moment; the largest channels stay on their axes."""
+    """Principal directions of the second moment; the largest channels stay on their axes.
+
+    With sensitivity they are those of ``w C + H / w``, C the moment and H the Fisher matrix, for
+    the weight w whose map is felt least (narrow/sensitivity.py).
+    """
 
     name = "pca"
     default = True
+    takes = frozenset({"sensitivity"})
     needs = frozenset({"moment"})
+    felt = frozenset({"fisher"})
+    weights = (1.0, 7.0, 10.0, 30.0, 70.0)  # those of the source
 
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options
     ) -> list[WidthMap]:
-        return [
-            pca(cast(Tensor, own.moment)[0], selection, own.importance[0])
-            for own, selection in zip(statistics, selections, strict=True)
-        ]
+        found = []
+        for own, selection in zip(statistics, selections, strict=True):
+            moment, importance = cast(Tensor, own.moment)[0], own.importance[0]
+            if options.meant("sensitivity"):
+                fisher = cast(Tensor, own.fisher)[0]
+                c, h = unit(moment), unit(fisher)
+                tried = ((w, pca(w * c + h / w, selection, importance)) for w in self.weights)
+                found.append(least_felt(tried, moment, fisher))
+            else:
+                found.append(pca(moment, selection, importance))
+        return found
 
 
 class Transport(OneMap):
-    """Entropic optimal transport of all neurons onto the kept ones (narrow/transport.py)."""
+    """Entropic optimal transport between neurons (narrow/transport.py).
+
+    With sensitivity the cost is ``C / mean C + w G / mean G``, G that of the gradients, as if they
+    were further tokens, for the weight w whose map is felt least (narrow/sensitivity.py).
+    """
 
     name = "dot"
-    takes_targets = True
+    takes = frozenset({"targets", "reg", "steps", "factor", "sensitivity"})
     needs = frozenset({"cost"})
+    felt = frozenset({"gradient_cost", "moment", "fisher"})
+    weights = (0.1, 0.3, 1.0)
 
     def maps(
         self, statistics: list[Statistics], selections: list[Tensor], options: Options
     ) -> list[WidthMap]:
         if not statistics:
             return []
-        return transports(
-            torch.cat([cast(Tensor, own.cost) for own in statistics]),
-            selections,
-            reg=options.reg,
-            steps=options.steps,
-            factor=options.factor,
-            backend=options.backend,
-        )
+        if not options.meant("sensitivity"):
+            costs = torch.cat([cast(Tensor, own.cost) for own in statistics])
+            return _transports(costs, selections, options)
+        found = []
+        for own, selection in zip(statistics, selections, strict=True):
+            cost, gradient_cost = (
+                x / x.mean().clamp_min(torch.finfo(x.dtype).tiny)
+                for x in (cast(Tensor, own.cost).double(), cast(Tensor, own.gradient_cost).double())
+            )
+            tried = (
+                (w, _transports(cost + w * gradient_cost, [selection], options)[0])
+                for w in self.weights
+            )
+            found.append(
+                least_felt(tried, cast(Tensor, own.moment)[0], cast(Tensor, own.fisher)[0])
+            )
+        return found
+
+
+def _transports(costs: Tensor, selections: list[Tensor], options: Options) -> list[WidthMap]:
+    return transports(
+        costs,
+        selections,
+        reg=options.meant("reg"),
+        steps=options.meant("steps"),
+        factor=options.meant("factor"),
+        backend=options.backend,
+    )
 
 
 def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
@@ -113,6 +156,8 @@ def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     ``absorb``), LayerNorm one that keeps the mean.
     """
     q = width_map.q
+    if q.shape[0] == q.shape[1]:
+        return q
     if model.tied and not options.untie:
         q = align(q, width_map.selection)
     return level(q) if model.architecture.layer_norm else q
@@ -125,6 +170,7 @@ def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | N
     """
     model, options = given.model, given.options
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
-    if options.refit and narrow.tied and norm_has_weight:
+    cut = narrow.width < model.width
+    if cut and options.refit and narrow.tied and norm_has_weight:
         choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=options.ridge)
     return refit(model, narrow, q, given.tokens, inner, options)

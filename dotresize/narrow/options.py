@@ -6,11 +6,12 @@ in this package, those that they are compared with in dotresize.baselines.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,12 +22,19 @@ from dotresize.narrow.targets import Targets
 from dotresize.ops.arguments import check_flag, check_number, check_whole, check_word, shown
 from dotresize.ops.transport_map import FACTORS
 
+# Options that some methods follow, each with what is meant where it is not given.
+OF_METHODS: dict[str, Any] = {
+    **{"targets": None, "reg": 3.0, "steps": math.inf, "factor": "polar"},
+    "sensitivity": False,
+}
 # Weight, in the refit, of the weights as they were.
 RIDGE = 0.1
 # Transports in a row: the map is the limit's long before.
 MOST_STEPS = 10_000
 # Options that are any finite number, as far as their type goes.
-NUMBERS = ("width", "energy", "params", "ff_width", "reg", "ridge")
+NUMBERS = ("width", "energy", "params", "ff_width", "reg", "steps", "ridge")
+# The advice where a choice is about a number of transports, not about their limit.
+AS_IT = "give steps 1"
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
 
@@ -57,16 +65,19 @@ class WidthMethod(ABC):
         default: whether it is the one that nobody has to ask for.
         scope: "global": one map for all residual locations; "location": one for each.
         plain: whether plain transformers load the result.
-        takes_targets: whether the neurons that the map is built around may be given.
-        needs: the statistics that it asks for: "cost", "moment", "apart" (those of each location).
+        takes: the options that it follows and others do not, of ``OF_METHODS``.
+        needs: the statistics that it asks for: those of ``Statistics`` by name, and "apart" for
+            those of each location.
+        felt: what it asks for besides with ``sensitivity``.
     """
 
     name: str
     default: bool = False
     scope: str = "global"
     plain: bool = True
-    takes_targets: bool = False
+    takes: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
+    felt: frozenset[str] = frozenset()
 
     @property
     def spelled(self) -> str:
@@ -129,9 +140,9 @@ class Options:
         params_count: "total", or "non_embedding": without embedding and head.
         method: "pca" (principal directions), "dot" (transport), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
-        targets: the neurons onto which the others are transported ("dot"), or which alone are
-            kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns them.
-            The largest mean magnitudes if not given.
+        targets: the neurons onto which the others are transported once ("dot"), or which alone
+            are kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns
+            them. The largest mean magnitudes if not given.
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,
             "nystrom", "magnitude" or "transport" (baselines/feed_forward.py).
@@ -142,13 +153,18 @@ class Options:
             multiple of so many times the multiple that was chosen.
         refit: refit the weights by least squares on the same tokens (narrow/refit.py).
         ridge: weight of the old weights in the refit, relative to the mean Gram diagonal.
-        reg: entropic regularisation in units of the mean cost ("dot").
-        steps: transports in a row ("dot"); beyond the first, of all neurons onto all neurons.
-        factor: "polar" or "qr" ("dot"; see ``dotresize.factorize``).
+        reg: entropic regularisation in units of the mean cost ("dot"); 3 if not given.
+        steps: transports in a row ("dot"): 1 onto the targets, as in the paper; beyond that, of
+            all neurons onto all neurons; ``math.inf``, which is meant if not given, for their limit
+            (narrow/transport.py).
+        factor: "polar", which is meant if not given, or "qr" ("dot" with a number of steps; see
+            ``dotresize.factorize``).
+        sensitivity: make the map heed what the model's output feels ("dot", "pca";
+            narrow/sensitivity.py), by one backward pass over the tokens; off if not given.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
         self_windows: calibrate on so many windows more, which the model writes itself; a third of
             those given by default.
-        seed: of those.
+        seed: of those, and of the output that ``sensitivity`` draws.
         backend: of the solvers, see ``dotresize.backends``.
         batch_windows: windows per forward pass.
         figures: put what a page shows of the map into the report.
@@ -170,15 +186,28 @@ class Options:
     tensor_parallel: int = 1
     refit: bool = field(default=True, metadata={"flag": "no_refit"})
     ridge: float = RIDGE
-    reg: float = 3.0
-    steps: int = 1
-    factor: str = "polar"
+    reg: float | None = None
+    steps: float | None = None
+    factor: str | None = None
+    sensitivity: bool | None = None
     untie: bool = False
     self_windows: int | None = None
     seed: int = 0
     backend: str = field(default="auto", metadata={"resume": False})
     batch_windows: int = field(default=4, metadata={"resume": False})
     figures: bool = field(default=False, metadata={"resume": False})
+
+    def with_method(self, method: WidthMethod) -> Options:
+        """Return the choices with another method, without those that it does not follow."""
+        dropped: dict[str, Any] = dict.fromkeys(OF_METHODS.keys() - method.takes)
+        return replace(self, method=method, **dropped)
+
+    def meant(self, name: str) -> Any:
+        """Return a choice of ``OF_METHODS`` as it was made, or what is meant without."""
+        if name == "steps" and self.steps is None and self.targets is not None:
+            return 1  # transport onto these
+        given = getattr(self, name)
+        return OF_METHODS[name] if given is None else given
 
     @property
     def sized(self) -> bool:
@@ -200,7 +229,8 @@ class Options:
             "moment": self.energy is not None or self.refit or self.figures,
             "apart": self.figures or callable(self.targets),
         }
-        return self.method.needs | {name for name, needed in asked.items() if needed}
+        felt = self.method.felt if self.meant("sensitivity") else frozenset()
+        return self.method.needs | felt | {name for name, needed in asked.items() if needed}
 
     def own_windows(self, given: int) -> int:
         """Return how many windows the model writes itself, beside those given."""
@@ -208,7 +238,8 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for the first choice that would be refused whatever the model."""
-        check_word("factor", self.factor, FACTORS)
+        if self.factor is not None:
+            check_word("factor", self.factor, FACTORS)
         check_word("params_count", self.params_count, COUNTS)
         self._check_types()
         self._check_numbers()
@@ -218,8 +249,7 @@ class Options:
         for name, value in asked.items():
             if self.params is not None and value is not None:
                 raise ValueError(f"give params or {name}, not both: params chooses both widths")
-        if self.targets is not None and not self.method.takes_targets:
-            raise ValueError(f"targets: {self.method.spelled} has none; give dot or magnitude")
+        self._check_of_method()
         if not self.ff_method.default and self.ff_width is None and not self.budgeted:
             raise ValueError(
                 f"ff_method {self.ff_method.name}: does nothing without ff_width or params"
@@ -231,13 +261,28 @@ class Options:
             raise ValueError(f"targets: their number is the width; leave {by_rule} out")
         self.method.check(self)
 
+    def _check_of_method(self) -> None:
+        for name in OF_METHODS:
+            if getattr(self, name) is not None and name not in self.method.takes:
+                others = {"targets": "dot or magnitude", "sensitivity": "dot or pca"}.get(
+                    name, "dot"
+                )
+                raise ValueError(f"{name}: {self.method.spelled} has none; give method {others}")
+        if self.meant("steps") == math.inf:
+            if self.factor is not None:
+                raise ValueError(f"factor {self.factor}: the limit of transport has none; {AS_IT}")
+            if self.targets is not None:
+                raise ValueError(f"targets: the limit of transport depends on none; {AS_IT}")
+
     def _check_types(self) -> None:
         for name in NUMBERS:
             value = getattr(self, name)
-            if value is not None or name in ("reg", "ridge"):
+            if name == "steps" and isinstance(value, float):
+                continue  # which may be inf
+            if value is not None or name == "ridge":
                 check_number(name, value, "a finite number")
         optional = ("self_windows", "multiple_of")
-        for name in ("steps", "batch_windows", "tensor_parallel", *optional):
+        for name in ("batch_windows", "tensor_parallel", *optional):
             if getattr(self, name) is not None or name not in optional:
                 check_whole(name, getattr(self, name))
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
@@ -245,18 +290,23 @@ class Options:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
         for name in ("refit", "untie", "figures", "keep_type"):
             check_flag(name, getattr(self, name))
+        if self.sensitivity is not None:
+            check_flag("sensitivity", self.sensitivity)
 
     def _check_numbers(self) -> None:
-        if not 0 < self.reg < float("inf"):
+        if self.reg is not None and not 0 < self.reg < math.inf:
             raise ValueError(f"reg {self.reg:g}: must be positive and finite")
-        for name in ("steps", "batch_windows", "multiple_of", "tensor_parallel"):
+        for name in ("batch_windows", "multiple_of", "tensor_parallel"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.steps > MOST_STEPS:
-            raise ValueError(f"steps {self.steps}: must be at most {MOST_STEPS}")
+        steps = self.steps
+        if steps not in (None, math.inf) and not (1 <= steps <= MOST_STEPS and steps == int(steps)):
+            raise ValueError(
+                f"steps {steps:g}: must be a whole number from 1 to {MOST_STEPS}, or inf"
+            )
         if self.self_windows is not None and self.self_windows < 0:
             raise ValueError(f"self_windows {self.self_windows}: must not be negative")
-        if not 0 < self.ridge < float("inf"):
+        if not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge {self.ridge:g}: must be positive and finite")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy {self.energy:g}: must be a share of the variance in (0, 1]")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -16,11 +17,11 @@ from dotresize.accounting import (
     versions,
 )
 from dotresize.calibration.given_tokens import check_tokens
-from dotresize.calibration.statistics import Statistics
+from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
-from dotresize.narrow.budget import split_budget
-from dotresize.narrow.calibrate import calibrate, first_token
+from dotresize.narrow.budget import Split, split_budget
+from dotresize.narrow.calibrate import collect_for, first_token, with_own_text
 from dotresize.narrow.choose_width import (
     announce_found,
     choose_widths,
@@ -35,14 +36,62 @@ from dotresize.ops.backends import choose
 logger = logging.getLogger("dotresize")
 
 
+class Prepared(NamedTuple):
+    """What comes before a model is narrowed, and which several methods can share.
+
+    Attributes:
+        tokens: int64 (windows, length), with those that the model wrote itself.
+        statistics: of the residual stream; of no location where its width stays.
+        split: of a budget; None without one.
+    """
+
+    tokens: Tensor
+    statistics: Statistics
+    split: Split | None
+
+
+def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
+    """Write text, split the budget, and collect what any of the options needs.
+
+    tokens: int64 (windows, length). The first options say how much is written, and have the budget.
+    """
+    options = wanted[0]
+    given = len(tokens)
+    tokens, seconds = with_own_text(model, tokens, options)
+    split = None
+    if options.params is not None:
+        with stage("budget", seconds):
+            split = split_budget(model, tokens, options)
+    if _residual_stays(model, split, wanted):
+        statistics = Statistics.none(tokens.numel(), model.width)
+    else:
+        with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
+            statistics = collect_for(model, tokens, *wanted)
+    statistics.own_windows = len(tokens) - given
+    statistics.seconds |= seconds
+    return Prepared(tokens, statistics, split)
+
+
+def _residual_stays(model: CausalLM, split: Split | None, wanted: Sequence[Options]) -> bool:
+    if split is not None:
+        return split.width == model.width
+    if model.architecture.fixed_residual:
+        return True
+    known = [choose_widths(model, options).residual for options in wanted]
+    return all(width == model.width for width in known)
+
+
 def narrow_model(
-    model: CausalLM, tokens: Any, options: Options, statistics: Statistics | None = None
+    model: CausalLM,
+    tokens: Any,
+    options: Options,
+    prepared: Prepared | Statistics | None = None,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Narrow a model; see ``dotresize.compress``.
 
-    tokens: int64 (windows, length), or an iterable of such. statistics: what ``calibrate``
-    returned with these tokens, to share one calibration between several calls; the model then
-    writes nothing itself.
+    tokens: int64 (windows, length), or an iterable of such. prepared: what ``prepare`` returned
+    with tokens, to share one calibration between several calls; these are then its own. Or its
+    statistics alone.
     """
     options.check()
     model.architecture.check(model.module)
@@ -57,10 +106,18 @@ def narrow_model(
             "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
         )
     first = first_token(model, windows)
-    alone = statistics is None  # who calibrates before has said what was chosen
-    if statistics is None:
-        windows, statistics = calibrate(model, windows, options)
-    if not model.architecture.fixed_residual:
+    alone = prepared is None  # who prepares before has said what was chosen
+    if isinstance(prepared, Statistics):
+        split = None if options.params is None else split_budget(model, windows, options)
+        prepared = Prepared(windows, prepared, split)
+    if prepared is None:
+        prepared = prepare(model, windows, options)
+    windows, statistics, split = prepared
+    if options.params is not None:
+        assert split is not None
+        width = split.width
+        inner = split.inner if split.inner < model.inner_width else None
+    if width < model.width or options.energy is not None:
         _check_statistics(statistics, options)
     if options.energy is not None:
         width = width_for_energy(statistics, model, options)
@@ -68,17 +125,13 @@ def narrow_model(
     _warn_of_few(windows, model, width, inner, options)
     given = Calibrated(model, windows, statistics, options)
     seconds = dict.fromkeys(STAGES, 0.0)
-    split = None
-    if options.params is not None:
-        with stage("budget", seconds):
-            split = split_budget(given)
-        width = split.width
-        inner = split.inner if split.inner < model.inner_width else None
     if alone or widths.residual is None:
         announce_found(model, width, inner)
-    for name in ("self-generated text", "calibration"):
+    for name in ("self-generated text", "calibration", "budget"):
         seconds[name] = statistics.seconds.get(name, 0.0)
-    seconds["cost"] = statistics.seconds["cost"] if "cost" in options.needs else 0.0
+    sensitive = bool(options.meant("sensitivity"))
+    asked_for = {"cost": "cost" in options.needs, "sensitivity": sensitive}
+    seconds |= {name: statistics.seconds[name] if on else 0.0 for name, on in asked_for.items()}
     made = _narrowed(given, width, inner, seconds)
     report = _report(model, made.model, statistics, options, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
@@ -93,11 +146,13 @@ def narrow_model(
         count = {"asked": options.params, "count": options.params_count}
         report["budget"] = count | split.details()
     report["map"] = made.map.details
+    # What the backward pass kept of the forward pass, in files or on the device.
+    report["sensitivity"] = {"kept_bytes": statistics.kept_bytes} if sensitive else None
     report["feed_forward_lost"] = list(made.lost)
     if options.figures and made.bases and width < model.width:
         moment = cast(Tensor, statistics.moment)
         shown = made.bases if len(made.bases) > 1 else made.bases * len(moment)
-        report["figures"] = maps.figures_of(shown, moment, made.map.details)
+        report["figures"] = maps.figures_of(shown, moment, made.map)
     return made.model, report
 
 
@@ -174,7 +229,7 @@ def _report(
 
 
 def _check_statistics(statistics: Statistics, options: Options) -> None:
-    for name in ("cost", "moment"):
+    for name in MATRICES:
         if name in options.needs and getattr(statistics, name) is None:
             raise ValueError(f"statistics: collected without {name}, which these options need")
     if "apart" in options.needs and not statistics.apart:

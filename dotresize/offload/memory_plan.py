@@ -136,6 +136,18 @@ def activation_place(model: CausalLM, tokens: Tensor) -> str:
     return "device" if kept < 0.5 * torch.cuda.mem_get_info(model.device)[0] else "disk"
 
 
+def layer_inputs_place(model: CausalLM, tokens: Tensor) -> str:
+    """Return where what every layer read is kept (``calibration.ActivationCache``).
+
+    On a device that has twice the room for it, else on disk.
+    """
+    if model.store.activations is not None or model.device.type != "cuda":
+        return "disk"
+    each = len(model.layers) * model.width * model.store.computed_bytes
+    kept = tokens.numel() * each // distributed.size()
+    return "device" if kept < 0.5 * torch.cuda.mem_get_info(model.device)[0] else "disk"
+
+
 def stage_bytes(
     model: CausalLM,
     batch_tokens: int,
