@@ -26,7 +26,7 @@ from dotresize.ops.arguments import check_number, check_word, shown
 
 # The methods by their names. The last ones are there to be compared with.
 METHODS: dict[str, WidthMethod] = {
-    method.name: method for method in (PrincipalDirections(), Transport(), Magnitude(), SliceGPT())
+    method.name: method for method in (Transport(), PrincipalDirections(), Magnitude(), SliceGPT())
 }
 FF_METHODS: dict[str, FeedForwardMethod] = {
     method.name: method for method in (Eliminate(), Nystrom(), KeepLargest(), HandOn())
@@ -35,7 +35,7 @@ SCOPES = ("global", "location")
 
 
 def make_options(
-    *, method: str = "pca", scope: str = "global", ff_method: str = "eliminate", **choices: Any
+    *, method: str = "dot", scope: str = "global", ff_method: str = "eliminate", **choices: Any
 ) -> Options:
     """Return the options that some words and numbers stand for, checked.
 

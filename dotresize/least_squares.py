@@ -1,6 +1,10 @@
 """Ridge regression from normal equations.
 
-    A = argmin sum_t |u_t A - v_t|^2 + lam |A - A0|^2,    lam = ridge x mean diagonal of sum u'u
+    A = argmin sum_t |u_t A - v_t|^2 + sum_i lam_i |A_i - A0_i|^2
+
+where A_i are the rows of A, one for each input. With g the diagonal of the Gram matrix sum u'u,
+lam_i is ridge x mean(g), or ridge x g_i where the ridge is in proportion: then the sizes of the
+inputs do not matter, and small ones are solved for like large ones.
 
 Only the sums u'u and u'v are kept, so memory does not depend on the number of tokens.
 
@@ -34,6 +38,7 @@ class NormalEquations:
         self.gram = prior.new_zeros(len(prior), len(prior))
         self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
         self.squares = prior.new_zeros(())  # of what is to be met
+        self._tokens = prior.new_zeros(())
         self._lam: Tensor | None = None  # what solving has added to the sums
 
     def add(self, u: Tensor, v: Tensor, weight: float = 1.0) -> None:
@@ -42,10 +47,16 @@ class NormalEquations:
         self.gram.add_(over_tokens(u, u), alpha=weight)
         self.cross.add_(over_tokens(u, v), alpha=weight)
         self.squares += weight * v.float().square().sum(dtype=FLOAT)
+        self._tokens += weight * len(u)
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
-        distributed.total(self.gram, self.cross, self.squares)
+        distributed.total(self.gram, self.cross, self.squares, self._tokens)
+
+    @property
+    def tokens_per_input(self) -> float:
+        """How many tokens there are for each unknown of an output."""
+        return float(self._tokens) / len(self.gram)
 
     def restrict(self, kept: Tensor, prior: Tensor) -> None:
         """Leave only some of the inputs, int64 (inputs,), with a prior of their own."""
@@ -53,9 +64,9 @@ class NormalEquations:
         self.gram = self.gram[kept][:, kept]
         self.cross = self.cross[kept]
 
-    def solve(self, ridge: float) -> Tensor:
+    def solve(self, ridge: float, *, proportional: bool = False) -> Tensor:
         """Return A, (inputs, outputs); the sums are spent with it."""
-        self._lam = _add_ridge(self.gram, self.cross, self.prior, ridge)
+        self._lam = _add_ridge(self.gram, self.cross, self.prior, ridge, proportional)
         return torch.linalg.solve(self.gram, self.cross)
 
     def lost(self, a: Tensor) -> float:
@@ -66,13 +77,15 @@ class NormalEquations:
         if self._lam is None:
             missed = self.squares + (a * (self.gram @ a - 2 * self.cross)).sum()
         else:  # (G + lam) A = C + lam A0, which is what cross holds
-            drawn = self._lam * (a * (2 * self.prior - a)).sum()
+            drawn = (self._lam[:, None] * a * (2 * self.prior - a)).sum()
             missed = self.squares - (a * self.cross).sum() + drawn
         tiny = torch.finfo(FLOAT).tiny
         return float((missed / self.squares.clamp_min(tiny)).clamp_min(0.0))
 
 
-def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+def solve(
+    gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, *, proportional: bool = False
+) -> Tensor:
     """Return A of the module's header from its sums.
 
     gram: (inputs, inputs); cross, prior: (inputs, outputs).
@@ -81,16 +94,20 @@ def solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
     small ridge does not always cover.
     """
-    _add_ridge(gram, cross, prior, ridge)
+    _add_ridge(gram, cross, prior, ridge, proportional)
     return torch.linalg.solve(gram, cross)
 
 
-def _add_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """Add lam to the sums in place, and return it."""
+def _add_ridge(
+    gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, proportional: bool
+) -> Tensor:
+    """Add lam, (inputs,), to the sums in place, and return it."""
+    sizes = gram.diagonal().clone()
+    sizes = sizes if proportional else sizes.mean().expand_as(sizes)
     # Inputs that are zero on every token leave the prior alone, whatever the ridge.
-    lam = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(FLOAT).tiny)
+    lam = (ridge * sizes).clamp_min(torch.finfo(FLOAT).tiny)
     gram.diagonal().add_(lam)
-    cross.add_(prior * lam)
+    cross.add_(prior * lam[:, None])
     return lam
 
 

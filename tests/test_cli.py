@@ -78,7 +78,7 @@ def test_two_runs_give_identical_files(arguments, tmp_path):
 def test_compare_prints_every_method(arguments, capsys):
     assert main([*arguments, "--compare"]) == 0
     heading = capsys.readouterr().out.splitlines()[0].split()
-    assert heading == ["dense", "magnitude", "PCA", "transport", "PCA", "+", "refit"]
+    assert heading == ["dense", "magnitude", "PCA", "transport", "transport", "+", "refit"]
     report = json.loads((Path(arguments[2]) / "dotresize.json").read_text())
     assert [row["method"] for row in report["compared"]] == ["dense", "magnitude", "pca", "dot"]
 

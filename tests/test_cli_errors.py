@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--width", "0", "--width 0: must be a share in (0, 1]"),
         ("--width", "-3", "--width -3: must be a share in (0, 1]"),
         ("--width", "wide", "argument --width"),
-        ("--method", "svd", "must be one of pca, dot, magnitude, slicegpt"),
+        ("--method", "svd", "must be one of dot, pca, magnitude, slicegpt"),
         ("--energy", "1.5", "energy 1.5: must be a share"),
         ("--params", "0.8", "give --params or --width, not both"),
         ("--params", "1.5", "params 1.5: must be a share"),

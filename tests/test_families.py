@@ -60,7 +60,7 @@ def test_compare_where_only_one_width_can_change(
     assert main([*arguments, "--compare"]) == 0
     heading = capsys.readouterr().out.splitlines()[0].split("  ")
     wanted = {
-        "mixtral": ["dense", "magnitude", "PCA", "transport", "PCA + refit"],
+        "mixtral": ["dense", "magnitude", "PCA", "transport", "transport + refit"],
         "gpt2": [
             "dense",
             "feed-forward, eliminate",

@@ -19,7 +19,7 @@ from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.least_squares import NormalEquations
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.calibrate import first_token
-from dotresize.narrow.refit import add_windows
+from dotresize.narrow.refit import add_windows, window_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,15 +131,27 @@ def test_tokens_given_are_taken_as_they_are():
     assert report["calibration"]["first_token"] == BOS
 
 
+@pytest.mark.parametrize(
+    ("windows", "own", "weight"),
+    [(4, 0, 1.0), (32, 8, 3.0), (30, 10, 2.0), (9, 8, 1.0), (33, 1, 3.0)],
+)
+def test_how_often_a_window_of_the_models_own_counts(windows, own, weight):
+    """As often as makes all of them count like all that were given, and at most three times."""
+    found = [weight for batch in window_weights(windows, own, 4) for weight in batch]
+    assert found == [1.0] * (windows - own) + [weight] * own
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("first", [1.0, 4.0])
 def test_how_often_it_counts(length, first):
+    """And how often a window does."""
     u, v = torch.randn(3, length, 5), torch.randn(3, length, 4)
     ours, theirs = (NormalEquations(torch.zeros(5, 4, dtype=torch.float64)) for _ in range(2))
-    add_windows(ours, u.flatten(0, 1), v, length, first)
-    theirs.add(u, v)
-    for _ in range(int(first) - 1):
-        theirs.add(u[:, :1], v[:, :1])
+    add_windows(ours, u.flatten(0, 1), v, [1.0, 3.0, 3.0], first)
+    for i in (0, 1, 1, 1, 2, 2, 2):
+        theirs.add(u[i], v[i])
+        for _ in range(int(first) - 1):
+            theirs.add(u[i, :1], v[i, :1])
     torch.testing.assert_close(ours.gram, theirs.gram, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.cross, theirs.cross, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.squares, theirs.squares, rtol=1e-5, atol=1e-5)

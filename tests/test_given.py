@@ -147,7 +147,7 @@ def test_models_that_are_none(model, tokens):
         ({"params": float("nan")}, "params is nan"),
         ({"ff_width": [3]}, r"ff_width is \[3\]"),
         ({"width": True}, "width is True"),
-        ({"steps": 1.5}, "steps is 1.5: must be an integer"),
+        ({"steps": 1.5}, "steps 1.5: must be a whole number from 1 to 10000, or inf"),
         ({"refit": "no"}, "refit is 'no': must be True or False"),
         ({"method": ["dot"]}, r"method \['dot'\]: must be one of"),
         ({"targets": "all", "method": "dot"}, "targets is 'all'"),

@@ -140,7 +140,8 @@ def test_the_residual_is_refused_with_the_reason(options, tokens):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "dot"}, {"untie": True}, {"method": "magnitude", "refit": False}]
+    "options",
+    [{"method": "pca"}, {"untie": True}, {"method": "magnitude", "refit": False}, {"reg": 2.0}],
 )
 def test_choices_of_the_residual_are_refused(options, tokens):
     with pytest.raises(ValueError, match="gpt2 keeps its residual"):

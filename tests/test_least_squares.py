@@ -8,11 +8,14 @@ import torch
 from dotresize.least_squares import NormalEquations
 
 
-def solved(u: torch.Tensor, v: torch.Tensor, prior: torch.Tensor, ridge: float) -> torch.Tensor:
+def solved(
+    u: torch.Tensor, v: torch.Tensor, prior: torch.Tensor, ridge: float, **choices
+) -> torch.Tensor:
     equations = NormalEquations(prior)
     for part in zip(u.split(7), v.split(7), strict=True):
         equations.add(*part)
-    return equations.solve(ridge)
+    assert equations.tokens_per_input == len(u) / u.shape[1]
+    return equations.solve(ridge, **choices)
 
 
 @pytest.fixture
@@ -29,6 +32,19 @@ def test_solution_is_that_of_the_stacked_problem(problem, ridge):
     assert torch.allclose(solved(u, v, prior, ridge), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("ridge", [1e-6, 0.3, 10.0])
+def test_sizes_of_inputs_do_not_matter_to_a_proportional_ridge(problem, ridge):
+    u, v, prior = problem
+    scale = torch.logspace(-2, 2, 11)
+    wanted = solved(u, v, prior, ridge, proportional=True)
+    found = solved(u * scale, v, prior / scale[:, None], ridge, proportional=True)
+    assert torch.allclose(found * scale[:, None], wanted, rtol=1e-4, atol=1e-5)
+    weight = (ridge * u.double().square().sum(0)).sqrt()
+    stacked = torch.cat([u, torch.diag(weight)])
+    exact = torch.linalg.lstsq(stacked, torch.cat([v, weight[:, None] * prior])).solution
+    assert torch.allclose(wanted, exact, atol=1e-5)
+
+
 def test_sums_are_contiguous(problem):
     """A prior is often a transposed weight; sums over processes take no strides."""
     equations = NormalEquations(problem[2].mT.contiguous().mT)
@@ -39,26 +55,29 @@ def test_sums_are_contiguous(problem):
 def test_an_input_that_is_always_zero_keeps_its_prior(problem):
     u, v, prior = problem
     u[:, 4] = 0.0
-    solution = solved(u, v, prior, 0.01)
-    assert torch.allclose(solution[4], prior[4])
-    assert torch.isfinite(solution).all()
+    for proportional in (True, False):
+        solution = solved(u, v, prior, 0.01, proportional=proportional)
+        assert torch.allclose(solution[4], prior[4])
+        assert torch.isfinite(solution).all()
 
 
 def test_no_signal_at_all_keeps_the_prior(problem):
     u, v, prior = problem
-    assert torch.allclose(solved(0 * u, v, prior, 0.1), prior)
+    for proportional in (True, False):
+        assert torch.allclose(solved(0 * u, v, prior, 0.1, proportional=proportional), prior)
 
 
+@pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("solved", [True, False])
 @pytest.mark.parametrize("ridge", [1e-6, 0.3, 10.0])
-def test_what_is_lost(problem, ridge, solved):
+def test_what_is_lost(problem, ridge, solved, proportional):
     """What is lost is right for all inputs, and for some of them."""
     u, v, prior = problem
     for kept in (torch.arange(11), torch.tensor([0, 3, 4, 9])):
         equations = NormalEquations(prior)
         equations.add(u, v)
         equations.restrict(kept, prior[kept])
-        a = equations.solve(ridge) if solved else prior[kept]
+        a = equations.solve(ridge, proportional=proportional) if solved else prior[kept]
         wanted = (u[:, kept].double() @ a - v.double()).square().sum() / v.double().square().sum()
         assert equations.lost(a) == pytest.approx(float(wanted), rel=1e-4)
 

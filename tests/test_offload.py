@@ -125,8 +125,9 @@ def test_files_of_the_model_without_its_head(kind, tokens, tmp_path):
 def test_half_precision_is_stored_as_it_was_and_computed_wide(tokens, tmp_path):
     model = tiny_model(dtype=torch.bfloat16)
     dense = opened(stored(model, tmp_path / "dense"))
-    offloaded, _ = narrow_model(dense, tokens, make_options(width=16))
-    wide, _ = compress(model.float(), tokens, width=16, self_windows=0)
+    # Which tokens are drawn hangs on the last digits: no gradients here.
+    offloaded, _ = narrow_model(dense, tokens, make_options(width=16, sensitivity=False))
+    wide, _ = compress(model.float(), tokens, width=16, sensitivity=False, self_windows=0)
     files = offloaded.store.weights
     for name, weight in wide.named_parameters():
         assert files.read(name).dtype == torch.bfloat16

@@ -58,7 +58,7 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     assert "<td>perplexity, topics</td>" in text
     assert "<td>perplexity, other, unseen</td>" in text
     assert "perplexity, unseen kinds</text>" in text
-    for name in ("dense", "magnitude", "PCA", "transport", "PCA + refit"):
+    for name in ("dense", "magnitude", "PCA", "transport", "transport + refit"):
         assert f"<th>{name}</th>" in text
     assert re.search(r"<pre>dotresize compress .* --width 16 --compare .*</pre>", text)
 
@@ -114,7 +114,7 @@ def test_nothing_is_compared_where_nothing_is_cut(arguments, tmp_path, caplog, c
     arguments[arguments.index("--width") + 1] = "1"
     assert main([*arguments, "--compare", "--report", str(tmp_path / "page")]) == 0
     assert "nothing was cut" in caplog.text
-    assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "PCA", "+", "refit"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "transport", "+", "refit"]
     text = (tmp_path / "page" / "index.html").read_text()
     for absent in ("Spectrum", "Variance lost", "The map", "against size"):
         assert absent not in text
@@ -152,7 +152,7 @@ def test_sweep(model_directory, text_file, tmp_path, capsys):
     heading = capsys.readouterr().out.splitlines()[0].split("  ")
     assert [name.strip() for name in heading if name.strip()] == [
         "dense",
-        *(["magnitude", "PCA", "transport", "PCA + refit"] * 2),
+        *(["magnitude", "PCA", "transport", "transport + refit"] * 2),
     ]
     text = (tmp_path / "sweep" / "index.html").read_text()
     assert text.count("<svg") == 2
@@ -172,7 +172,7 @@ def test_sweep(model_directory, text_file, tmp_path, capsys):
         "dense",
         *(f"feed-forward, {name}" for name in ("eliminate", "nystrom", "magnitude", "transport")),
         "feed-forward, eliminate + refit",
-        *("magnitude", "PCA", "transport", "PCA + refit"),
+        *("magnitude", "PCA", "transport", "transport + refit"),
     ]
     without = [*words[:2], str(tmp_path / "other"), *words[3:8], *SMALL]
     assert main(without) == 0

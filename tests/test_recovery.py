@@ -104,7 +104,7 @@ def test_command_line(arguments, capsys, monkeypatch):
     assert not folder.exists()
     heading = capsys.readouterr().out.splitlines()[0]
     assert [name.strip() for name in heading.split("  ") if name.strip()] == [
-        "dense", "PCA + refit", "PCA + refit + recovery",
+        "dense", "transport + refit", "transport + refit + recovery",
     ]  # fmt: skip
     report = json.loads((out / "dotresize.json").read_text())
     assert report["recovery"]["steps"] == 10

@@ -27,7 +27,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.maps import align, largest
 from dotresize.narrow.principal import pca
-from dotresize.narrow.round_width import round_width
+from dotresize.narrow.sensitivity import unit
 from dotresize.narrow.transport import transports
 from dotresize.ops.l1_accumulator import L1CostAccumulator
 
@@ -38,6 +38,7 @@ from .quality import WINDOW, Study
 from .quality_cases import MIXTURES
 
 REG = 3.0
+WIDTH = 468  # whatever a share of 576 would be rounded to
 
 
 class Maps:
@@ -48,7 +49,7 @@ class Maps:
         self.mean: Statistics = self.statistics.mean()
         model = study.model
         self.width = model.width
-        self.k = round_width(0.8 * self.width, self.width)
+        self.k = WIDTH
         self.selection = largest(self.mean.importance[0], self.k)
         assert self.statistics.cost is not None
         self.costs = self.statistics.cost.double()
@@ -76,7 +77,27 @@ class Maps:
 
     def transport(self, cost: Tensor | None = None, **choices: Any) -> Tensor:
         cost = self.cost if cost is None else cost
-        return transports(cost[None], [self.selection], **({"reg": REG} | choices))[0].q
+        choices = {"reg": REG, "steps": 1} | choices
+        return transports(cost[None], [self.selection], **choices)[0].q
+
+    def limit(self, gradients: float = 0.0, **choices: Any) -> Tensor:
+        """Return the limit of transport, with a weight of the gradients' cost."""
+        assert self.mean.gradient_cost is not None
+        by_gradients = self.mean.gradient_cost[0].double()
+        cost = self.cost / self.cost.mean() + gradients * by_gradients / by_gradients.mean()
+        return self.transport(cost, steps=math.inf, **choices)
+
+    def limit_on_axes(self, kept_axes: int = 16) -> Tensor:
+        """Return the limit with the largest channels kept on their axes."""
+        plan = sinkhorn(self.cost, REG * float(self.cost.mean()), tol=1e-9).plan
+        assert isinstance(plan, Tensor)
+        return self.pca(plan + plan.mT, kept_axes)
+
+    def sensitive(self, weight: float) -> Tensor:
+        """Return the principal directions of ``w C + H / w``."""
+        assert self.mean.moment is not None
+        assert self.mean.fisher is not None
+        return self.pca(weight * unit(self.mean.moment[0]) + unit(self.mean.fisher[0]) / weight)
 
     def planned(
         self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, sign: Any = 1.0
@@ -142,6 +163,14 @@ def rules() -> Iterator[tuple[str, str, Rule]]:
     yield "marginals", "both by magnitude", lambda m: m.marginals(True, True)
     for steps in (2, 6, 20):
         yield "steps", f"{steps} in a row", lambda m, s=steps: m.transport(steps=s)
+    yield "limit", "of transport", Maps.limit
+    for reg in (0.5, 30.0):
+        yield "limit", f"reg {reg:g}", lambda m, r=reg: m.limit(reg=r)
+    yield "limit", "16 channels kept on their axes", Maps.limit_on_axes
+    for weight in (0.1, 0.3, 1.0):
+        yield "sensitivity", f"limit, weight {weight:g}", lambda m, w=weight: m.limit(w)
+    for weight in (1.0, 7.0, 30.0):
+        yield "sensitivity", f"PCA, weight {weight:g}", lambda m, w=weight: m.sensitive(w)
     for share in (0.25, 0.5, 0.75):
         yield "mixture", f"{share:.0%} principal directions", lambda m, s=share: m.mixture(s)
     for axes in (0, 64):
@@ -202,7 +231,7 @@ def main() -> int:
 
 def _measure(left: list[tuple[str, str, Rule]], args: argparse.Namespace) -> None:
     about = where(torch.get_num_threads())
-    study = Study(args.windows)
+    study = Study(args.windows, gradients=True)
     made = Maps(study, args.mixture)
     for varied, choice, rule in left:
         start = time.perf_counter()

@@ -1,7 +1,11 @@
 """How much of a model survives: every method at equal size, on text it saw and on text it did not.
 
     python -m benchmarks.studies.quality headline --out FILE     the table of docs/compress.md
-    python -m benchmarks.studies.quality study --out FILE        all cases of quality_cases.py
+    python -m benchmarks.studies.quality study --out FILE        all cases of CASES
+    python -m benchmarks.studies.quality maps --out FILE --seeds 0 1
+    python -m benchmarks.studies.quality amounts --out FILE --windows 6
+
+(cases are in quality_cases.py).
 
 Figure of merit: excess = ln(perplexity / dense perplexity), on Wikipedia articles, news and
 programming documentation that are never calibrated on. Each case runs with all three sources in
@@ -36,7 +40,7 @@ from dotresize.narrow.pipeline import narrow_model
 
 from ..demo.texts import SOURCES, model_file, write_texts
 from ..rows import append, read, where
-from .quality_cases import CASES, HEADLINE, KEPT_SETS, MIXTURES, WINDOWS, Case
+from .quality_cases import AMOUNTS, CASES, HEADLINE, KEPT_SETS, MAPS, MIXTURES, WINDOWS, Case
 
 WINDOW = 512
 EVAL_WINDOWS = 4
@@ -45,8 +49,9 @@ EVAL_WINDOWS = 4
 class Study:
     """The model, its texts, and one calibration at a time."""
 
-    def __init__(self, windows: int) -> None:
-        self.windows = windows
+    def __init__(self, windows: int, *, gradients: bool = False) -> None:
+        """Read model and texts. gradients: whether maps will heed what the output feels."""
+        self.windows, self._gradients = windows, gradients
         self.model, tokenizer = load_with_tokenizer(
             str(model_file()), torch.device("cpu"), to_narrow=True
         )
@@ -77,7 +82,15 @@ class Study:
                 if seed not in self._own:
                     self._own[seed] = sample(self.model, self.windows // 3, WINDOW, seed)
                 tokens = torch.cat([tokens, self._own[seed]])
-            self._calibration = (key, tokens, collect(self.model, tokens, apart=True))
+            statistics = collect(
+                self.model,
+                tokens,
+                apart=True,
+                fisher=self._gradients,
+                gradient_cost=self._gradients,
+            )
+            statistics.own_windows = len(tokens) - self.windows
+            self._calibration = (key, tokens, statistics)
         return self._calibration[1:]
 
     def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:
@@ -110,8 +123,10 @@ class Study:
 
 
 def cases_of(which: str) -> list[Case]:
-    """Return the cases of the headline, or of the study, which has all."""
-    return [case for case in CASES if which == "study" or case.name in HEADLINE]
+    """Return the cases of a group; the headline is a part of the study."""
+    if which == "headline":
+        return [case for case in CASES if case.name in HEADLINE]
+    return list({"study": CASES, "maps": MAPS, "amounts": AMOUNTS}[which])
 
 
 def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
@@ -126,7 +141,7 @@ def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("which", choices=("headline", "study"))
+    parser.add_argument("which", choices=("headline", "study", "maps", "amounts"))
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument(
         "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"
@@ -156,7 +171,7 @@ def main() -> int:
     if not left:
         return 0
     about = where(torch.get_num_threads())
-    study = Study(args.windows)
+    study = Study(args.windows, gradients=args.which == "maps")
     for i, (case, mixture, seed) in enumerate(left):
         start = time.perf_counter()
         row = about | study.run(case, mixture, seed)

@@ -66,45 +66,67 @@ KEPT_SETS: dict[str, Callable[[Any, Statistics, int], Tensor]] = {
     "Wanda": _wanda,
 }
 
-PLAIN: dict[str, Any] = {"width": 0.8, "refit": False}
-REFIT: dict[str, Any] = {"width": 0.8}
+# 468 of 576 channels, whatever a share would be rounded to.
+PLAIN: dict[str, Any] = {"width": 468, "refit": False}
+REFIT: dict[str, Any] = {"width": 468}
+PCA: dict[str, Any] = {"method": "pca", "sensitivity": False}
+LIMIT: dict[str, Any] = {"method": "dot", "sensitivity": False}
+ONE: dict[str, Any] = LIMIT | {"steps": 1}
+HEEDS = {"sensitivity": True}
 # 27 % of the inner neurons are 20 % of the parameters outside the embeddings.
 INNER = {"ff_width": 1126}
 BUDGET = {"params": 0.8}
 INNER_PLAIN = INNER | {"refit": False}
 
+# What the default map rests on: each refitted, with text of the model's own.
+MAPS = (
+    Case("transport in its limit, sensitivity", REFIT | LIMIT | HEEDS, True, True),
+    Case("principal directions, sensitivity", REFIT | PCA | HEEDS, True, True),
+    Case("transport in its limit", REFIT | LIMIT, True, True),
+    Case("principal directions", REFIT | PCA, True, True),
+    Case("20 transports", REFIT | LIMIT | {"steps": 20}, True, True),
+    Case("one transport", REFIT | ONE, True, True),
+    Case("magnitude", REFIT | {"method": "magnitude"}, True, True),
+)
+
+# How much text the refit needs, with text of the model's own.
+AMOUNTS = tuple(
+    Case(f"{name}, {'refit' if refit else 'no refit'}", size | {"refit": refit}, True, True)
+    for name, size in (("468 channels", {"width": 468}), ("1152 inner neurons", {"ff_width": 1152}))
+    for refit in (True, False)
+)
+
 CASES = (
     Case("magnitude", PLAIN | {"method": "magnitude"}, True),
-    Case("transport", PLAIN | {"method": "dot"}, True),
-    Case("PCA", PLAIN, True),
+    Case("transport", PLAIN | ONE, True),
+    Case("PCA", PLAIN | PCA, True),
     Case("SliceGPT", PLAIN | {"method": "slicegpt"}, True),
-    Case("PCA per location", PLAIN | {"scope": "location"}),
-    Case("transport per location", PLAIN | {"method": "dot", "scope": "location"}),
+    Case("PCA per location", PLAIN | PCA | {"scope": "location"}),
+    Case("transport per location", PLAIN | ONE | {"scope": "location"}),
     Case("SliceGPT + refit", REFIT | {"method": "slicegpt"}, own_text=True),
-    Case("PCA per location + refit", REFIT | {"scope": "location"}, own_text=True),
-    Case(
-        "transport per location + refit",
-        REFIT | {"method": "dot", "scope": "location"},
-        own_text=True,
-    ),
-    # What `dotresize compress --width 0.8` does, and without one of its parts.
-    Case("default", REFIT, True, True),
-    Case("default, no own text", REFIT, True),
-    Case("default, no refit", PLAIN, True, True),
-    Case("default, untied", REFIT | {"untie": True}, own_text=True),
+    Case("PCA per location + refit", REFIT | PCA | {"scope": "location"}, own_text=True),
+    Case("transport per location + refit", REFIT | ONE | {"scope": "location"}, own_text=True),
+    # With text of the model's own, and without one of the parts.
+    Case("PCA + refit", REFIT | PCA, True, True),
+    Case("PCA + refit, no own text", REFIT | PCA, True),
+    Case("PCA, own text", PLAIN | PCA, True, True),
+    Case("PCA + refit, untied", REFIT | PCA | {"untie": True}, own_text=True),
     Case("magnitude + refit", REFIT | {"method": "magnitude"}, own_text=True),
-    Case("transport + refit", REFIT | {"method": "dot"}, own_text=True),
-    Case("transport, 20 in a row + refit", REFIT | {"method": "dot", "steps": 20}, own_text=True),
-    *(Case(f"default, ridge {r:g}", REFIT | {"ridge": r}, True, True) for r in (0.03, 0.3)),
-    *(Case(f"transport, {q} in a row", PLAIN | {"method": "dot", "steps": q}) for q in (2, 6, 20)),
-    *(Case(f"transport, reg {r:g}", PLAIN | {"method": "dot", "reg": r}) for r in (0.3, 1.0, 10.0)),
+    Case("transport + refit", REFIT | ONE, own_text=True),
+    Case("transport, 20 in a row + refit", REFIT | LIMIT | {"steps": 20}, own_text=True),
+    *(
+        Case(f"PCA + refit, ridge {r:g}", REFIT | PCA | {"ridge": r}, True, True)
+        for r in (0.03, 0.3)
+    ),
+    *(Case(f"transport, {q} in a row", PLAIN | LIMIT | {"steps": q}) for q in (2, 6, 20)),
+    *(Case(f"transport, reg {r:g}", PLAIN | ONE | {"reg": r}) for r in (0.3, 1.0, 10.0)),
     *(
         Case(f"{label}, kept set {name}", options, own_text="refit" in label, kept=name)
         for name in KEPT_SETS
         for label, options in (
             ("selection", PLAIN | {"method": "magnitude"}),
-            ("transport", PLAIN | {"method": "dot"}),
-            ("transport + refit", REFIT | {"method": "dot"}),
+            ("transport", PLAIN | ONE),
+            ("transport + refit", REFIT | ONE),
         )
     ),
     Case(
@@ -114,17 +136,17 @@ CASES = (
     ),
     Case("budget, 80 % in total", BUDGET, own_text=True),
     # As many outside the embeddings by both widths, whatever the budget chose.
-    Case("both widths + refit", {"width": 567, "ff_width": 1152}, own_text=True),
+    Case("both widths + refit", PCA | {"width": 567, "ff_width": 1152}, own_text=True),
     # What the first channels cost, by which the budget leaves them all.
-    *(Case(f"{k} channels", {"width": k}, own_text=True) for k in (567, 558)),
+    *(Case(f"{k} channels", PCA | {"width": k}, own_text=True) for k in (567, 558)),
     # What 80 % in total is compared with: 19.7 % fewer parameters, all of them inner neurons.
     *(
         Case(f"feed-forward 1024, {name}", {"ff_width": 1024, "ff_method": name, "refit": False})
         for name in ("magnitude", "nystrom", "transport")
     ),
     Case("feed-forward 1024, eliminate + refit", {"ff_width": 1024}, own_text=True),
-    Case("PCA, untied", PLAIN | {"untie": True}),
-    Case("transport, untied", PLAIN | {"method": "dot", "untie": True}),
+    Case("PCA, untied", PLAIN | PCA | {"untie": True}),
+    Case("transport, untied", PLAIN | ONE | {"untie": True}),
     Case("feed-forward, magnitude", INNER_PLAIN | {"ff_method": "magnitude"}),
     Case("feed-forward, nystrom", INNER_PLAIN | {"ff_method": "nystrom"}),
     Case("feed-forward, transport", INNER_PLAIN | {"ff_method": "transport"}),
@@ -137,7 +159,7 @@ CASES = (
 )
 
 HEADLINE = (
-    *("magnitude", "transport", "PCA", "SliceGPT", "default"),
+    *("magnitude", "transport", "PCA", "SliceGPT", "PCA + refit"),
     *("feed-forward, magnitude", "feed-forward, nystrom", "feed-forward, eliminate + refit"),
     *("budget, 80 % outside the embeddings", "budget, 80 % in total"),
 )

@@ -21,7 +21,17 @@ from .api import api
 from .gpu import ceilings, details, peers_table
 from .llama_cpp import llama_cpp
 from .models import families, first_token, large, merging, projected
-from .quality import budget, headline, multiple_choice, recovered, speed, study
+from .quality import (
+    amounts,
+    budget,
+    headline,
+    map_time,
+    maps,
+    multiple_choice,
+    recovered,
+    speed,
+    study,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path("benchmarks/results")
@@ -239,6 +249,8 @@ TABLES = {
     },
     "docs/compress.md": {
         "quality": lambda: headline(rows("quality.jsonl")),
+        "maps": lambda: maps(rows("maps.jsonl")),
+        "amounts": lambda: amounts(rows("amounts.jsonl")),
         "speed": lambda: speed(rows("speed.jsonl")),
         "recovered": lambda: recovered(rows("recovered.jsonl")),
         "lm_eval": lambda: multiple_choice(_lm_eval_rows()),
@@ -255,6 +267,7 @@ TABLES = {
         "large": lambda: large(rows("large.jsonl")),
         "projected": lambda: projected(rows("projected.jsonl"), rows("large.jsonl")),
     },
+    "docs/maps.md": {"map_time": lambda: map_time(rows("map_time.jsonl"))},
     "docs/merge-ff.md": {"merging": lambda: merging(rows("merging.jsonl"))},
     "docs/sinkhorn.md": {"acceleration": acceleration},
     "docs/ot.md": {"pot": pot},
@@ -274,6 +287,9 @@ SOURCES = {
     "demo": ("demo.jsonl", "compressor"),
     "quality": ("quality.jsonl", "compressor"),
     "study": ("quality.jsonl", "compressor"),
+    "maps": ("maps.jsonl", "compressor"),
+    "amounts": ("amounts.jsonl", "compressor"),
+    "map_time": ("map_time.jsonl", "cpu"),
     "recovered": ("recovered.jsonl", "compressor"),
     "lm_eval": ("lm_eval.jsonl", "compressor"),
     "first_token": ("first_token.jsonl", "compressor"),

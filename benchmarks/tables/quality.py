@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..demo.texts import SOURCES
-from ..studies.quality_cases import HEADLINE, KEPT_SETS, WINDOWS
+from ..studies.quality_cases import AMOUNTS, HEADLINE, KEPT_SETS, MAPS, WINDOWS
 
 Row = dict[str, Any]
 Found = dict[tuple[str, str, int], Row]
@@ -15,16 +15,16 @@ Found = dict[tuple[str, str, int], Row]
 EQUAL_TOTAL = (
     *("magnitude", "transport", "PCA", "SliceGPT"),
     *(f"feed-forward 1024, {name}" for name in ("magnitude", "transport", "nystrom")),
-    *("default", "feed-forward 1024, eliminate + refit", "budget, 80 % in total"),
+    *("PCA + refit", "feed-forward 1024, eliminate + refit", "budget, 80 % in total"),
 )
 EQUAL_NON_EMBEDDING = (
     *(f"feed-forward, {name}" for name in ("magnitude", "transport", "nystrom", "eliminate")),
-    *("default", "feed-forward, eliminate + refit", "both widths + refit"),
+    *("PCA + refit", "feed-forward, eliminate + refit", "both widths + refit"),
     "budget, 80 % outside the embeddings",
 )
 REFITTED = {
     **{name: f"{name} + refit" for name in ("magnitude", "transport", "SliceGPT")},
-    "PCA": "default",
+    "PCA": "PCA + refit",
     **{name: f"{name} + refit" for name in ("transport per location", "PCA per location")},
 }
 
@@ -39,7 +39,7 @@ def headline(rows: list[Row]) -> str:
         if row is None:
             continue
         outside = _left_out(found, case, 0)
-        cells = [_shown(case), *_size(row), *_excess(row)]
+        cells = [case, *_size(row), *_excess(row)]
         cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
         lines.append(_line(cells))
     last = found[HEADLINE[-1], "all", 0]
@@ -54,11 +54,6 @@ def headline(rows: list[Row]) -> str:
         f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
     ]
     return "\n".join(lines)
-
-
-def _shown(case: str) -> str:
-    """Return a case as a reader knows it: the first default is not today's."""
-    return case.replace("default", "PCA + refit")
 
 
 def study(rows: list[Row]) -> str:
@@ -95,6 +90,99 @@ def study(rows: list[Row]) -> str:
             *_amounts(rows),
         ]
     )
+
+
+def maps(rows: list[Row]) -> str:
+    """Return the mean excess of each map, on the calibration's kinds of text and on others."""
+    found = _by_case(rows)
+    seeds = sorted({seed for _, _, seed in found})
+    head = [""]
+    for group in ("calibrated kinds", "kinds left out"):
+        head += [*(f"{group}, seed {seed}" for seed in seeds), "mean"]
+    lines = _head(head)
+    for case in MAPS:
+        inside = [found.get((case.name, "all", seed)) for seed in seeds]
+        groups = [
+            [None if row is None else _average(row) for row in inside],
+            [_mean_or_none(_left_out(found, case.name, seed)) for seed in seeds],
+        ]
+        cells = [case.name]
+        for values in groups:
+            known = [value for value in values if value is not None]
+            each = ["-" if value is None else f"{value:.3f}" for value in values]
+            complete = len(known) == len(seeds)
+            cells += [*each, f"{sum(known) / len(known):.3f}" if complete else "-"]
+        lines.append(_line(cells))
+    last = rows[-1]
+    lines += [
+        "",
+        f"Mean excess on three kinds of text; left out: each of them in turn, and measured on that "
+        f"one. SmolLM2-135M, {last['width']} of 576 channels,",
+        f"{last['windows']} windows of 512 tokens and {last['windows'] // 3} of the model's own, "
+        f"{last['eval_windows']} windows of each text evaluated. {last['device']},",
+        f"{last['date']}. Rows: `benchmarks/results/maps.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def amounts(rows: list[Row]) -> str:
+    """Return the excess with and without refit, by windows of calibration text."""
+    counts = sorted({row["windows"] for row in rows})
+    mixtures = sorted({row["mixture"] for row in rows} - {"all"})
+    sizes = dict.fromkeys(case.name.partition(",")[0] for case in AMOUNTS)
+    head = ["windows"]
+    for size in sizes:
+        head += [f"{size}: no refit", "refit"]
+        head += [f"{mixture}: no refit, refit" for mixture in mixtures]
+    lines = _head(head)
+    for count in counts:
+        found = _by_case(rows, count)
+        cells = [str(count)]
+        for size in sizes:
+            cases = [f"{size}, no refit", f"{size}, refit"]
+            inside = [found.get((case, "all", 0)) for case in cases]
+            cells += ["-" if row is None else f"{_average(row):.3f}" for row in inside]
+            for mixture in mixtures:
+                text = mixture.removeprefix("without ")
+                apart = [found.get((case, mixture, 0)) for case in cases]
+                cells.append(
+                    ", ".join("-" if row is None else f"{row['excess'][text]:.3f}" for row in apart)
+                )
+        lines.append(_line(cells))
+    last = rows[-1]
+    lines += [
+        "",
+        "Mean excess on three calibrated kinds of text, or on the kind that was left out. "
+        "SmolLM2-135M; to the windows of 512 tokens come a third",
+        f"as many of the model's own. {last['device']}, {last['date']}. Rows: "
+        "`benchmarks/results/amounts.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def map_time(rows: list[Row]) -> str:
+    """Return the time of transport's limit beside that of twenty transports."""
+    lines = _head(
+        ["channels", "kept", "plan, s", "eigenvectors, s", "limit, s", "20 transports, s", "ratio"]
+    )
+    for row in {row["width"]: row for row in rows}.values():
+        took = row["seconds"]
+        parts = [took[name] for name in ("plan", "eigenvectors", "limit", "twenty")]
+        shown = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in parts]
+        ratio = f"{took['twenty'] / took['limit']:.1f}"
+        lines.append(_line([str(row["width"]), str(row["kept"]), *shown, ratio]))
+    last = rows[-1]
+    lines += [
+        "",
+        f"Medians of {last['rounds']}; each of the twenty takes what one was timed to take. "
+        f"{last['device']}, {last['date']}. Rows:",
+        "`benchmarks/results/map_time.jsonl`, by `python -m benchmarks.studies.map_time`.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_or_none(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def budget(rows: list[Row]) -> str:
@@ -182,7 +270,7 @@ def recovered(rows: list[Row]) -> str:
 def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
     lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
     rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]
-    return lines + [_line([_shown(row["case"]), *_size(row), *_excess(row)]) for row in rows]
+    return lines + [_line([row["case"], *_size(row), *_excess(row)]) for row in rows]
 
 
 def _added(found: Found) -> list[str]:
@@ -203,12 +291,12 @@ def _refitted(found: Found) -> list[str]:
 
 def _ties(found: Found) -> list[str]:
     lines = _head(["", "tied", "untied", "cost"])
-    for name in ("transport", "PCA", "default"):
+    for name in ("transport", "PCA", "PCA + refit"):
         pair = [found.get((case, "all", 0)) for case in (name, f"{name}, untied")]
         if None not in pair:
             tied, untied = (_average(row) for row in pair if row is not None)
             cost = f"{math.expm1(tied - untied):+.1%}"
-            lines.append(_line([_shown(name), f"{tied:.3f}", f"{untied:.3f}", cost]))
+            lines.append(_line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
     return lines
 
 
@@ -234,8 +322,7 @@ def _complete(head: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
     lines = _head(head)
     for key, rows in runs.items():
         if None not in rows:
-            names = map(_shown, key)
-            lines.append(_line([*names, *(f"{_average(row):.3f}" for row in rows if row)]))
+            lines.append(_line([*key, *(f"{_average(row):.3f}" for row in rows if row)]))
     return lines
 
 

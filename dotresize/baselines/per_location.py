@@ -53,7 +53,10 @@ class Located(WidthMethod):
         if given.options.refit:
             with stage("refit", seconds, f"on {len(given.tokens)} windows"):
                 residual = AdaptedResidual()
-                lost = refit(given.model, narrow, qs, given.tokens, None, given.options, residual)
+                lost = refit(
+                    *(given.model, narrow, qs, given.tokens, None, given.options, residual),
+                    own=given.statistics.own_windows,
+                )
         else:
             scale_norms(narrow, AdaptedResidual().body)
         return Narrowed(narrow, located[0], qs, lost)

@@ -28,6 +28,8 @@ from dotresize.calibration.residual_stream import Streams, captured_inputs, norm
 from dotresize.models.causal_lm import CausalLM
 from dotresize.offload.memory_plan import layer_inputs_place
 
+# Predictions whose cumulated probabilities are held at a time, in float64.
+ROWS = 64
 # Takes what the norms of some locations read, the gradients by it, and the first location.
 Add = Callable[[list[Tensor], list[Tensor], int], None]
 
@@ -116,6 +118,8 @@ def _drawn(share: Tensor, seed: int, number: int) -> Tensor:
     mixed = (seed * 1_000_003 + number) % 2**63
     generator = torch.Generator().manual_seed(mixed)
     uniform = torch.rand(len(share), 1, generator=generator, dtype=torch.float64, device="cpu")
-    total = share.double().cumsum(-1)
-    drawn = torch.searchsorted(total, uniform.to(total.device) * total[:, -1:])
-    return drawn[:, 0].clamp_max(share.shape[-1] - 1)
+    drawn = []
+    for rows, heights in zip(share.split(ROWS), uniform.split(ROWS), strict=True):
+        total = rows.double().cumsum(-1)
+        drawn.append(torch.searchsorted(total, heights.to(total.device) * total[:, -1:])[:, 0])
+    return torch.cat(drawn).clamp_max(share.shape[-1] - 1)

@@ -46,7 +46,10 @@ def make_plan(
     inner = widths.inner or model.inner_width
     try:
         evaluated = sum(windows.numel() for windows in texts.windows.values())
-        found = plan(model, tokens, width, inner, options.batch_windows, parse(size), evaluated)
+        found = plan(
+            *(model, tokens, width, inner, options.batch_windows, parse(size), evaluated),
+            sensitivity=bool(options.meant("sensitivity")) and widths.residual != model.width,
+        )
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     model.store.activations = found.activations

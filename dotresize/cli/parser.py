@@ -160,7 +160,7 @@ def _add_narrowing(groups: _Groups) -> None:
         help="how many devices will share it: the feed-forward width can be divided by N as well",
     )
     method = groups["method"]
-    method.add_argument("--method", default="pca", help="pca, dot, magnitude, slicegpt (pca)")
+    method.add_argument("--method", default="dot", help="dot, pca, magnitude, slicegpt (dot)")
     method.add_argument("--scope", default="global", help="global or location (global)")
     method.add_argument(
         "--ff-method",
@@ -177,12 +177,12 @@ def _add_narrowing(groups: _Groups) -> None:
     method.add_argument(
         "--sensitivity",
         metavar="on|off",
-        help="of dot and pca: heed what the output feels, by a backward pass (off)",
+        help="of dot and pca: heed what the output feels, by a backward pass (on)",
     )
     method.add_argument(
         "--no-refit", action="store_true", help="leave the weights as absorption makes them"
     )
-    method.add_argument("--ridge", type=float, help="of the refit (0.1)")
+    method.add_argument("--ridge", type=float, help="of the refit (by how much text there is)")
     method.add_argument("--untie", action="store_true", help="give a tied head its own weights")
     _add_texts(groups, windows=32)
     groups["text"].add_argument(

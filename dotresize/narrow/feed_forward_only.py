@@ -23,16 +23,17 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.options import Narrowed, Options
-from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
+from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer, window_weights
 
 
 @torch.no_grad()
 def narrow_feed_forwards(
-    model: CausalLM, tokens: Tensor, inner: int | None, options: Options
+    model: CausalLM, tokens: Tensor, inner: int | None, options: Options, *, own: int = 0
 ) -> Narrowed:
     """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons each.
 
-    tokens: int64 (windows, length). Without a width the copy is as the model is.
+    tokens: int64 (windows, length), of which the model wrote the last ``own`` windows itself.
+    Without a width the copy is as the model is.
     """
     architecture = model.architecture
     narrow = model.copied()
@@ -40,14 +41,15 @@ def narrow_feed_forwards(
     if inner is None:
         return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
+    weights = window_weights(len(tokens), own, options.batch_windows)
     with (
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
     ):
         for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
             with model.resident(name) as dense_layer, narrow.resident(name) as layer:
-                equations = _equations(dense_layer, layer, part, dense_stream, stream)
-                lost.append(refit_writer(layer, part, equations, inner, options)[1])
+                equations = _equations(dense_layer, layer, part, dense_stream, stream, weights)
+                lost.append(refit_writer(layer, part, equations, inner, options, cut=False)[1])
                 for i in range(len(stream)):
                     stream.stream[i] = stream.run(layer, i)
     setattr(narrow.config, architecture.inner, inner)
@@ -55,7 +57,12 @@ def narrow_feed_forwards(
 
 
 def _equations(
-    dense: nn.Module, layer: nn.Module, part: Sublayer, dense_stream: Streams, stream: Streams
+    dense: nn.Module,
+    layer: nn.Module,
+    part: Sublayer,
+    dense_stream: Streams,
+    stream: Streams,
+    weights: list[list[float]],
 ) -> NormalEquations:
     """Return those of one layer's writer; the dense stream is moved past it."""
     dense_writer, writer = (linear_of(x, part.writer) for x in (dense, layer))
@@ -64,7 +71,6 @@ def _equations(
     for i in range(len(dense_stream)):
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
-        length = stream.batches[i].shape[1]
         h, y = stream.until(layer, writer, i), written[0].float() - bias
-        add_windows(equations, h, y, length, FIRST_WEIGHT)
+        add_windows(equations, h, y, weights[i], FIRST_WEIGHT)
     return equations

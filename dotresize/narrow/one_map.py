@@ -16,7 +16,7 @@ from dotresize.narrow.maps import WidthMap, align, level
 from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
-from dotresize.narrow.refit import refit
+from dotresize.narrow.refit import refit, ridge_of
 from dotresize.narrow.sensitivity import least_felt, unit
 from dotresize.narrow.targets import kept_set
 from dotresize.narrow.tied_head import choose_table
@@ -79,7 +79,6 @@ class PrincipalDirections(OneMap):
     """
 
     name = "pca"
-    default = True
     takes = frozenset({"sensitivity"})
     needs = frozenset({"moment"})
     felt = frozenset({"fisher"})
@@ -109,6 +108,7 @@ class Transport(OneMap):
     """
 
     name = "dot"
+    default = True
     takes = frozenset({"targets", "reg", "steps", "factor", "sensitivity"})
     needs = frozenset({"cost"})
     felt = frozenset({"gradient_cost", "moment", "fisher"})
@@ -172,5 +172,7 @@ def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | N
     norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
     cut = narrow.width < model.width
     if cut and options.refit and narrow.tied and norm_has_weight:
-        choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=options.ridge)
-    return refit(model, narrow, q, given.tokens, inner, options)
+        ridge = ridge_of(options, given.tokens.numel() / narrow.width, cut=True)
+        choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=ridge)
+    own = given.statistics.own_windows
+    return refit(model, narrow, q, given.tokens, inner, options, own=own)

@@ -25,10 +25,8 @@ from dotresize.ops.transport_map import FACTORS
 # Options that some methods follow, each with what is meant where it is not given.
 OF_METHODS: dict[str, Any] = {
     **{"targets": None, "reg": 3.0, "steps": math.inf, "factor": "polar"},
-    "sensitivity": False,
+    "sensitivity": True,
 }
-# Weight, in the refit, of the weights as they were.
-RIDGE = 0.1
 # Transports in a row: the map is the limit's long before.
 MOST_STEPS = 10_000
 # Options that are any finite number, as far as their type goes.
@@ -138,7 +136,7 @@ class Options:
             where no budget can be measured (an offloaded model, a map for each location, given
             targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
-        method: "pca" (principal directions), "dot" (transport), or, to compare with, "magnitude"
+        method: "dot" (transport), "pca" (principal directions), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
         targets: the neurons onto which the others are transported once ("dot"), or which alone
             are kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns
@@ -152,7 +150,8 @@ class Options:
         tensor_parallel: devices that the result will be split over: the feed-forward width is a
             multiple of so many times the multiple that was chosen.
         refit: refit the weights by least squares on the same tokens (narrow/refit.py).
-        ridge: weight of the old weights in the refit, relative to the mean Gram diagonal.
+        ridge: weight of the old weights in the refit, relative to the Gram matrix's diagonal; if
+            not given, it follows the number of tokens for each unknown (narrow/refit.py).
         reg: entropic regularisation in units of the mean cost ("dot"); 3 if not given.
         steps: transports in a row ("dot"): 1 onto the targets, as in the paper; beyond that, of
             all neurons onto all neurons; ``math.inf``, which is meant if not given, for their limit
@@ -160,7 +159,7 @@ class Options:
         factor: "polar", which is meant if not given, or "qr" ("dot" with a number of steps; see
             ``dotresize.factorize``).
         sensitivity: make the map heed what the model's output feels ("dot", "pca";
-            narrow/sensitivity.py), by one backward pass over the tokens; off if not given.
+            narrow/sensitivity.py), by one backward pass over the tokens; on if not given.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
         self_windows: calibrate on so many windows more, which the model writes itself; a third of
             those given by default.
@@ -185,7 +184,7 @@ class Options:
     keep_type: bool = False
     tensor_parallel: int = 1
     refit: bool = field(default=True, metadata={"flag": "no_refit"})
-    ridge: float = RIDGE
+    ridge: float | None = None
     reg: float | None = None
     steps: float | None = None
     factor: str | None = None
@@ -203,7 +202,12 @@ class Options:
         return replace(self, method=method, **dropped)
 
     def meant(self, name: str) -> Any:
-        """Return a choice of ``OF_METHODS`` as it was made, or what is meant without."""
+        """Return a choice of ``OF_METHODS`` as it was made, or what is meant without.
+
+        That is None where the method does not follow it.
+        """
+        if name not in self.method.takes:
+            return None
         if name == "steps" and self.steps is None and self.targets is not None:
             return 1  # transport onto these
         given = getattr(self, name)
@@ -279,7 +283,7 @@ class Options:
             value = getattr(self, name)
             if name == "steps" and isinstance(value, float):
                 continue  # which may be inf
-            if value is not None or name == "ridge":
+            if value is not None:
                 check_number(name, value, "a finite number")
         optional = ("self_windows", "multiple_of")
         for name in ("batch_windows", "tensor_parallel", *optional):
@@ -306,7 +310,7 @@ class Options:
             )
         if self.self_windows is not None and self.self_windows < 0:
             raise ValueError(f"self_windows {self.self_windows}: must not be negative")
-        if not 0 < self.ridge < math.inf:
+        if self.ridge is not None and not 0 < self.ridge < math.inf:
             raise ValueError(f"ridge {self.ridge:g}: must be positive and finite")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy {self.energy:g}: must be a share of the variance in (0, 1]")

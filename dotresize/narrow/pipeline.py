@@ -181,7 +181,8 @@ def _narrowed(
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
         with stage("refit", seconds, "of feed-forwards"):
-            made = narrow_feed_forwards(model, given.tokens, inner, options)
+            own = given.statistics.own_windows
+            made = narrow_feed_forwards(model, given.tokens, inner, options, own=own)
             made.model.finish()
         return made
     made = options.method.narrow(given, width, inner, seconds)
@@ -203,6 +204,7 @@ def _report(
     return {
         "method": "feed-forward" if fixed else options.method.name,
         "scope": options.method.scope,
+        # Without a ridge it follows the number of tokens for each unknown (narrow/refit.py).
         "refit": {"ridge": options.ridge} if options.refit else None,
         "width": {"energy": options.energy, "old": model.width, "new": narrow.width},
         "feed_forward": {

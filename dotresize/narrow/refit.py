@@ -14,10 +14,14 @@ writer    of the feed-forward: h is what it reads, x the narrowed stream before 
           is what a tied head was chosen for (dotresize.narrow.tied_head).
 
 Attention's writers stay as they are: kinds of text left out of the calibration asked for that in
-nearly every layer. lam is ridge times the mean diagonal of the Gram matrix, three times that for
-writers. The ridge was chosen by the perplexity of kinds of text left out (benchmarks);
-choosing it in every solve by the squared error on them asks for ten times as much, and is worse
-in perplexity on all text. No parameter is added.
+nearly every layer. lam is the ridge of dotresize.least_squares: in proportion to each input for
+readers of a stream that is narrower than it was, the same for all inputs where they already had
+their own solution and for inner neurons, many of which hardly ever fire. Unless it is given, it is
+``PRIOR_TOKENS`` (or ``_KEPT``) over the number of tokens for each input: the weights as they were
+count like so many tokens more, and with few tokens they hardly change. That was chosen by
+the perplexity of kinds of text left out (docs/compress.md); choosing the ridge in every solve by
+the squared error on them asks for ten times as much, and is worse in perplexity on all text. No
+parameter is added.
 
 Where every location has a map of its own (baselines/adapters.py), Q is that of the location which
 is read or written, and x has passed its adapter.
@@ -31,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dotresize import distributed
 from dotresize.calibration.activation_cache import ActivationCache
 from dotresize.calibration.residual_stream import Streams, captured, inner_neurons, norms_of
 from dotresize.least_squares import FLOAT, NormalEquations, product
@@ -41,13 +46,20 @@ from dotresize.narrow.absorb import matmul_in_blocks
 from dotresize.narrow.norm_scales import scale_final_norm, scale_layer
 from dotresize.narrow.options import Options
 
-# A feed-forward's writer has three times the inputs of a reader, and fewer that matter.
-WRITER_RIDGES = 3.0
+# What the old weights weigh beside the tokens, as many tokens for each input of a solve: of a
+# stream that is narrower than it was, and of one that keeps its width, whose readers were right.
+PRIOR_TOKENS = 3.5
+PRIOR_TOKENS_KEPT = 10.0
 # How often the first token of a window counts, BOS or not, where the residual keeps its width. All
 # tokens attend to it, and its activations are a hundred times larger: what is lost there is lost
 # everywhere. Where the residual is narrowed it counts as any other: what its large channels lose no
 # reader brings back (docs/compress.md).
 FIRST_WEIGHT = 100.0
+
+
+# How often a window that the model wrote itself counts, at most: with a third as many of them as
+# windows that were given, both count alike. It is text of the kinds that nobody thought of.
+OWN_COUNTS = 3.0
 
 
 class Residual:
@@ -71,6 +83,8 @@ def refit(
     inner: int | None,
     options: Options,
     residual: Residual | None = None,
+    *,
+    own: int = 0,
 ) -> list[float]:
     """Refit ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
@@ -89,11 +103,12 @@ def refit(
         options: whether weights are refitted (``refit``), with which ``ridge``, and how the neurons
             are chosen (``ff_method``).
         residual: how it passes the narrowed layers.
+        own: how many of the windows, the last ones, the model wrote itself.
 
     A head of its own is a reader of the final norm and is refitted as such; a tied one has been
     chosen before (narrow/tied_head.py).
     """
-    run = _Refit(dense, narrow, q, tokens, inner, options, residual or Residual())
+    run = _Refit(dense, narrow, q, tokens, inner, options, residual or Residual(), own)
     names = dense.layers
     with closing(run):
         for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
@@ -121,6 +136,7 @@ class _Refit:
         inner: int | None,
         options: Options,
         residual: Residual,
+        own: int,
     ) -> None:
         self.architecture = dense.architecture
         self.lost: list[float] = []  # by each feed-forward so far
@@ -132,7 +148,8 @@ class _Refit:
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [ActivationCache(count, place) for _ in self.architecture.sublayers]
         self._middle, self._inner = ActivationCache(count, place), ActivationCache(count, place)
-        self._length, self._first = tokens.shape[1], first_weight(dense, narrow)
+        self._first, self._cut = first_weight(dense, narrow), narrow.width < dense.width
+        self._weights = window_weights(len(tokens), own, options.batch_windows)
         self._multiplier = self.architecture.multiplier(dense.config)
         self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
         locations = 2 * len(dense.layers) + 1
@@ -209,10 +226,11 @@ class _Refit:
             return
         prior = q.mT * self.architecture.gain(dense_norm).to(q) / (q.shape[1] / q.shape[0]) ** 0.5
         equations = NormalEquations(prior)
-        for x, v in zip(stream, delivered, strict=True):
-            add_windows(equations, norm(x), v, self._length, self._first)
+        for x, v, weights in zip(stream, delivered, self._weights, strict=True):
+            add_windows(equations, norm(x), v, weights, self._first)
         equations.total()
-        a = equations.solve(self._options.ridge)
+        ridge = ridge_of(self._options, equations.tokens_per_input, cut=self._cut)
+        a = equations.solve(ridge, proportional=self._cut)
         for dense_reader, reader in readers:
             matmul_in_blocks(dense_reader, a.mT, out=reader)
 
@@ -225,10 +243,13 @@ class _Refit:
         bias = 0.0 if writer.bias is None else writer.bias.float()
         project = (self._stream_scale * q).float()
         equations = NormalEquations(prior)
-        for h, x, wanted in zip(self._inner, self._middle, self._dense.stream, strict=True):
+        batches = zip(self._inner, self._middle, self._dense.stream, self._weights, strict=True)
+        for h, x, wanted, weights in batches:
             missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
-            add_windows(equations, h, missing / self._multiplier - bias, self._length, self._first)
-        kept, lost = refit_writer(layer, part, equations, self._inner_width, self._options)
+            add_windows(equations, h, missing / self._multiplier - bias, weights, self._first)
+        kept, lost = refit_writer(
+            layer, part, equations, self._inner_width, self._options, cut=self._cut
+        )
         self.lost.append(lost)
         return kept
 
@@ -238,17 +259,44 @@ def first_weight(dense: CausalLM, narrow: CausalLM) -> float:
     return FIRST_WEIGHT if narrow.width == dense.width else 1.0
 
 
-def add_windows(
-    equations: NormalEquations, u: Tensor, v: Tensor, length: int, first: float
-) -> None:
-    """Add windows of tokens, the first of each as often as ``first`` says.
+def ridge_of(options: Options, tokens_per_input: float, *, cut: bool) -> float:
+    """Return the ridge of a solve: what was asked for, or by how much is known.
 
-    u: (..., inputs), v: (..., outputs), of windows of ``length`` tokens one after the other.
+    cut: whether the residual is narrower than it was.
     """
-    equations.add(u, v)
-    if first != 1.0:
-        u_first, v_first = (x.reshape(-1, length, x.shape[-1])[:, 0] for x in (u, v))
-        equations.add(u_first, v_first, weight=first - 1.0)
+    if options.ridge is not None:
+        return options.ridge
+    return (PRIOR_TOKENS if cut else PRIOR_TOKENS_KEPT) / tokens_per_input
+
+
+def window_weights(windows: int, own: int, batch_windows: int) -> list[list[float]]:
+    """Return how often each window counts, by this process's batches.
+
+    own: how many of all windows, the last ones, the model wrote itself.
+    """
+    given = windows - own
+    weight = min(OWN_COUNTS, max(1.0, given / own)) if own else 1.0
+    counts = torch.ones(windows, dtype=FLOAT, device="cpu")
+    counts[given:] = weight
+    mine = distributed.share(counts)
+    return [part.tolist() for part in mine.split(batch_windows)] if len(mine) else []
+
+
+def add_windows(
+    equations: NormalEquations, u: Tensor, v: Tensor, weights: list[float], first: float
+) -> None:
+    """Add windows of tokens, each as often as its weight says, and its first token more often.
+
+    u: (..., inputs), v: (..., outputs), of as many windows as there are weights, one after the
+    other; first: how often the first token of each counts beside its others.
+    """
+    u, v = (x.reshape(len(weights), -1, x.shape[-1]) for x in (u, v))
+    for weight in dict.fromkeys(weights):
+        mine = [i for i, other in enumerate(weights) if other == weight]
+        some = slice(mine[0], mine[-1] + 1)
+        equations.add(u[some], v[some], weight)
+        if first != 1.0:
+            equations.add(u[some, 0], v[some, 0], weight * (first - 1.0))
 
 
 def refit_writer(
@@ -257,8 +305,12 @@ def refit_writer(
     equations: NormalEquations,
     inner: int | None,
     options: Options,
+    *,
+    cut: bool,
 ) -> tuple[Tensor | None, float]:
     """Choose a feed-forward's neurons and solve its writer, in place.
+
+    cut: whether the residual is narrower than it was.
 
     Returns which neurons stay, int64 (inner,), None for all; and what the block then misses of what
     the writer should write, as a share of its squares.
@@ -274,7 +326,7 @@ def refit_writer(
         for name in part.readers:
             keep_outputs(linear_of(layer, name), kept, part.stacked)
     if options.refit:
-        rows = equations.solve(WRITER_RIDGES * options.ridge)
+        rows = equations.solve(ridge_of(options, equations.tokens_per_input, cut=cut))
     lost = equations.lost(rows)
     set_rows(linear_of(layer, part.writer), rows)
     return kept, lost

@@ -33,7 +33,7 @@ def choose_table(
     Args:
         q: (D, k) float64, orthonormal columns.
         moment: (D, D) second moment of the RMS-normalised stream that the final norm reads.
-        ridge: relative to the mean diagonal of Q' moment Q.
+        ridge: relative to the diagonal of Q' moment Q.
     """
     architecture = dense.architecture
     names = architecture.embedding, architecture.final_norm
@@ -62,7 +62,7 @@ def head_basis(
     scale: the norm's w; gram: E'E.
     """
     s = (q.shape[1] / q.shape[0]) ** 0.5
-    refitted = solve(q.mT @ moment @ q, q.mT @ moment, q.mT, ridge)
+    refitted = solve(q.mT @ moment @ q, q.mT @ moment, q.mT, ridge, proportional=True)
     between = (refitted * scale / s).mT
     seen = gram @ between
     weights = (between * seen).sum(0) / (goal * seen).sum(0)

@@ -94,7 +94,7 @@ def transports(
                 logger.warning("transport at reg %g x mean cost: %s", reg, result.status)
             name = f"the transport map at reg {reg:g} x mean cost"
             if steps == math.inf:
-                width_map = _limit(cast(Tensor, result.plan), selection, name)
+                width_map = limit(cast(Tensor, result.plan), selection, name)
             else:
                 width_map = _repeated(result, selection, int(steps), factor, name)
             width_map.details = details | width_map.details
@@ -104,7 +104,7 @@ def transports(
     return found
 
 
-def _limit(plan: Tensor, selection: Tensor, name: str) -> WidthMap:
+def limit(plan: Tensor, selection: Tensor, name: str) -> WidthMap:
     """Return the leading eigenvectors of a plan of all neurons onto all, (D, D) float64."""
     width, k = len(plan), len(selection)
     values, vectors = torch.linalg.eigh((plan + plan.mT) * (width / 2))

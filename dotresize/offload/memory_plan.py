@@ -6,6 +6,8 @@ calibration tokens and B those of a batch, and P_D, P_k the parameters of a laye
 
 calibration   c P_D + 28 D^2 + batch                          (two sums, a product and its parts)
 map           56 D^2
+sensitivity   c P_D + 84 D^2 + 3 batch                        (a layer's graph, twice as many sums)
+output        c V D + 16 L V                                  (a window's logits and their gradient)
 tables        c V (D + k) + 8 rows (D + k) + 16 D^2
 refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
@@ -79,6 +81,8 @@ def plan(
     batch_windows: int,
     budget: int,
     evaluated: int = 0,
+    *,
+    sensitivity: bool = False,
 ) -> MemoryPlan:
     """Return the plan of an offloaded model, its activations where ``budget`` bytes let them be.
 
@@ -87,12 +91,16 @@ def plan(
         width, inner: residual and feed-forward width of the narrowed model.
         budget: bytes of host memory.
         evaluated: tokens to evaluate on.
+        sensitivity: whether a backward pass is made (calibration/gradients.py).
 
     Raises ValueError where the budget is too small for any place.
     """
     c = model.store.computed_bytes
     batch = min(batch_windows, len(tokens)) * tokens.shape[1]
-    stages = stage_bytes(model, batch, tokens.shape[1], width, inner, c, evaluated=evaluated > 0)
+    length = tokens.shape[1]
+    stages = stage_bytes(model, batch, length, width, inner, c, evaluated=evaluated > 0)
+    if sensitivity:
+        stages |= sensitivity_bytes(model, batch, length, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
     kept = max(kept, evaluated * (model.width + width) * c // distributed.size())
     device, base = model.device, _now() + _LATER
@@ -181,6 +189,17 @@ def stage_bytes(
     if evaluated:
         stages["evaluation"] = c * table * (old + width) + 12 * batch_tokens * table
     return stages
+
+
+def sensitivity_bytes(model: CausalLM, batch_tokens: int, length: int, c: int) -> dict[str, int]:
+    """Return the bytes of the backward pass; see the header."""
+    width, table = model.width, model.config.vocab_size
+    layer = sum(p.numel() for p in model.module.get_submodule(model.layers[0]).parameters())
+    batch = _batch_bytes(model, batch_tokens, length)
+    return {
+        "sensitivity": c * layer + 84 * width**2 + 3 * batch,
+        "output": c * table * width + 16 * length * table,
+    }
 
 
 def _batch_bytes(model: CausalLM, tokens: int, length: int) -> int:
