@@ -142,12 +142,42 @@ def test_by_parts_as_in_memory(arguments, capsys):
     assert found[0]["settings"]["sensitivity"] == "on"
 
 
+def test_a_number_of_steps_is_the_papers():
+    """Nobody asks the paper's transport to heed the output, but may."""
+    for choices, heeds in (
+        ({}, True),
+        ({"steps": 1}, False),
+        ({"targets": [0, 2]}, False),
+        ({"steps": 1, "sensitivity": True}, True),
+        ({"method": "pca"}, True),
+        ({"method": "magnitude"}, None),
+        ({"sensitivity": False}, False),
+    ):
+        options = make_options(**choices)
+        assert options.meant("sensitivity") is heeds
+        assert ("fisher" in options.needs) is bool(heeds)
+
+
 def test_predictions_that_nothing_can_be_drawn_from(tokens):
     model = tiny_model(tied=False)
     with torch.no_grad():
         model.lm_head.weight[7] = 3e38
     with pytest.raises(ValueError, match="sensitivity: the model's predictions are not finite"):
         compress(model, tokens, width=16, method="dot", sensitivity=True, self_windows=0)
+
+
+def test_what_the_output_feels_is_what_is_left_out(tokens):
+    """By a basis of what is left out, and by drawing independent activations and gradients."""
+    x, g = torch.randn(2, 200_000, 9, dtype=torch.float64) @ torch.randn(2, 9, 9).double()
+    q = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q
+    kept, left = q[:, :6], q[:, 6:]
+    moment, fisher = x.mT @ x / len(x), g.mT @ g / len(g)
+    scale = moment.norm() * fisher.norm()
+    wanted = ((left.mT @ moment @ left) @ (left.mT @ fisher @ left)).trace() / scale
+    found = felt(kept, moment, fisher)
+    assert found == pytest.approx(float(wanted), rel=1e-9)
+    drawn = ((g @ left) * (x @ left)).sum(1).square().mean() / scale
+    assert found == pytest.approx(float(drawn), rel=0.05)
 
 
 def test_words_that_are_neither_on_nor_off(arguments, capsys):

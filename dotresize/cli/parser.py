@@ -177,7 +177,8 @@ def _add_narrowing(groups: _Groups) -> None:
     method.add_argument(
         "--sensitivity",
         metavar="on|off",
-        help="of dot and pca: heed what the output feels, by a backward pass (on)",
+        help="of dot and pca: heed what the output feels, by a backward pass (on; with a number of "
+        "--steps off)",
     )
     method.add_argument(
         "--no-refit", action="store_true", help="leave the weights as absorption makes them"

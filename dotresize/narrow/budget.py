@@ -167,13 +167,13 @@ def check_budget(model: CausalLM, options: Options) -> None:
         raise ValueError(budget.refusal("no width has so few"))
 
 
-def split_budget(model: CausalLM, tokens: Tensor, options: Options) -> Split:
+def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0) -> Split:
     """Return the widths that share ``options.params`` of the model's parameters best.
 
-    tokens: int64 (windows, length).
+    tokens: int64 (windows, length), of which the model wrote the last ``own`` windows itself.
     """
     assert options.params is not None
-    split = _best(model, tokens, options)
+    split = _best(model, tokens, options, own)
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s",
         options.params,
@@ -187,7 +187,7 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options) -> Split:
     return split
 
 
-def _best(model: CausalLM, tokens: Tensor, options: Options) -> Split:
+def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     check_budget(model, options)
     budget = Budget(model, options)
     if model.architecture.fixed_residual:
@@ -197,7 +197,7 @@ def _best(model: CausalLM, tokens: Tensor, options: Options) -> Split:
     pairs = budget.pairs()
     if (model.width, model.inner_width) in pairs:
         return Split(model.width, model.inner_width)
-    measured = Measured(model, tokens, options)
+    measured = Measured(model, tokens, options, own)
     ends = ends_of(pairs, model)
     found = [measured.excess(*pair) for pair in ends]
     alone = [pair[0] == model.width or pair[1] == model.inner_width for pair in ends]
@@ -275,13 +275,14 @@ def _counted(model: CausalLM, width: int, inner: int) -> dict[str, int]:
 class Measured:
     """Excesses of narrowed models on windows that neither their maps nor their refits have seen."""
 
-    def __init__(self, model: CausalLM, tokens: Tensor, options: Options) -> None:
-        self._windows, cut = _split_windows(tokens)
+    def __init__(self, model: CausalLM, tokens: Tensor, options: Options, own: int) -> None:
+        self._windows, cut, own = _split_windows(tokens, own)
         if len(cut) < distributed.size():
             raise ValueError(
                 f"{len(tokens)} windows are too few for a budget on {distributed.size()} processes"
             )
         statistics = collect_for(model, cut, options)
+        statistics.own_windows = own
         self._given = Calibrated(model, cut, statistics, options)
         self._dense = math.log(perplexity(model, self._windows, desc="budget"))
         self.excesses: list[tuple[int, int, float]] = []
@@ -300,18 +301,20 @@ class Measured:
         return found
 
 
-def _split_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _split_windows(tokens: Tensor, own: int) -> tuple[Tensor, Tensor, int]:
     """Return windows to measure on and windows to solve on, spread evenly.
 
-    A single one does both.
+    A single one does both. The last ``own`` windows are the model's own; the last number returned
+    is how many of those to solve on are.
     """
     if len(tokens) == 1:
-        return tokens, tokens
+        return tokens, tokens, own
     count = max(1, min(WINDOWS, int(WINDOW_SHARE * len(tokens))))
     held = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
     held[_spread(len(tokens), count)] = True
-    rest = tokens[~held]
-    return tokens[held], rest[_spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
+    rest = (~held).nonzero().flatten()
+    cut = rest[_spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
+    return tokens[held], tokens[cut], int((cut >= len(tokens) - own).sum())
 
 
 def _spread(count: int, wanted: int) -> Tensor:

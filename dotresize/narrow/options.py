@@ -159,7 +159,8 @@ class Options:
         factor: "polar", which is meant if not given, or "qr" ("dot" with a number of steps; see
             ``dotresize.factorize``).
         sensitivity: make the map heed what the model's output feels ("dot", "pca";
-            narrow/sensitivity.py), by one backward pass over the tokens; on if not given.
+            narrow/sensitivity.py), by one backward pass over the tokens; if not given, on but for
+            a number of steps.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
         self_windows: calibrate on so many windows more, which the model writes itself; a third of
             those given by default.
@@ -210,6 +211,8 @@ class Options:
             return None
         if name == "steps" and self.steps is None and self.targets is not None:
             return 1  # transport onto these
+        if name == "sensitivity" and self.sensitivity is None:
+            return self.meant("steps") in (None, math.inf)  # a number of steps is the paper's
         given = getattr(self, name)
         return OF_METHODS[name] if given is None else given
 

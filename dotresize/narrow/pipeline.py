@@ -61,7 +61,7 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     split = None
     if options.params is not None:
         with stage("budget", seconds):
-            split = split_budget(model, tokens, options)
+            split = split_budget(model, tokens, options, len(tokens) - given)
     if _residual_stays(model, split, wanted):
         statistics = Statistics.none(tokens.numel(), model.width)
     else:

@@ -24,7 +24,7 @@ from dotresize.narrow.maps import WidthMap
 def felt(q: Tensor, moment: Tensor, fisher: Tensor) -> float:
     """Return what the output feels of a map. q: (D, k) orthonormal; moment, fisher: (D, D)."""
     left_out = torch.eye(len(q), dtype=q.dtype, device=q.device) - q @ q.mT
-    return float(torch.sum((left_out @ unit(moment)) * (unit(fisher) @ left_out).mT))
+    return float(((left_out @ unit(moment) @ left_out) * unit(fisher)).sum())
 
 
 def unit(matrix: Tensor) -> Tensor:
