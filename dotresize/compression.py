@@ -109,7 +109,8 @@ def compress(
 
     Reference:
         Verma, Murray and Duh, DOTResize: Reducing LLM Width via Discrete Optimal Transport-based
-        Neuron Merging, arXiv 2507.04517 (``method="dot"``).
+        Neuron Merging, arXiv 2507.04517: ``steps=1, factor="qr"``, of which the default is the
+        limit of many steps (narrow/transport.py).
 
     Example:
         >>> import torch, transformers

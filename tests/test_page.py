@@ -76,7 +76,7 @@ def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, c
 
     i = arguments.index("--width")
     words = [*arguments[:i], *arguments[i + 2 :], *(options or ["--ff-width", "28"])]
-    found = budget.Split(24, 28)
+    found = budget.Split(24, 28, params=0.95)
     monkeypatch.setattr(pipeline, "split_budget", lambda *_: found)
     assert main([*words, "--compare", "--report", str(tmp_path / "page")]) == 0
     printed = capsys.readouterr().out

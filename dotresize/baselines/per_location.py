@@ -71,7 +71,8 @@ class PerLocation(Located):
         self._method = method
         self.name = method.name
         self.takes = method.takes
-        self.needs, self.felt = method.needs | {"apart"}, method.felt
+        self.needs = method.needs | {"apart"}
+        self.needs_to_heed = method.needs_to_heed
 
     @property
     def spelled(self) -> str:

@@ -16,10 +16,10 @@ Source: the Fisher matrix of sampled output as a metric for residual channels: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dotresize import distributed
@@ -30,8 +30,11 @@ from dotresize.offload.memory_plan import layer_inputs_place
 
 # Predictions whose cumulated probabilities are held at a time, in float64.
 ROWS = 64
-# Takes what the norms of some locations read, the gradients by it, and the first location.
-Add = Callable[[list[Tensor], list[Tensor], int], None]
+# What takes the streams that the norms of some locations read, the gradients by them, the number of
+# the first location, and what the gradients were multiplied by.
+Add = Callable[[list[Tensor], list[Tensor], int, float], None]
+# What gradients are multiplied by on their way, so that they fit into the type.
+SCALES = {torch.float16: 2.0**-8}
 
 
 class BackwardPass:
@@ -46,6 +49,7 @@ class BackwardPass:
         self._model, self._streams, self._seed = model, streams, seed
         self._place = layer_inputs_place(model, tokens)
         self._read: list[ActivationCache] = []
+        self._scale = 1.0
         self.kept_bytes = 0
 
     def keep(self) -> None:
@@ -67,15 +71,19 @@ class BackwardPass:
         architecture = model.architecture
         back = ActivationCache(len(streams), streams.place)
         with closing(back):
-            with model.resident(architecture.final_norm, architecture.head):
+            with (
+                model.resident(architecture.final_norm, architecture.head) as parts,
+                differentiable(*parts),
+            ):
                 for i, stream in enumerate(streams.stream):
+                    self._scale = SCALES.get(stream.dtype, 1.0)
                     back[i] = self._of_output(i, stream)
-                    add([stream], [back[i]], 2 * len(model.layers))
+                    add([stream], [back[i]], 2 * len(model.layers), self._scale)
             for number, name, cache in tqdm(
                 self._backwards(), desc="sensitivity", unit="layer", disable=None,
                 total=len(model.layers),
             ):  # fmt: skip
-                with model.resident(name) as layer:
+                with model.resident(name) as layer, differentiable(layer):
                     norms = norms_of(architecture, layer)
                     for i, read in enumerate(cache):
                         with torch.enable_grad(), captured_inputs(norms) as seen:
@@ -84,7 +92,8 @@ class BackwardPass:
                         middle = seen[1]
                         found = torch.autograd.grad(out, [stream, middle], back[i])
                         back[i] = found[0]
-                        add([stream.detach(), middle.detach()], list(found), 2 * number)
+                        read_by = [stream.detach(), middle.detach()]
+                        add(read_by, list(found), 2 * number, self._scale)
                 cache.close()
 
     def _backwards(self) -> Iterator[tuple[int, str, ActivationCache]]:
@@ -103,14 +112,43 @@ class BackwardPass:
             if not torch.isfinite(share).all():
                 raise ValueError(
                     "sensitivity: the model's predictions are not finite, so that no output can be "
-                    "drawn from them; turn it off"
+                    "drawn from them; turn sensitivity off"
                 )
-            # The same draws, however windows are batched and spread over processes.
+            # A window's draws are the same, however windows are batched and spread over processes.
             number = distributed.rank() + (first + j) * distributed.size()
             rows = torch.arange(len(share), dtype=torch.int64, device=share.device)
             share[rows, _drawn(share, self._seed, number)] -= 1.0
+            share *= self._scale
             found[j] = torch.autograd.grad(logits, window, share[None].to(logits))[0][0]
         return found
+
+
+@contextmanager
+def differentiable(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients pass modules during the block, whatever state their owner left them in.
+
+    They are as in evaluation (training draws dropout, and may run layers twice, for checkpoints),
+    and weights that were made in ``torch.inference_mode`` are replaced by copies.
+    """
+    every = [module for root in modules for module in root.modules()]
+    training = [module.training for module in every]
+    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for module in every:
+            module.training = False
+            for name, weight in [*module._parameters.items(), *module._buffers.items()]:
+                if weight is not None and weight.is_inference():
+                    replaced.append((module, name, weight))
+                    copied = weight.clone()
+                    held = isinstance(weight, nn.Parameter)
+                    new = nn.Parameter(copied, requires_grad=False) if held else copied
+                    setattr(module, name, new)
+        yield
+    finally:
+        for module, was in zip(every, training, strict=True):
+            module.training = was
+        for module, name, weight in replaced:
+            setattr(module, name, weight)
 
 
 def _drawn(share: Tensor, seed: int, number: int) -> Tensor:

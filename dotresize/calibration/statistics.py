@@ -1,4 +1,4 @@
-"""Statistics of the residual stream, collected in one pass over the calibration tokens."""
+"""Statistics of the residual stream, collected while the calibration tokens pass the model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MATRICES = ("moment", "cost", "fisher", "gradient_cost")
 
 @dataclass
 class Statistics:
-    """Statistics of one pass over the calibration tokens, at L residual locations.
+    """Statistics of the calibration tokens, at L residual locations.
 
     Tokens are RMS-normalised first, so that all weigh alike however large the stream has grown.
-    M is L where every location is kept apart, and 1 where only their mean is: one global map needs
+    M is L where a matrix of every location is kept, and 1 where only their mean is: one map needs
     no more, and L matrices of (D, D) are the largest thing there would be.
 
     Attributes:
@@ -67,7 +67,7 @@ class Statistics:
 
     @property
     def apart(self) -> bool:
-        """Whether every location has its own moment and cost."""
+        """Whether every location has matrices of its own."""
         matrices = (getattr(self, name) for name in MATRICES)
         return all(x is None or len(x) == len(self.locations) for x in matrices)
 
@@ -98,17 +98,19 @@ def collect(
     fisher: bool = False,
     gradient_cost: bool = False,
     apart: bool = False,
+    moment_apart: bool = False,
     seed: int = 0,
     batch_windows: int = 4,
     backend: str = "auto",
 ) -> Statistics:
-    """Collect importance, second moments and L1 costs of the residual stream, layer by layer.
+    """Collect importance, second moments and L1 costs of activations and gradients, by layers.
 
     Args:
         tokens: int64 (windows, length).
         cost, moment, fisher, gradient_cost: which matrices to collect; each of the last two asks
             for a backward pass.
         apart: keep the matrices of every location, not only their mean.
+        moment_apart: keep the moments of every location.
         seed: of the output whose gradients are taken.
 
     Raises:
@@ -116,8 +118,9 @@ def collect(
             and neuron.
     """
     kept = len(list(model.architecture.norms(model.module))) if apart else 1
-    activations = _Matrices(model, kept, moment=moment, cost=cost, backend=backend)
-    gradients = _Matrices(model, kept, moment=fisher, cost=gradient_cost, backend=backend)
+    moments = len(list(model.architecture.norms(model.module))) if moment_apart else kept
+    activations = _Matrices(model, moments * moment, kept * cost, backend)
+    gradients = _Matrices(model, kept * fisher, kept * gradient_cost, backend)
     sums = _Sums(model, activations, gradients, final=moment)
     start = time.perf_counter()
     layers = model.layers
@@ -149,33 +152,29 @@ def collect(
 class _Matrices:
     """Sums of second moments and of L1 costs, of every location or of all together."""
 
-    def __init__(
-        self, model: CausalLM, count: int, *, moment: bool, cost: bool, backend: str
-    ) -> None:
-        """Begin with no token. count: how many are kept apart."""
+    def __init__(self, model: CausalLM, moments: int, costs: int, backend: str) -> None:
+        """Begin with no token. moments, costs: how many are kept apart, 0 for none."""
         self._device, width = model.device, model.width
-        self.moment = _zeros(model, count, width, width) if moment else None
+        self.moment = _zeros(model, moments, width, width) if moments else None
         self._costs = [
             L1CostAccumulator(width, reduction="sum", device=self._device, backend=backend)
-            for _ in range(count if cost else 0)
+            for _ in range(costs)
         ]
         self.cost_seconds = 0.0
 
-    def add(self, i: int, given: Tensor, scale: Tensor) -> Tensor | None:
-        """Add tokens ``given * scale`` to place i; return their second moment, float32.
+    def add(self, i: int, given: Tensor, scale: Tensor, scaled: Tensor) -> Tensor | None:
+        """Add tokens of location i; return their second moment, float32.
 
-        given: (T, D) of any floating type; scale: (T, 1) float32.
+        given: (T, D) of any floating type; scale: (T, 1) float32; scaled: their product, float32.
         """
-        i = min(i, max(0 if self.moment is None else len(self.moment), len(self._costs)) - 1)
-        scaled = given.float() * scale
         product = None
         if self.moment is not None:
             product = scaled_gram(given, scale, scaled)
-            self.moment[i] += product
+            self.moment[min(i, len(self.moment) - 1)] += product
         if self._costs:
             self._synchronize()
             start = time.perf_counter()
-            self._costs[i].update(scaled)
+            self._costs[min(i, len(self._costs) - 1)].update(scaled)
             self._synchronize()
             self.cost_seconds += time.perf_counter() - start
         return product
@@ -205,18 +204,26 @@ class _Sums:
         for i, x in enumerate(read, first):
             found = x.flatten(0, -2)
             _check_finite("activations", found, self._names[i])
-            scale = inverse_rms(found.float())
-            self._importance[i] += (found.float() * scale).abs().sum(0).double()
-            product = self._activations.add(i, found, scale)
+            scaled = found.float()
+            scale = inverse_rms(scaled)
+            scaled = scaled * scale
+            self._importance[i] += scaled.abs().sum(0).double()
+            product = self._activations.add(i, found, scale, scaled)
             if self._final is not None and product is not None and i == len(self._names) - 1:
                 self._final += product
 
-    def add_gradients(self, read: list[Tensor], gradients: list[Tensor], first: int) -> None:
-        """Add the gradients by the normalised streams of the locations from ``first`` on."""
+    def add_gradients(
+        self, read: list[Tensor], gradients: list[Tensor], first: int, times: float
+    ) -> None:
+        """Add the gradients by the normalised streams of the locations from ``first`` on.
+
+        times: what they have been multiplied by.
+        """
         for i, (x, g) in enumerate(zip(read, gradients, strict=True), first):
             found = g.flatten(0, -2)
-            _check_finite("gradients", found, self._names[i])
-            self._gradients.add(i, found, 1 / inverse_rms(x.flatten(0, -2).float()))
+            _check_finite("gradients", found, self._names[i], "; turn sensitivity off")
+            scale = 1 / (times * inverse_rms(x.flatten(0, -2).float()))
+            self._gradients.add(i, found, scale, found.float() * scale)
 
     def statistics(self, tokens: int, seconds: dict[str, float], kept_bytes: int) -> Statistics:
         sums = {
@@ -250,8 +257,8 @@ def inverse_rms(stream: Tensor) -> Tensor:
     return torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 
-def _check_finite(what: str, found: Tensor, name: str) -> None:
+def _check_finite(what: str, found: Tensor, name: str, remedy: str = "") -> None:
     finite = torch.isfinite(found).all(0)
     if not finite.all():
         neuron = int((~finite).nonzero()[0])
-        raise ValueError(f"{what} entering {name}, neuron {neuron}, are not finite")
+        raise ValueError(f"{what} entering {name}, neuron {neuron}, are not finite{remedy}")

@@ -104,7 +104,8 @@ def _as_typed(message: str, args: argparse.Namespace) -> str:
     if plain:
         pattern = rf"(?<![-\w])({'|'.join(sorted(plain, key=len, reverse=True))})(?!\w)"
         message = re.sub(pattern, lambda found: f"--{found[1].replace('_', '-')}", message)
-    message = re.sub(r"\b(give|or) (width|energy)\b", r"\1 --\2", message)
+    message = re.sub(r"\b(give|or) (width|energy|steps|method)\b", r"\1 --\2", message)
+    message = message.replace("turn sensitivity off", "give --sensitivity off")
     first = re.match(r"\w+(?=[ :])", message)
     return f"--{message}" if first is not None and first[0] in known else message
 

@@ -7,7 +7,6 @@ field's ``flag``. Both what is passed on and what is compared follow from the fi
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -101,5 +100,4 @@ def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
         for one in fields(kind)
         if one.metadata.get("resume", True)
     ]
-    found = {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}
-    return {flag: "inf" if value == math.inf else value for flag, value in found.items()}
+    return {flag: getattr(args, flag) for flag in ("scope", *flags) if hasattr(args, flag)}

@@ -18,7 +18,7 @@ from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.choose_width import choose_inner_width, choose_width
+from dotresize.narrow.choose_width import choose_inner_width, residual_stays
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import Prepared, narrow_model, prepare
 from dotresize.recovery import recover
@@ -62,22 +62,13 @@ class Reference:
             predictions.close()
 
 
-def residual_stays(options: Options, model: CausalLM) -> bool:
-    """Return whether it is known beforehand that the residual keeps its width."""
-    if model.architecture.fixed_residual:
-        return True
-    if options.energy is not None or options.params is not None:
-        return False
-    return choose_width(model, options) == model.width
-
-
 def compared(options: Options, model: CausalLM) -> list[Options]:
     """Return what is set beside a method: the plain ones, without refit, at the same widths.
 
     They are methods of what is cut, none where that is nothing.
     """
     bare = replace(options, refit=False, figures=False)
-    if residual_stays(options, model):
+    if residual_stays(model, options):
         cut = options.params is not None or choose_inner_width(model, options) is not None
         return compared_feed_forwards(options, model) if cut else []
     return [
@@ -91,7 +82,7 @@ def compared_feed_forwards(options: Options, model: CausalLM) -> list[Options]:
     """Return what is set beside a method that left the residual as it is, without refit."""
     bare = replace(options, refit=False, figures=False, targets=None)
     if not model.architecture.fixed_residual:
-        # which keeps all channels as they are
+        # This one keeps all channels as they are.
         bare = bare.with_method(METHODS["magnitude"])
     return [
         replace(bare, ff_method=method)

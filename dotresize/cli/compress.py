@@ -49,6 +49,7 @@ from dotresize.narrow.choose_width import (
     announce,
     choose_widths,
     default_size,
+    residual_stays,
 )
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import prepare
@@ -75,6 +76,9 @@ def compress(args: argparse.Namespace) -> int:
     check_dtype(args.dtype)
     choose(args.backend, device)
     recorded = settings(args, Source, Options, TextChoices, RecoveryChoices)
+    recorded |= {name: options.meant(name) for name in ("reg", "factor", "sensitivity")}
+    steps = options.meant("steps")
+    recorded["steps"] = None if steps is None else f"{steps:g}"  # inf is no JSON
     recorded["dtype"] = args.dtype
     recorded["by_parts"] = args.memory is not None  # how much of it changes no weight
     recorded["model_files"] = files_of(args.model)
@@ -212,7 +216,7 @@ def _planned(
     wanted = default_size(outline, options, whole=args.memory is None)
     widths = choose_widths(outline, wanted)
     # A page shows the map, if there is one.
-    shows_map = args.report is not None and not comparison.residual_stays(wanted, outline)
+    shows_map = args.report is not None and not residual_stays(outline, wanted)
     wanted = replace(wanted, figures=shows_map)
     if wanted.params is not None:
         check_budget(outline, wanted)

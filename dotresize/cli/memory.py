@@ -11,7 +11,7 @@ from dotresize.cli.texts import Texts
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.choose_width import Widths
 from dotresize.narrow.options import Options
-from dotresize.offload.memory_plan import MemoryPlan, parse, plan, shown
+from dotresize.offload.memory_plan import MemoryPlan, layer_inputs_bytes, parse, plan, shown
 
 logger = logging.getLogger("dotresize")
 
@@ -44,15 +44,19 @@ def make_plan(
     """Return the run's plan, which is announced, and which the model's store follows."""
     width = widths.residual or model.width  # --energy finds it later, and no more than this
     inner = widths.inner or model.inner_width
+    sensitivity = bool(options.meant("sensitivity")) and widths.residual != model.width
     try:
         evaluated = sum(windows.numel() for windows in texts.windows.values())
         found = plan(
             *(model, tokens, width, inner, options.batch_windows, parse(size), evaluated),
-            sensitivity=bool(options.meant("sensitivity")) and widths.residual != model.width,
+            sensitivity=sensitivity,
         )
     except ValueError as error:
         raise ValueError(f"--{error}") from None
     model.store.activations = found.activations
+    if sensitivity:
+        kept = layer_inputs_bytes(model, tokens.numel())
+        logger.info("sensitivity: %s in temporary files (TMPDIR)", shown(kept))
     device = f", {shown(found.device)} of the device" if found.device else ""
     logger.info(
         "memory: a peak of %s expected%s; activations on the %s",

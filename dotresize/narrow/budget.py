@@ -19,7 +19,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Split:
 
     Attributes:
         width, inner: residual and feed-forward width.
+        params, count: the share of which parameters that they fit.
         excess: of these widths, on held-out windows; None where one width alone can be narrowed, or
             none has to be.
         measured: excess of the widths that were tried, (width, inner) each.
@@ -65,6 +66,8 @@ class Split:
 
     width: int
     inner: int
+    params: float = 1.0
+    count: str = "total"
     excess: float | None = None
     measured: tuple[tuple[int, int, float], ...] = ()
 
@@ -174,6 +177,7 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0
     """
     assert options.params is not None
     split = _best(model, tokens, options, own)
+    split = replace(split, params=options.params, count=options.params_count)
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s",
         options.params,
@@ -210,7 +214,7 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
         if excess < found[best] - margin:
             ends, found, best = [middle], [excess], 0
     width, inner = ends[best]
-    return Split(width, inner, found[best], tuple(measured.excesses))
+    return Split(width, inner, excess=found[best], measured=tuple(measured.excesses))
 
 
 def ends_of(pairs: list[tuple[int, int]], model: CausalLM) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics
     return collect(
         model,
         tokens,
-        **{name: name in needs for name in (*MATRICES, "apart")},
+        **{name: name in needs for name in (*MATRICES, "apart", "moment_apart")},
         seed=wanted[0].seed,
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,

@@ -53,6 +53,13 @@ def choose_widths(model: CausalLM, options: Options) -> Widths:
     return Widths(width, inner)
 
 
+def residual_stays(model: CausalLM, options: Options) -> bool:
+    """Return whether it is known beforehand that the residual keeps its width."""
+    if model.architecture.fixed_residual:
+        return True
+    return choose_widths(model, options).residual == model.width
+
+
 def choose_width(model: CausalLM, options: Options) -> int:
     """Return the residual width that the options ask for, rounded as hardware wants it.
 

@@ -52,8 +52,8 @@ class WidthMap:
         selection: int64 (k,), the old neuron that each new one stands for, ascending.
         details: figures for the report.
         seconds: time per stage.
-        spectrum: (D,) eigenvalues by which directions were ranked, descending; None for a map that
-            ranks none.
+        spectrum: (D,) eigenvalues of the transport plan whose leading eigenvectors q is, from the
+            largest on; None for other maps.
     """
 
     q: Tensor
@@ -89,7 +89,7 @@ def figures_of(qs: list[Tensor], moment: Tensor, width_map: WidthMap) -> dict[st
     """
     kept = [float(((m @ q) * q).sum() / m.trace()) for m, q in zip(moment, qs, strict=True)]
     spectra = {"variance": beyond(torch.linalg.eigvalsh(moment.mean(0)).clamp_min(0).flip(0))}
-    if width_map.spectrum is not None:
+    if width_map.spectrum is not None and all(q is qs[0] for q in qs):
         # The first is the constant direction, which dwarfs the others and tells no neurons apart.
         spectra["transport plan"] = [1.0, *beyond(width_map.spectrum[1:])]
     return {

@@ -81,7 +81,7 @@ class PrincipalDirections(OneMap):
     name = "pca"
     takes = frozenset({"sensitivity"})
     needs = frozenset({"moment"})
-    felt = frozenset({"fisher"})
+    needs_to_heed = frozenset({"fisher"})
     weights = (1.0, 7.0, 10.0, 30.0, 70.0)  # those of the source
 
     def maps(
@@ -111,7 +111,7 @@ class Transport(OneMap):
     default = True
     takes = frozenset({"targets", "reg", "steps", "factor", "sensitivity"})
     needs = frozenset({"cost"})
-    felt = frozenset({"gradient_cost", "moment", "fisher"})
+    needs_to_heed = frozenset({"gradient_cost", "moment", "fisher"})
     weights = (0.1, 0.3, 1.0)
 
     def maps(
@@ -132,9 +132,9 @@ class Transport(OneMap):
                 (w, _transports(cost + w * gradient_cost, [selection], options)[0])
                 for w in self.weights
             )
-            found.append(
-                least_felt(tried, cast(Tensor, own.moment)[0], cast(Tensor, own.fisher)[0])
-            )
+            best = least_felt(tried, cast(Tensor, own.moment)[0], cast(Tensor, own.fisher)[0])
+            best.details["mean_cost"] = float(cast(Tensor, own.cost).mean())
+            found.append(best)
         return found
 
 

@@ -31,8 +31,6 @@ OF_METHODS: dict[str, Any] = {
 MOST_STEPS = 10_000
 # Options that are any finite number, as far as their type goes.
 NUMBERS = ("width", "energy", "params", "ff_width", "reg", "steps", "ridge")
-# The advice where a choice is about a number of transports, not about their limit.
-AS_IT = "give steps 1"
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
 
@@ -66,7 +64,7 @@ class WidthMethod(ABC):
         takes: the options that it follows and others do not, of ``OF_METHODS``.
         needs: the statistics that it asks for: those of ``Statistics`` by name, and "apart" for
             those of each location.
-        felt: what it asks for besides with ``sensitivity``.
+        needs_to_heed: those that it asks for besides, with ``sensitivity``.
     """
 
     name: str
@@ -75,7 +73,7 @@ class WidthMethod(ABC):
     plain: bool = True
     takes: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
-    felt: frozenset[str] = frozenset()
+    needs_to_heed: frozenset[str] = frozenset()
 
     @property
     def spelled(self) -> str:
@@ -234,10 +232,11 @@ class Options:
         """The statistics that a compression by these choices asks for."""
         asked = {
             "moment": self.energy is not None or self.refit or self.figures,
-            "apart": self.figures or callable(self.targets),
+            "moment_apart": self.figures,
+            "apart": callable(self.targets),
         }
-        felt = self.method.felt if self.meant("sensitivity") else frozenset()
-        return self.method.needs | felt | {name for name, needed in asked.items() if needed}
+        also = self.method.needs_to_heed if self.meant("sensitivity") else frozenset()
+        return self.method.needs | also | {name for name, needed in asked.items() if needed}
 
     def own_windows(self, given: int) -> int:
         """Return how many windows the model writes itself, beside those given."""
@@ -270,21 +269,24 @@ class Options:
 
     def _check_of_method(self) -> None:
         for name in OF_METHODS:
-            if getattr(self, name) is not None and name not in self.method.takes:
+            given = getattr(self, name)
+            if given is not None and given is not False and name not in self.method.takes:
                 others = {"targets": "dot or magnitude", "sensitivity": "dot or pca"}.get(
                     name, "dot"
                 )
                 raise ValueError(f"{name}: {self.method.spelled} has none; give method {others}")
         if self.meant("steps") == math.inf:
             if self.factor is not None:
-                raise ValueError(f"factor {self.factor}: the limit of transport has none; {AS_IT}")
+                raise ValueError(
+                    f"factor {self.factor}: the limit of transport has none; give steps 1"
+                )
             if self.targets is not None:
-                raise ValueError(f"targets: the limit of transport depends on none; {AS_IT}")
+                raise ValueError("targets: the limit of transport depends on none; give steps 1")
 
     def _check_types(self) -> None:
         for name in NUMBERS:
             value = getattr(self, name)
-            if name == "steps" and isinstance(value, float):
+            if name == "steps" and not isinstance(value, (bool, str)):
                 continue  # which may be inf
             if value is not None:
                 check_number(name, value, "a finite number")
@@ -307,6 +309,8 @@ class Options:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         steps = self.steps
+        if not isinstance(steps, (int, float, type(None))):
+            raise ValueError(f"steps is {shown(steps)}: must be a whole number, or inf")
         if steps not in (None, math.inf) and not (1 <= steps <= MOST_STEPS and steps == int(steps)):
             raise ValueError(
                 f"steps {steps:g}: must be a whole number from 1 to {MOST_STEPS}, or inf"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from dotresize.accounting import (
@@ -26,6 +27,7 @@ from dotresize.narrow.choose_width import (
     announce_found,
     choose_widths,
     default_size,
+    residual_stays,
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
@@ -55,14 +57,14 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
 
     tokens: int64 (windows, length). The first options say how much is written, and have the budget.
     """
-    options = wanted[0]
+    options = default_size(model, wanted[0])
     given = len(tokens)
     tokens, seconds = with_own_text(model, tokens, options)
     split = None
     if options.params is not None:
         with stage("budget", seconds):
             split = split_budget(model, tokens, options, len(tokens) - given)
-    if _residual_stays(model, split, wanted):
+    if _no_statistics(model, split, wanted):
         statistics = Statistics.none(tokens.numel(), model.width)
     else:
         with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
@@ -72,13 +74,13 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     return Prepared(tokens, statistics, split)
 
 
-def _residual_stays(model: CausalLM, split: Split | None, wanted: Sequence[Options]) -> bool:
+def _no_statistics(model: CausalLM, split: Split | None, wanted: Sequence[Options]) -> bool:
+    """Return whether nothing will be narrowed that statistics are of."""
+    if any(options.method.scope == "location" for options in wanted):
+        return model.architecture.fixed_residual != ""
     if split is not None:
         return split.width == model.width
-    if model.architecture.fixed_residual:
-        return True
-    known = [choose_widths(model, options).residual for options in wanted]
-    return all(width == model.width for width in known)
+    return all(residual_stays(model, options) for options in wanted)
 
 
 def narrow_model(
@@ -108,16 +110,19 @@ def narrow_model(
     first = first_token(model, windows)
     alone = prepared is None  # who prepares before has said what was chosen
     if isinstance(prepared, Statistics):
-        split = None if options.params is None else split_budget(model, windows, options)
+        split = None
+        if options.params is not None:
+            split = split_budget(model, windows, options, prepared.own_windows)
         prepared = Prepared(windows, prepared, split)
     if prepared is None:
         prepared = prepare(model, windows, options)
+    _check_prepared(prepared, windows, options)
     windows, statistics, split = prepared
-    if options.params is not None:
-        assert split is not None
+    if options.params is not None and split is not None:
         width = split.width
         inner = split.inner if split.inner < model.inner_width else None
-    if width < model.width or options.energy is not None:
+    cut = width < model.width or options.energy is not None
+    if cut or options.method.scope == "location":
         _check_statistics(statistics, options)
     if options.energy is not None:
         width = width_for_energy(statistics, model, options)
@@ -127,11 +132,12 @@ def narrow_model(
     seconds = dict.fromkeys(STAGES, 0.0)
     if alone or widths.residual is None:
         announce_found(model, width, inner)
-    for name in ("self-generated text", "calibration", "budget"):
+    for name in ("self-generated text", "calibration"):
         seconds[name] = statistics.seconds.get(name, 0.0)
-    sensitive = bool(options.meant("sensitivity"))
-    asked_for = {"cost": "cost" in options.needs, "sensitivity": sensitive}
-    seconds |= {name: statistics.seconds[name] if on else 0.0 for name, on in asked_for.items()}
+    heeds = bool(options.meant("sensitivity")) and cut
+    asked_for = {"cost": "cost" in options.needs, "sensitivity": heeds}
+    asked_for["budget"] = options.params is not None
+    seconds |= {name: statistics.seconds.get(name, 0.0) * on for name, on in asked_for.items()}
     made = _narrowed(given, width, inner, seconds)
     report = _report(model, made.model, statistics, options, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
@@ -146,8 +152,8 @@ def narrow_model(
         count = {"asked": options.params, "count": options.params_count}
         report["budget"] = count | split.details()
     report["map"] = made.map.details
-    # What the backward pass kept of the forward pass, in files or on the device.
-    report["sensitivity"] = {"kept_bytes": statistics.kept_bytes} if sensitive else None
+    # What the backward pass kept of the forward pass, in files or on the device, in this process.
+    report["sensitivity"] = {"kept_bytes": statistics.kept_bytes} if heeds else None
     report["feed_forward_lost"] = list(made.lost)
     if options.figures and made.bases and width < model.width:
         moment = cast(Tensor, statistics.moment)
@@ -230,9 +236,27 @@ def _report(
     }
 
 
+def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> None:
+    """Raise ValueError where something else was prepared than is asked for now."""
+    tokens, statistics, split = prepared
+    same = torch.equal(tokens[: len(windows)], windows.to(tokens.device))
+    if not same or tokens.numel() != statistics.tokens:
+        raise ValueError("statistics: were collected on other tokens")
+    if options.params is None:
+        return
+    asked = (options.params, options.params_count)
+    if split is None or (split.params, split.count) != asked:
+        raise ValueError(f"statistics: were prepared for no budget of params {options.params:g}")
+
+
 def _check_statistics(statistics: Statistics, options: Options) -> None:
+    if not statistics.locations:
+        raise ValueError("statistics: none were collected, as the residual was to keep its width")
     for name in MATRICES:
         if name in options.needs and getattr(statistics, name) is None:
             raise ValueError(f"statistics: collected without {name}, which these options need")
-    if "apart" in options.needs and not statistics.apart:
+    moment = statistics.moment
+    apart = moment is not None and len(moment) == len(statistics.locations)
+    known = {"apart": statistics.apart, "moment_apart": apart}
+    if any(name in options.needs and not found for name, found in known.items()):
         raise ValueError("statistics: locations were not kept apart, which these options need")

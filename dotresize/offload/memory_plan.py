@@ -5,11 +5,11 @@ the residual widths, F the inner one, V the vocabulary, c the bytes of a compute
 calibration tokens and B those of a batch, and P_D, P_k the parameters of a layer before and after:
 
 calibration   c P_D + 28 D^2 + batch                          (two sums, a product and its parts)
-map           56 D^2
+map           136 D^2                                         (of which 32 are statistics)
 sensitivity   c P_D + 84 D^2 + 3 batch                        (a layer's graph, twice as many sums)
 output        c V D + 16 L V                                  (a window's logits and their gradient)
-tables        c V (D + k) + 8 rows (D + k) + 16 D^2
-refit         c (P_D + P_k) + 16 F^2 + 40 F k + batch         (float64 normal equations, their LU)
+tables        c V (D + k) + 8 rows (D + k) + 48 D^2
+refit         c (P_D + P_k) + 16 F^2 + 40 F k + 32 D^2 + batch     (float64 equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 experts       c (P_D + P_k) + max(batch, c P_k / 2)           (no equations; what is stored)
 evaluation    c V (D + k) + 12 B V                            (both models' logits side by side)
@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +149,27 @@ def activation_place(model: CausalLM, tokens: Tensor) -> str:
 def layer_inputs_place(model: CausalLM, tokens: Tensor) -> str:
     """Return where what every layer read is kept (``calibration.ActivationCache``).
 
-    On a device that has twice the room for it, else on disk.
+    That is the device of a model in memory, if it has twice the room, else a temporary file.
+    ValueError where there is no room for that either.
     """
-    if model.store.activations is not None or model.device.type != "cuda":
-        return "disk"
+    kept = layer_inputs_bytes(model, tokens.numel())
+    on_device = model.store.activations is None and model.device.type == "cuda"
+    if on_device and kept < 0.5 * torch.cuda.mem_get_info(model.device)[0]:
+        return "device"
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if kept > free:
+        raise ValueError(
+            f"sensitivity: keeps {shown(kept)} in temporary files, and {folder} has {shown(free)}; "
+            "set TMPDIR to a folder with more, or turn sensitivity off"
+        )
+    return "disk"
+
+
+def layer_inputs_bytes(model: CausalLM, tokens: int) -> int:
+    """Return what every layer reads of so many tokens, by this process."""
     each = len(model.layers) * model.width * model.store.computed_bytes
-    kept = tokens.numel() * each // distributed.size()
-    return "device" if kept < 0.5 * torch.cuda.mem_get_info(model.device)[0] else "disk"
+    return tokens * each // distributed.size()
 
 
 def stage_bytes(
@@ -182,9 +198,9 @@ def stage_bytes(
         equations = max(batch, c * layer * width // (2 * old))
     stages = {
         "calibration": c * layer + 28 * old**2 + batch,
-        "map": 56 * old**2,
-        "tables": c * table * (old + width) + 8 * TABLE_ROWS * (old + width) + 16 * old**2,
-        "refit": layers + equations,
+        "map": 136 * old**2,
+        "tables": c * table * (old + width) + 8 * TABLE_ROWS * (old + width) + 48 * old**2,
+        "refit": layers + equations + 32 * old**2,
     }
     if evaluated:
         stages["evaluation"] = c * table * (old + width) + 12 * batch_tokens * table
