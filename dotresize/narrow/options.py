@@ -130,7 +130,7 @@ class Options:
             (narrow/round_width.py), or an exact number of channels.
         energy: instead of width: the share of the activations' variance to keep, rounded up.
         params: instead of both widths: the share of the parameters to keep, split over them by
-            measured sensitivity (narrow/budget.py). 0.8 if nothing else says how narrow to get;
+            what each costs, as measured (narrow/budget.py). 0.8 if nothing else says how narrow to get;
             where no budget can be measured (an offloaded model, a map for each location, given
             targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
