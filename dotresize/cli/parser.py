@@ -177,8 +177,8 @@ def _add_narrowing(groups: _Groups) -> None:
     method.add_argument(
         "--sensitivity",
         metavar="on|off",
-        help="of dot and pca: heed what the output feels, by a backward pass (on; with a number of "
-        "--steps off)",
+        help="of dot and pca: heed what the output feels, by a backward pass (on for the limit of "
+        "dot alone)",
     )
     method.add_argument(
         "--no-refit", action="store_true", help="leave the weights as absorption makes them"
@@ -281,7 +281,12 @@ def _add_texts(groups: _Groups, *, windows: int) -> None:
     text.add_argument(
         "--windows", type=int, default=windows, help=f"calibration windows ({windows})"
     )
-    text.add_argument("--seed", type=int, default=0, help="places the windows (0)")
+    text.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="places the windows, and draws what the model writes (0)",
+    )
     text.add_argument(
         "--eval",
         action="extend",

@@ -22,10 +22,11 @@ from dotresize.narrow.targets import Targets
 from dotresize.ops.arguments import check_flag, check_number, check_whole, check_word, shown
 from dotresize.ops.transport_map import FACTORS
 
-# Options that some methods follow, each with what is meant where it is not given.
+# Options that some methods follow, each with what is meant where it is not given; see
+# ``Options.meant``.
 OF_METHODS: dict[str, Any] = {
     **{"targets": None, "reg": 3.0, "steps": math.inf, "factor": "polar"},
-    "sensitivity": True,
+    "sensitivity": None,
 }
 # Transports in a row: the map is the limit's long before.
 MOST_STEPS = 10_000
@@ -130,7 +131,7 @@ class Options:
             (narrow/round_width.py), or an exact number of channels.
         energy: instead of width: the share of the activations' variance to keep, rounded up.
         params: instead of both widths: the share of the parameters to keep, split over them by
-            what each costs, as measured (narrow/budget.py). 0.8 if nothing else says how narrow to get;
+            what each costs (narrow/budget.py). 0.8 if nothing else says how narrow to get;
             where no budget can be measured (an offloaded model, a map for each location, given
             targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
@@ -157,8 +158,8 @@ class Options:
         factor: "polar", which is meant if not given, or "qr" ("dot" with a number of steps; see
             ``dotresize.factorize``).
         sensitivity: make the map heed what the model's output feels ("dot", "pca";
-            narrow/sensitivity.py), by one backward pass over the tokens; if not given, on but for
-            a number of steps.
+            narrow/sensitivity.py), by one backward pass over the tokens; if not given, on for the
+            limit of transport alone.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
         self_windows: calibrate on so many windows more, which the model writes itself; a third of
             those given by default.
@@ -210,7 +211,9 @@ class Options:
         if name == "steps" and self.steps is None and self.targets is not None:
             return 1  # transport onto these
         if name == "sensitivity" and self.sensitivity is None:
-            return self.meant("steps") in (None, math.inf)  # a number of steps is the paper's
+            # Of the limit it makes a better map; principal directions are not better for it, and a
+            # number of steps is the paper's.
+            return self.meant("steps") == math.inf
         given = getattr(self, name)
         return OF_METHODS[name] if given is None else given
 

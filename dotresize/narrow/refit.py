@@ -17,11 +17,11 @@ Attention's writers stay as they are: kinds of text left out of the calibration 
 nearly every layer. lam is the ridge of dotresize.least_squares: in proportion to each input for
 readers of a stream that is narrower than it was, the same for all inputs where they already had
 their own solution and for inner neurons, many of which hardly ever fire. Unless it is given, it is
-``PRIOR_TOKENS`` (or ``_KEPT``) over the number of tokens for each input: the weights as they were
-count like so many tokens more, and with few tokens they hardly change. That was chosen by
-the perplexity of kinds of text left out (docs/compress.md); choosing the ridge in every solve by
-the squared error on them asks for ten times as much, and is worse in perplexity on all text. No
-parameter is added.
+``PRIOR_TOKENS`` (``PRIOR_TOKENS_KEPT`` where the residual keeps its width) over the number of
+tokens for each input: the weights as they were count like so many tokens more, and with few tokens
+they hardly change. That was chosen by the perplexity of kinds of text left out (docs/compress.md);
+choosing the ridge in every solve by the squared error on them asks for ten times as much, and is
+worse in perplexity on all text. No parameter is added.
 
 Where every location has a map of its own (baselines/adapters.py), Q is that of the location which
 is read or written, and x has passed its adapter.
@@ -289,7 +289,8 @@ def add_windows(
     """Add windows of tokens, each as often as its weight says, and its first token more often.
 
     u: (..., inputs), v: (..., outputs), of as many windows as there are weights, one after the
-    other; first: how often the first token of each counts beside its others.
+    other, those of one weight side by side; first: how often the first token of each counts beside
+    its others.
     """
     u, v = (x.reshape(len(weights), -1, x.shape[-1]) for x in (u, v))
     for weight in dict.fromkeys(weights):
