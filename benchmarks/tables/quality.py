@@ -127,6 +127,8 @@ def maps(rows: list[Row]) -> str:
 
 def amounts(rows: list[Row]) -> str:
     """Return the excess with and without refit, by windows of calibration text."""
+    if not rows:
+        return "No rows yet."
     counts = sorted({row["windows"] for row in rows})
     mixtures = sorted({row["mixture"] for row in rows} - {"all"})
     sizes = dict.fromkeys(case.name.partition(",")[0] for case in AMOUNTS)
