@@ -171,7 +171,7 @@ def main() -> int:
     if not left:
         return 0
     about = where(torch.get_num_threads())
-    study = Study(args.windows, gradients=args.which == "maps")
+    study = Study(args.windows, gradients=args.which in ("maps", "amounts"))
     for i, (case, mixture, seed) in enumerate(left):
         start = time.perf_counter()
         row = about | study.run(case, mixture, seed)
