@@ -28,12 +28,11 @@ from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer, wind
 
 @torch.no_grad()
 def narrow_feed_forwards(
-    model: CausalLM, tokens: Tensor, inner: int | None, options: Options, *, own: int = 0
+    model: CausalLM, tokens: Tensor, inner: int | None, options: Options
 ) -> Narrowed:
     """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons each.
 
-    tokens: int64 (windows, length), of which the model wrote the last ``own`` windows itself.
-    Without a width the copy is as the model is.
+    tokens: int64 (windows, length). Without a width the copy is as the model is.
     """
     architecture = model.architecture
     narrow = model.copied()
@@ -41,7 +40,7 @@ def narrow_feed_forwards(
     if inner is None:
         return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
-    weights = window_weights(len(tokens), own, options.batch_windows)
+    weights = window_weights(len(tokens), 0, options.batch_windows)
     with (
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,

@@ -187,8 +187,7 @@ def _narrowed(
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
         with stage("refit", seconds, "of feed-forwards"):
-            own = given.statistics.own_windows
-            made = narrow_feed_forwards(model, given.tokens, inner, options, own=own)
+            made = narrow_feed_forwards(model, given.tokens, inner, options)
             made.model.finish()
         return made
     made = options.method.narrow(given, width, inner, seconds)
