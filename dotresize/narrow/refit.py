@@ -60,8 +60,8 @@ FIRST_WEIGHT = 100.0
 # How often a window that the model wrote itself counts where the residual is narrower, as long as
 # all of them count no more than all that were given. It stands for kinds of text that nobody
 # thought of: counted three times, such kinds lose 0.05 less and the calibration's 0.025 more (one
-# seed of SmolLM2-135M, 468 channels). Where the residual keeps its width it counts as any other: twice made
-# 1152 inner neurons by 6 windows as bad as no refit.
+# seed of SmolLM2-135M, 468 channels). Where the residual keeps its width it counts
+# as any other: twice made 1152 inner neurons by 6 windows as bad as no refit.
 OWN_COUNTS = 2.0
 
 
