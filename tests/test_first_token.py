@@ -136,7 +136,7 @@ def test_tokens_given_are_taken_as_they_are():
     [(4, 0, 1.0), (32, 8, 2.0), (25, 10, 1.5), (9, 8, 1.0), (33, 1, 2.0)],
 )
 def test_how_often_a_window_of_the_models_own_counts(windows, own, weight):
-    """As often as makes all of them count like all that were given, and at most twice."""
+    """Each counts twice, or less, so that together they count no more than what was given."""
     found = [weight for batch in window_weights(windows, own, 4) for weight in batch]
     assert found == [1.0] * (windows - own) + [weight] * own
 

@@ -253,7 +253,7 @@ def test_predictions_that_nothing_can_be_drawn_from(tokens):
 
 
 def test_what_the_output_feels_is_what_is_left_out(tokens):
-    """By a basis of what is left out, and by drawing independent activations and gradients."""
+    """The formula agrees with a basis of what is left out, and with drawn samples."""
     x, g = torch.randn(2, 200_000, 9, dtype=torch.float64) @ torch.randn(2, 9, 9).double()
     q = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q
     kept, left = q[:, :6], q[:, 6:]

@@ -46,7 +46,7 @@ def main() -> int:
             options = make_options(params=args.params, seed=seed)
             tokens = random_windows(streams, count, WINDOW, seed)
             tokens, _ = with_own_text(model, tokens, options)
-            split = split_budget(model, tokens, options)
+            split = split_budget(model, tokens, options, len(tokens) - count)
             row = {"params": args.params, "windows": count, "seed": seed}
             row |= {"width": split.width, "inner": split.inner, **split.details()}
             row["seconds"] = round(time.perf_counter() - start, 1)

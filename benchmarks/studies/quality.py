@@ -5,7 +5,7 @@
     python -m benchmarks.studies.quality maps --out FILE --seeds 0 1
     python -m benchmarks.studies.quality amounts --out FILE --windows 6
 
-(cases are in quality_cases.py).
+The cases are in quality_cases.py.
 
 Figure of merit: excess = ln(perplexity / dense perplexity), on Wikipedia articles, news and
 programming documentation that are never calibrated on. Each case runs with all three sources in

@@ -211,8 +211,8 @@ class Options:
         if name == "steps" and self.steps is None and self.targets is not None:
             return 1  # transport onto these
         if name == "sensitivity" and self.sensitivity is None:
-            # Of the limit it makes a better map; principal directions are not better for it, and a
-            # number of steps is the paper's.
+            # Sensitivity makes the limit a better map, but not principal directions; a number of
+            # steps is the paper's transport, which has none.
             return self.meant("steps") == math.inf
         given = getattr(self, name)
         return OF_METHODS[name] if given is None else given
