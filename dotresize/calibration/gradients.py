@@ -79,10 +79,10 @@ class BackwardPass:
                     self._scale = SCALES.get(stream.dtype, 1.0)
                     back[i] = self._of_output(i, stream)
                     add([stream], [back[i]], 2 * len(model.layers), self._scale)
-            for number, name, cache in tqdm(
-                self._backwards(), desc="sensitivity", unit="layer", disable=None,
-                total=len(model.layers),
-            ):  # fmt: skip
+            layers = list(enumerate(zip(model.layers, self._read, strict=True)))
+            for number, (name, cache) in tqdm(
+                layers[::-1], desc="sensitivity", unit="layer", disable=None
+            ):
                 with model.resident(name) as layer, differentiable(layer):
                     norms = norms_of(architecture, layer)
                     for i, read in enumerate(cache):
@@ -95,10 +95,6 @@ class BackwardPass:
                         read_by = [stream.detach(), middle.detach()]
                         add(read_by, list(found), 2 * number, self._scale)
                 cache.close()
-
-    def _backwards(self) -> Iterator[tuple[int, str, ActivationCache]]:
-        layers = list(zip(range(len(self._read)), self._model.layers, self._read, strict=True))
-        return reversed(layers)
 
     def _of_output(self, i: int, stream: Tensor) -> Tensor:
         """Return the gradient of batch i by the final stream, a window at a time."""

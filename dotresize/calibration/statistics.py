@@ -117,8 +117,9 @@ def collect(
         ValueError: activations, predictions or gradients that are not finite; names the location
             and neuron.
     """
-    kept = len(list(model.architecture.norms(model.module))) if apart else 1
-    moments = len(list(model.architecture.norms(model.module))) if moment_apart else kept
+    locations = len(list(model.architecture.norms(model.module)))
+    kept = locations if apart else 1
+    moments = locations if moment_apart else kept
     activations = _Matrices(model, moments * moment, kept * cost, backend)
     gradients = _Matrices(model, kept * fisher, kept * gradient_cost, backend)
     sums = _Sums(model, activations, gradients, final=moment)

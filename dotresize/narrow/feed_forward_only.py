@@ -23,7 +23,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.options import Narrowed, Options
-from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer, window_weights
+from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
 
 
 @torch.no_grad()
@@ -40,14 +40,13 @@ def narrow_feed_forwards(
     if inner is None:
         return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
-    weights = window_weights(len(tokens), 0, options.batch_windows)
     with (
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
     ):
         for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
             with model.resident(name) as dense_layer, narrow.resident(name) as layer:
-                equations = _equations(dense_layer, layer, part, dense_stream, stream, weights)
+                equations = _equations(dense_layer, layer, part, dense_stream, stream)
                 lost.append(refit_writer(layer, part, equations, inner, options, cut=False)[1])
                 for i in range(len(stream)):
                     stream.stream[i] = stream.run(layer, i)
@@ -61,7 +60,6 @@ def _equations(
     part: Sublayer,
     dense_stream: Streams,
     stream: Streams,
-    weights: list[list[float]],
 ) -> NormalEquations:
     """Return those of one layer's writer; the dense stream is moved past it."""
     dense_writer, writer = (linear_of(x, part.writer) for x in (dense, layer))
@@ -71,5 +69,5 @@ def _equations(
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
         h, y = stream.until(layer, writer, i), written[0].float() - bias
-        add_windows(equations, h, y, weights[i], FIRST_WEIGHT)
+        add_windows(equations, h, y, [1.0] * len(h), FIRST_WEIGHT)
     return equations

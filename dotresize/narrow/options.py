@@ -231,6 +231,12 @@ class Options:
         return self.method.plain and self.targets is None
 
     @property
+    def _keeps_residual(self) -> bool:
+        """Whether only the feed-forward blocks were asked to be narrowed."""
+        of_residual = (self.width, self.energy, self.params, self.targets)
+        return self.ff_width is not None and all(value is None for value in of_residual)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The statistics that a compression by these choices asks for."""
         asked = {
@@ -273,11 +279,17 @@ class Options:
     def _check_of_method(self) -> None:
         for name in OF_METHODS:
             given = getattr(self, name)
-            if given is not None and given is not False and name not in self.method.takes:
+            if given is None or given is False:
+                continue
+            if name not in self.method.takes:
                 others = {"targets": "dot or magnitude", "sensitivity": "dot or pca"}.get(
                     name, "dot"
                 )
                 raise ValueError(f"{name}: {self.method.spelled} has none; give method {others}")
+            if self._keeps_residual:
+                raise ValueError(
+                    f"{name}: the residual keeps its width, and needs no map; give width"
+                )
         if self.meant("steps") == math.inf:
             if self.factor is not None:
                 raise ValueError(
