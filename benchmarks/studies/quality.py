@@ -80,7 +80,8 @@ class Study:
             tokens = random_windows(streams, self.windows, WINDOW, seed)
             if own:
                 if seed not in self._own:
-                    self._own[seed] = sample(self.model, self.windows // 3, WINDOW, seed)
+                    count = make_options().own_windows(self.windows)
+                    self._own[seed] = sample(self.model, count, WINDOW, seed)
                 tokens = torch.cat([tokens, self._own[seed]])
             statistics = collect(
                 self.model,
@@ -104,6 +105,7 @@ class Study:
         found = self.perplexities(narrow)
         return {
             **{"case": case.name, "mixture": mixture, "seed": seed, "windows": self.windows},
+            "own_windows": report["calibration"]["self_windows"],
             **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
             "options": case.options,
             "kept": case.kept,

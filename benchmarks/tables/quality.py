@@ -50,7 +50,7 @@ def headline(rows: list[Row]) -> str:
         f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
         f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
         "checkpoint but SliceGPT's. `PCA + refit`, `eliminate + refit` and",
-        f"the budgets calibrate on {last['windows'] // 3} windows more, of self-generated text. "
+        f"the budgets calibrate on {last['own_windows']} windows more, of self-generated text. "
         f"{last['device']}, {last['date']}; rows: `benchmarks/results/quality.jsonl`.",
     ]
     return "\n".join(lines)
@@ -118,7 +118,7 @@ def maps(rows: list[Row]) -> str:
         "",
         f"Mean excess on three kinds of text; left out: each of them in turn, and measured on that "
         f"one. SmolLM2-135M, {last['width']} of 576 channels,",
-        f"{last['windows']} windows of 512 tokens and {last['windows'] // 3} of the model's own, "
+        f"{last['windows']} windows of 512 tokens and {last['own_windows']} of the model's own, "
         f"{last['eval_windows']} windows of each text evaluated. {last['device']},",
         f"{last['date']}. Rows: `benchmarks/results/maps.jsonl`.",
     ]
@@ -155,7 +155,7 @@ def amounts(rows: list[Row]) -> str:
     lines += [
         "",
         "Mean excess on three calibrated kinds of text, or on the kind that was left out. "
-        "SmolLM2-135M; to the windows of 512 tokens come a third",
+        "SmolLM2-135M; to the windows of 512 tokens come half",
         f"as many of the model's own. {last['device']}, {last['date']}. Rows: "
         "`benchmarks/results/amounts.jsonl`.",
     ]

@@ -189,7 +189,7 @@ def _add_narrowing(groups: _Groups) -> None:
     groups["text"].add_argument(
         "--self-windows",
         type=int,
-        help="windows that the model writes itself, one more source (a third of --windows)",
+        help="windows that the model writes itself, one more source (half of --windows)",
     )
     groups["text"].add_argument(
         "--unseen",

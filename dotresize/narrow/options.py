@@ -161,7 +161,7 @@ class Options:
             narrow/sensitivity.py), by one backward pass over the tokens; if not given, on for the
             limit of transport alone.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
-        self_windows: calibrate on so many windows more, which the model writes itself; a third of
+        self_windows: calibrate on so many windows more, which the model writes itself; half of
             those given by default.
         seed: of those, and of the output that ``sensitivity`` draws.
         backend: of the solvers, see ``dotresize.backends``.
@@ -249,7 +249,7 @@ class Options:
 
     def own_windows(self, given: int) -> int:
         """Return how many windows the model writes itself, beside those given."""
-        return given // 3 if self.self_windows is None else self.self_windows
+        return given // 2 if self.self_windows is None else self.self_windows
 
     def check(self) -> None:
         """Raise ValueError for the first choice that would be refused whatever the model."""
