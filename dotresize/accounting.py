@@ -22,7 +22,7 @@ from dotresize.models.causal_lm import CausalLM
 stages = logging.getLogger("dotresize.stages")
 
 STAGES = (
-    *("self-generated text", "calibration", "budget", "cost", "sensitivity"),
+    *("self-generated text", "calibration", "budget", "layer widths", "cost", "sensitivity"),
     "sinkhorn",
     "factorisation",
     "absorption",

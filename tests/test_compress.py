@@ -289,7 +289,7 @@ def test_non_finite_weights_and_activations_are_named(tokens):
             "targets: the limit of transport depends on none",
         ),
         ({"reg": 2, "method": "magnitude"}, "reg: method magnitude has none; give method dot"),
-        ({"reg": 2, "width": None, "ff_width": 40}, "reg: the residual keeps its width"),
+        ({"reg": 2, "width": None, "ff_width": 40}, "reg: ff_width alone leaves the residual"),
         ({"sensitivity": True, "method": "slicegpt"}, "sensitivity: method slicegpt has none"),
         ({"sensitivity": 1, "method": "dot"}, "sensitivity is 1: must be True or False"),
         ({"targets": torch.arange(3), "method": "pca"}, "targets: method pca has none"),

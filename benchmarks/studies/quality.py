@@ -4,6 +4,7 @@
     python -m benchmarks.studies.quality study --out FILE        all cases of CASES
     python -m benchmarks.studies.quality maps --out FILE --seeds 0 1
     python -m benchmarks.studies.quality amounts --out FILE --windows 6
+    python -m benchmarks.studies.quality layers --out FILE --seeds 0 1
 
 The cases are in quality_cases.py.
 
@@ -40,7 +41,17 @@ from dotresize.narrow.pipeline import narrow_model
 
 from ..demo.texts import SOURCES, model_file, write_texts
 from ..rows import append, read, where
-from .quality_cases import AMOUNTS, CASES, HEADLINE, KEPT_SETS, MAPS, MIXTURES, WINDOWS, Case
+from .quality_cases import (
+    AMOUNTS,
+    CASES,
+    HEADLINE,
+    KEPT_SETS,
+    LAYERS,
+    MAPS,
+    MIXTURES,
+    WINDOWS,
+    Case,
+)
 
 WINDOW = 512
 EVAL_WINDOWS = 4
@@ -114,6 +125,7 @@ class Study:
             "excess": {name: math.log(found[name] / self.dense[name]) for name in found},
             "width": report["width"]["new"],
             "ff_width": report["feed_forward"]["new"],
+            "layer_widths": report["feed_forward"]["layers"],
             "tied": report["tied"],
             "plain_checkpoint": report["plain_checkpoint"],
             "parameters": report["parameters"]["narrow"],
@@ -128,7 +140,7 @@ def cases_of(which: str) -> list[Case]:
     """Return the cases of a group; the headline is a part of the study."""
     if which == "headline":
         return [case for case in CASES if case.name in HEADLINE]
-    return list({"study": CASES, "maps": MAPS, "amounts": AMOUNTS}[which])
+    return list({"study": CASES, "maps": MAPS, "amounts": AMOUNTS, "layers": LAYERS}[which])
 
 
 def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
@@ -143,7 +155,7 @@ def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("which", choices=("headline", "study", "maps", "amounts"))
+    parser.add_argument("which", choices=("headline", "study", "maps", "amounts", "layers"))
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument(
         "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"

@@ -96,6 +96,12 @@ AMOUNTS = tuple(
     for refit in (True, False)
 )
 
+# As many parameters outside the embeddings, of which each layer gets as much or by what it costs.
+LAYERS = (
+    Case("equal widths", INNER, own_text=True),
+    Case("a width for each layer", INNER | {"layer_widths": True}, own_text=True),
+)
+
 CASES = (
     Case("magnitude", PLAIN | {"method": "magnitude"}, True),
     Case("transport", PLAIN | ONE, True),

@@ -21,7 +21,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.one_map import OneMap
-from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
+from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options, WidthMethod
 from dotresize.narrow.refit import refit
 from dotresize.narrow.targets import kept_set
 
@@ -43,7 +43,7 @@ class Located(WidthMethod):
         """Return the map of each location, in order."""
 
     def narrow(
-        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
+        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
     ) -> Narrowed:
         with stage("factorisation", seconds):
             located = self.located_maps(given, width)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from dotresize import distributed
 from dotresize.baselines.adapters import is_sliced, load_sliced
@@ -26,9 +28,11 @@ from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
+from dotresize.models.layer_widths import ENTRY, set_inner_widths, take_inner_widths
 from dotresize.models.torch_settings import usual_settings
 from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import open_model
+from dotresize.offload.skeleton import skeleton
 from dotresize.ops.arguments import shown
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -66,10 +70,17 @@ def load_with_tokenizer(
         raise ValueError(
             f"model {source}: config names a weights file of its own (transformers_weights)"
         )
+    widths = _inner_widths(source, config)
     if work is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-            return open_model(Path(where), config, device, work), tokenizer
+            return open_model(Path(where), config, device, work, widths), tokenizer
+    if widths is not None:
+        with _one_line(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            model = load_uneven(Path(where), config, widths)
+            model.module.to(device)
+            return model, tokenizer
     with _one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
@@ -104,6 +115,7 @@ def outline(source: str) -> CausalLM:
     """
     config = read_config(source)
     where, _ = _locate(source)
+    widths = None if config is None else _inner_widths(source, config)
     if config is None:
         kind = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))["model_type"]
         raise ValueError(f"model {source}: is of type {kind}; give the model it was made of")
@@ -113,9 +125,11 @@ def outline(source: str) -> CausalLM:
         with _one_line(
             source
         ):  # a config of a million layers would take minutes even without memory
-            check_stored(Path(where), config)
+            check_stored(Path(where), config, widths)
     with _one_line(source), torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
+        if widths is not None:
+            set_inner_widths(architecture_of(config), module, widths)
     model = CausalLM.in_memory(module)
     model.architecture.check(module)
     return model
@@ -171,8 +185,9 @@ def parts_of(source: str) -> tuple[Path, Any, Any]:
 def load(folder: str | Path) -> Any:
     """Return a model that plain transformers cannot load, from the directory that holds it.
 
-    These are models with a map per location (baselines/adapters.py) and with merged feed-forwards
-    (merging/checkpoint.py). ValueError where the directory holds neither.
+    These are models with a map per location (baselines/adapters.py), with merged feed-forwards
+    (merging/checkpoint.py), and with feed-forwards of a width for each layer
+    (models/layer_widths.py). ValueError where the directory holds none of them.
 
     Example:
         >>> from dotresize import load
@@ -185,10 +200,46 @@ def load(folder: str | Path) -> Any:
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
     own = _own_format(Path(folder))
-    if own is None:
-        raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
-    with _one_line(str(folder)):
-        return own(Path(folder)).module
+    if own is not None:
+        with _one_line(str(folder)):
+            return own(Path(folder)).module
+    if Path(folder).is_dir() and (Path(folder) / "config.json").is_file():
+        config = read_config(str(folder))
+        widths = _inner_widths(str(folder), config)
+        if widths is not None:
+            with _one_line(str(folder)):
+                return load_uneven(Path(folder), config, widths).module
+    raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
+
+
+def _inner_widths(source: str, config: Any) -> list[int] | None:
+    """Take the feed-forward width of every layer off a config that names them; see there."""
+    if not config.to_dict().get(ENTRY):
+        return None
+    with _one_line(source):
+        return take_inner_widths(architecture_of(config), config)
+
+
+def load_uneven(folder: Path, config: Any, widths: list[int]) -> CausalLM:
+    """Return the model of a directory whose layers have feed-forwards of different widths.
+
+    ValueError where the files disagree with the config.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    check_stored(folder, config, widths)
+    device = torch.device("cpu")
+    module = skeleton(transformers.AutoModelForCausalLM, config, device, widths)
+    weights: dict[str, Tensor] = {}
+    for path in shards(folder):
+        weights |= load_file(path)
+    missing, _ = module.load_state_dict(weights, strict=False, assign=True)
+    module.tie_weights()
+    left = [name for name, weight in module.named_parameters() if weight.is_meta]
+    if left:
+        raise ValueError(f"missing keys: {sorted(missing)[0]}")
+    if (folder / "generation_config.json").is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return CausalLM.in_memory(causal_model(module.eval()))
 
 
 def _own_format(folder: Path) -> Callable[[Path], CausalLM] | None:

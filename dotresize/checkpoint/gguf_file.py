@@ -2,10 +2,11 @@
 
 Written are Llama and Mistral (architecture "llama") and Qwen2 ("qwen2"), with tokenizer and chat
 template, a tensor at a time, so that no more than one is in memory. Names and order of the entries
-are those of llama.cpp's own converter.
+are those of llama.cpp's own converter. Any of them whose layers have feed-forwards of different
+widths is written as "deci": the same function, with an entry for every layer.
 
-llama.cpp's "llama" rotates neighbouring pairs of channels where transformers rotates the two halves
-of a head: rows (and biases) of queries and keys are interleaved,
+llama.cpp's "llama" and "deci" rotate neighbouring pairs of channels where transformers rotates the
+two halves of a head: rows (and biases) of queries and keys are interleaved,
 
     row 2 i + j of a head  <-  row i + j d / 2,    i < d / 2, j in {0, 1}.
 
@@ -15,6 +16,7 @@ and the table of a q4_0 file is in q8_0, as it is the head as well.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,9 +29,11 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dotresize import models
 from dotresize.checkpoint import settle
 from dotresize.checkpoint.gguf_vocabulary import CONVERTER, vocabulary
 from dotresize.models.causal_lm import is_tied
+from dotresize.models.layer_widths import differ, take_inner_widths
 from dotresize.offload.headers import shards
 
 # What --type accepts: the type of matrices, of the table, and llama.cpp's number for the file.
@@ -67,11 +71,21 @@ def architecture_of(config: Any) -> str:
     """Return llama.cpp's architecture of a model.
 
     Its Qwen2 takes heads that are together as wide as the residual only; where the residual was
-    narrowed, "llama" is the same function, which may have biases of queries, keys and values.
+    narrowed, "llama" is the same function, which may have biases of queries, keys and values. So
+    is "deci", which alone takes feed-forwards of different widths.
     """
+    if differ(inner_widths(config)):
+        return "deci"
     kind = SHAPES[config.model_type]
     whole = config.num_attention_heads * head_size(config) == config.hidden_size
     return kind if kind == "llama" or whole else "llama"
+
+
+def inner_widths(config: Any) -> list[int]:
+    """Return the feed-forward width of every layer."""
+    family, config = models.architecture_of(config), copy.deepcopy(config)
+    found = take_inner_widths(family, config)
+    return found or [family.inner_width(config)] * config.num_hidden_layers
 
 
 def check_config(config: Any) -> None:
@@ -85,7 +99,7 @@ def check_config(config: Any) -> None:
     rope = dict(config.rope_parameters)
     scaling = rope.get("rope_type", "default")
     own = architecture_of(config)
-    known = ("default", "linear", "llama3") if own == "llama" else ("default", "linear")
+    known = ("default", "linear") if own == "qwen2" else ("default", "linear", "llama3")
     refused = {
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
         f"rope_type {scaling}": scaling not in known,
@@ -156,9 +170,14 @@ def _add_config(writer: Any, config: Any) -> None:
     writer.add_context_length(min(config.max_position_embeddings, window or 2**31))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    inner = inner_widths(config)
+    uneven = differ(inner)
+    writer.add_feed_forward_length(inner if uneven else inner[0])
+    for add, count in (
+        (writer.add_head_count, config.num_attention_heads),
+        (writer.add_head_count_kv, config.num_key_value_heads),
+    ):
+        add([count] * len(inner) if uneven else count)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     # Not the width divided by the heads, which readers take without these.
@@ -220,7 +239,8 @@ class _Tensors:
     def __init__(self, folder: Path, config: Any, kind: str) -> None:
         import gguf
 
-        architecture = gguf.MODEL_ARCH[architecture_of(config).upper()]
+        self._architecture = architecture_of(config)
+        architecture = gguf.MODEL_ARCH[self._architecture.upper()]
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         self._config, self._types = config, TYPES[kind]
         self._quantise, self._dtypes = gguf.quantize, gguf.GGMLQuantizationType
@@ -273,7 +293,7 @@ class _Tensors:
 
     def _interleaved(self, name: str, weight: Tensor) -> Tensor:
         part = name.split(".")[-2]
-        if architecture_of(self._config) != "llama" or part not in ("q_proj", "k_proj"):
+        if self._architecture == "qwen2" or part not in ("q_proj", "k_proj"):
             return weight
         halves = weight.view(-1, 2, head_size(self._config) // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dotresize import checkpoint
 from dotresize.checkpoint.origin import Origin, origin_of
-from dotresize.cli.report import millions, quality_cells
+from dotresize.cli.report import inner_width, millions, quality_cells
 from dotresize.models.causal_lm import CausalLM
 
 # What the methods are called where nobody knows this project's words.
@@ -64,7 +64,7 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
         lines.append(f"- residual width {width['old']} -> {width['new']}, by {by}{where}")
     if inner["method"]:
         by = _FEED_FORWARD.get(inner["method"], inner["method"])
-        lines.append(f"- feed-forward width {inner['old']} -> {inner['new']}, by {by}")
+        lines.append(f"- feed-forward width {inner['old']} -> {inner_width(report)}, by {by}")
     if report["refit"]:
         lines.append("- the weights around them refitted by least squares on the same text")
     if report.get("recovery"):
@@ -79,7 +79,7 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
         f"Calibrated on {calibration['tokens']} tokens{_first(calibration)}.",
         "A plain checkpoint: `AutoModelForCausalLM.from_pretrained` loads it without custom code."
         if report["plain_checkpoint"]
-        else "It has adapters on its residual connections: `dotresize.load` loads it.",
+        else _loaded(report),
     ]
     if report["model_type"]["new"] != report["model_type"]["old"]:
         old, new = report["model_type"]["old"], report["model_type"]["new"]
@@ -91,6 +91,16 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
     columns["this model"] = report
     library = "transformers" if report["plain_checkpoint"] else "dotresize"
     return model_card(f"{name}, narrowed", origin, library, lines, columns)
+
+
+def _loaded(report: dict[str, Any]) -> str:
+    """Return how a model is loaded that plain transformers does not load."""
+    if report["feed_forward"].get("layers"):
+        return (
+            "Its layers have feed-forwards of different widths, which transformers does not load "
+            "yet: `dotresize.load` does, and `dotresize export` writes it for llama.cpp."
+        )
+    return "It has adapters on its residual connections: `dotresize.load` loads it."
 
 
 def _first(calibration: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ def export(args: argparse.Namespace) -> int:
     folder, config, tokenizer = checkpoint.parts_of(args.model)
     name = origin_of(args.model).hub_id or folder.resolve().name
     gguf_file.write(folder, config, tokenizer, Path(args.out), args.type, name)
-    rows = {"width": config.hidden_size, "feed-forward width": config.intermediate_size}
-    odd = [f"{what} {size}" for what, size in rows.items() if size % gguf_file.BLOCK]
+    inner = sorted(set(gguf_file.inner_widths(config)))
+    rows = [("width", config.hidden_size), *(("feed-forward width", size) for size in inner)]
+    odd = [f"{what} {size}" for what, size in rows if size % gguf_file.BLOCK]
     if odd and args.type in ("q8_0", "q4_0"):
         logger.info(
             "%s: no multiple of %d, so tensors with such rows are f16",

@@ -10,6 +10,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dotresize import accounting
 from dotresize.cli import report
 
@@ -72,6 +74,15 @@ def write(
             '<p class="note">Share of the squares of what it should write on the calibration '
             "tokens, so that the stream is the dense model's again; layer by layer.</p>",
             _svg(lambda figure: _bars(figure, lost, "layer"), height=3.0),
+        ]
+    allocation = rows[-1].get("layer_widths")
+    if allocation is not None:
+        parts += [
+            "<h2>A width for each layer</h2>",
+            '<p class="note">Above, the feed-forward width that each layer got; below, what it is '
+            "predicted to lose at every width, in nats of the model's predictions, a line for each "
+            "layer from the first (dark) to the last (light), its own width marked.</p>",
+            _svg(lambda figure: _layer_widths(figure, allocation), height=6.0),
         ]
     if figures is not None and max(figures["lost"]) > NOISE:
         parts += _map_parts(figures)
@@ -244,6 +255,25 @@ def _bars(figure: Any, lost: Sequence[float], place: str) -> None:
     axis.set(xlabel=place, ylabel="share lost")
     axis.xaxis.get_major_locator().set_params(integer=True)
     _plain(axis.yaxis)
+
+
+def _layer_widths(figure: Any, allocation: dict[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    above, below = figure.subplots(2, 1)
+    widths, curves = allocation["widths"], allocation["curves"]
+    above.bar(range(len(widths)), widths)
+    above.set(xlabel="layer", ylabel="inner neurons")
+    above.xaxis.get_major_locator().set_params(integer=True)
+    colours = colormaps["viridis"].resampled(len(curves))
+    for i, (width, curve) in enumerate(zip(widths, curves, strict=True)):
+        counts, losses = zip(*curve, strict=True)
+        below.plot(counts, losses, color=colours(i), linewidth=1)
+        at = np.interp(width, counts, losses)
+        below.plot([width], [at], "o", color=colours(i), markersize=4)
+    below.set(xlabel="inner neurons", ylabel="predicted loss, nats")
+    for axis in (above, below):
+        axis.grid(True, alpha=0.25)
 
 
 def _spectrum(figure: Any, figures: dict[str, Any]) -> None:

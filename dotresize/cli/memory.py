@@ -50,6 +50,7 @@ def make_plan(
         found = plan(
             *(model, tokens, width, inner, options.batch_windows, parse(size), evaluated),
             sensitivity=sensitivity,
+            layer_widths=options.layer_widths,
         )
     except ValueError as error:
         raise ValueError(f"--{error}") from None

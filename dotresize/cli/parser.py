@@ -105,6 +105,17 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     groups["method"].add_argument(
         "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
     )
+    size.add_argument(
+        "--layer-widths",
+        action="store_true",
+        help="give each layer a feed-forward width of its own, as many neurons in all: less is "
+        "lost, but plain transformers does not load it yet; dotresize.load and llama.cpp do",
+    )
+    groups["output"].add_argument(
+        "--pad",
+        action="store_true",
+        help="with --layer-widths: fill up with zeros, to a larger directory that everything loads",
+    )
     groups["output"].add_argument(
         "--compare",
         action="store_true",

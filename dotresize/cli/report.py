@@ -56,7 +56,7 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     widths = all("width" in report for report in reports)
     if widths:
         add("width", lambda r: str(r["width"]["new"]))
-        add("feed-forward width", lambda r: str(r["feed_forward"]["new"]))
+        add("feed-forward width", inner_width)
     add("parameters, total", lambda r: millions(r["parameters"]["narrow"]["total"]))
     if widths:
         add("  non-embedding", lambda r: millions(r["parameters"]["narrow"]["non_embedding"]))
@@ -68,6 +68,12 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         if any(seconds):
             rows.append((f"seconds, {stage}", [f"{v:.1f}" if v else "-" for v in seconds]))
     return rows
+
+
+def inner_width(report: dict[str, Any]) -> str:
+    """Return a feed-forward width, or those of the narrowest and the widest layer."""
+    layers = report["feed_forward"].get("layers")
+    return f"{min(layers)} to {max(layers)}" if layers else str(report["feed_forward"]["new"])
 
 
 def quality_cells(

@@ -21,6 +21,7 @@ from dotresize import checkpoint, distributed
 from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.cli.names import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.allocation import Allocation
 from dotresize.narrow.budget import Split
 from dotresize.narrow.pipeline import Prepared
 
@@ -110,14 +111,18 @@ class Stages:
         folder = self.path / "calibration"
         if not folder.exists():
             prepared = make()
-            tokens, statistics, split = prepared
+            tokens, statistics, split, allocation = prepared
             record: dict[str, Any] = dict(vars(statistics))
             tensors = {name: record.pop(name) for name in _TENSORS}
             tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
 
             def fill(new: Path) -> None:
                 save_file(tensors | {"tokens": tokens.contiguous()}, new / "tensors.safetensors")
-                parts = {"statistics": record, "split": None if split is None else vars(split)}
+                parts = {
+                    "statistics": record,
+                    "split": None if split is None else vars(split),
+                    "allocation": None if allocation is None else vars(allocation),
+                }
                 (new / "record.json").write_text(json.dumps(parts), encoding="utf-8")
 
             try:
@@ -129,9 +134,12 @@ class Stages:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         tokens = tensors.pop("tokens").cpu()
         known = record["statistics"] | {name: tensors.get(name) for name in _TENSORS}
-        split = record["split"]
+        split, allocation = record["split"], record["allocation"]
         return Prepared(
-            tokens, Statistics(**known), None if split is None else Split.recorded(**split)
+            tokens,
+            Statistics(**known),
+            None if split is None else Split.recorded(**split),
+            None if allocation is None else Allocation.recorded(**allocation),
         )
 
     def model(

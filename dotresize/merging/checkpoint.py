@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from dotresize.models.causal_lm import CausalLM, InMemory
+from dotresize.models import architecture_of, supported
+from dotresize.models.causal_lm import CausalLM, InMemory, save_config
+from dotresize.models.layer_widths import differ, inner_widths, set_inner_widths
 from dotresize.models.stacks import stacks_of
 
 MODEL_TYPE = "dotresize-merged"
@@ -54,6 +56,7 @@ class MergedStore(InMemory):
             "class": type(model).__name__,
             "base": json.loads(model.config.to_json_string(False)),
             "shared": shared_names(model),
+            "inner_widths": _inner_widths(model),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         every = dict(model.named_parameters(remove_duplicate=False))
@@ -80,6 +83,8 @@ class PlainStore(InMemory):
             # On the host: a device that the model fills has no room for them.
             weights |= {name: weights[name].to("cpu", copy=True) for name in copies}
         model.save_pretrained(folder, state_dict=weights)
+        if _inner_widths(model):
+            save_config(model, folder)
 
 
 def is_merged(folder: Path) -> bool:
@@ -102,6 +107,8 @@ def load_merged(folder: Path) -> CausalLM:
     weights = load_file(folder / "model.safetensors")
     with torch.random.fork_rng(devices=[]):
         model = kind(transformers.AutoConfig.for_model(**config["base"]))
+        if config.get("inner_widths"):
+            set_inner_widths(architecture_of(model.config), model, config["inner_widths"])
     for first, *others in config["shared"]:
         for name in others:
             if name in weights or first not in weights:
@@ -112,6 +119,14 @@ def load_merged(folder: Path) -> CausalLM:
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return CausalLM(model.eval(), MergedStore(model))
+
+
+def _inner_widths(model: Any) -> list[int]:
+    """Return the feed-forward width of every layer where they differ, as in a causal model."""
+    if model.config.model_type not in supported():
+        return []
+    widths = inner_widths(architecture_of(model.config), model)
+    return widths if differ(widths) else []
 
 
 def _share(model: Any, names: list[list[str]]) -> None:

@@ -26,6 +26,7 @@ from dotresize.accounting import unique_parameters
 from dotresize.merging.align import Aligner, counted, features, run
 from dotresize.merging.tie import dropped, merged, tie, tied
 from dotresize.models.given import check_types, transformers_model
+from dotresize.models.linear import linear_of, rows_of
 from dotresize.models.stacks import Stack, layers_of, stacks_of
 from dotresize.models.torch_settings import usual_settings
 from dotresize.ops.arguments import (
@@ -39,6 +40,8 @@ from dotresize.ops.arguments import (
 from dotresize.ops.backends import choose
 
 ANCHORS = ("first", "middle", "last")
+# Why layers cannot share a feed-forward.
+UNLIKE = "layers side by side have feed-forwards of different widths, which cannot be one"
 Metric = Callable[[Any], float]
 
 logger = logging.getLogger("dotresize")
@@ -189,10 +192,15 @@ class _Choice:
                 raise ValueError(
                     f"start {start}: a window of {self._k} begins at 0 to {self._windows - 1}"
                 )
+            if not self._alike(start):
+                raise ValueError(f"start {start}: {self._stack.name} {UNLIKE}")
             return start, []
         profile = []
         name = f"windows, {self._stack.name}"
-        for first in tqdm(range(self._windows), desc=name, unit="window", disable=None):
+        alike = [first for first in range(self._windows) if self._alike(first)]
+        if not alike:
+            raise ValueError(f"k {self._k}: everywhere in the {self._stack.name} {UNLIKE}")
+        for first in tqdm(alike, desc=name, unit="window", disable=None):
             context = tied(self._model, self._stack, self.window(first), self.merged(first))
             with context:
                 value = _value(metric, self._model)
@@ -202,6 +210,12 @@ class _Choice:
         if not sound:
             raise ValueError(f"the metric of every window of the {self._stack.name} is not finite")
         return max(sound, key=lambda entry: entry["metric"])["start"], profile
+
+    def _alike(self, start: int) -> bool:
+        """Return whether the feed-forwards of a window are of one width."""
+        layers = layers_of(self._model, self._stack)
+        writers = (linear_of(layers[i], self._stack.writer) for i in self.window(start))
+        return len({rows_of(writer).shape for writer in writers}) == 1
 
     def baselines(self, metric: Metric, start: int) -> dict[str, float]:
         """Return the metric of the window merged without permutation, and of its anchor alone."""

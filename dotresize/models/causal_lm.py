@@ -20,6 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dotresize.models import Architecture, architecture_of
+from dotresize.models.layer_widths import (
+    differ,
+    inner_widths,
+    set_inner_widths,
+    written_config,
+)
 from dotresize.models.resized import class_for
 
 
@@ -112,8 +118,13 @@ class CausalLM:
 
     @property
     def inner_width(self) -> int:
-        """The feed-forward width."""
+        """The feed-forward width; of layers of different widths the largest."""
         return self.architecture.inner_width(self.config)
+
+    @property
+    def inner_widths(self) -> list[int]:
+        """The feed-forward width of every layer; none where a layer has several."""
+        return inner_widths(self.architecture, self.module)
 
     @property
     def tied(self) -> bool:
@@ -188,6 +199,8 @@ class InMemory:
         kind = class_for(module, maker.config)
         with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and then replaced
             new = kind(maker.config)
+        if differ(widths := CausalLM(module, self).inner_widths):
+            set_inner_widths(architecture, new, widths)
         # Assigned, not copied: every weight keeps the dtype it has in the given model.
         new.load_state_dict(weights, assign=True)
         new.tie_weights()
@@ -203,6 +216,14 @@ class InMemory:
 
     def save(self, folder: Path) -> None:
         self._module.save_pretrained(folder)
+        save_config(self._module, folder)
+
+
+def save_config(module: Any, folder: Path) -> None:
+    """Write the config of a directory, which may name the width of every layer."""
+    architecture = architecture_of(module.config)
+    widths = inner_widths(architecture, module)
+    written_config(architecture, module.config, widths).save_pretrained(folder)
 
 
 def is_tied(config: Any) -> bool:

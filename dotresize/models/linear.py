@@ -25,6 +25,24 @@ def set_rows(linear: Any, rows: Tensor) -> None:
     setattr(linear, "in_features" if isinstance(linear, nn.Linear) else "nx", len(rows))
 
 
+def pad_outputs(linear: Any, count: int, stacked: int = 1) -> None:
+    """Add ``count`` outputs that are zero, behind each of ``stacked`` equal parts."""
+    axis = 0 if isinstance(linear, nn.Linear) else 1
+
+    def padded(value: Tensor, axis: int) -> Tensor:
+        parts = []
+        for part in value.detach().chunk(stacked, axis):
+            shape = list(part.shape)
+            shape[axis] = count
+            parts += [part, part.new_zeros(shape)]
+        return torch.cat(parts, axis)
+
+    linear.weight = nn.Parameter(padded(linear.weight, axis))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(padded(linear.bias, 0))
+    setattr(linear, "out_features" if axis == 0 else "nf", linear.weight.shape[axis])
+
+
 def keep_outputs(linear: Any, kept: Tensor, stacked: int = 1) -> None:
     """Leave only some outputs, of each of ``stacked`` equal parts. kept: int64."""
     axis = 0 if isinstance(linear, nn.Linear) else 1

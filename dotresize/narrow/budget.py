@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +31,8 @@ from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.resized import resized
-from dotresize.narrow.calibrate import collect_for
-from dotresize.narrow.choose_width import residual_step
+from dotresize.narrow.calibrate import collect_for, held_out, spread
+from dotresize.narrow.choose_width import by_layer, residual_step
 from dotresize.narrow.options import Calibrated, Options
 from dotresize.narrow.round_width import round_width
 
@@ -114,11 +115,11 @@ class Budget:
 
         It is one that hardware takes (narrow/round_width.py).
         """
-        parameters, inner = self._parameters, self._model.inner_width
-        slope = parameters(width, 1) - parameters(width, 0)
-        room = int((self.allowed - parameters(width, 0) - self._head * width) // slope)
-        if room >= inner:
+        inner, room = self._model.inner_width, self.allowed - self._head * width
+        fitting = bisect_right(range(inner + 1), room, key=lambda m: self._parameters(width, m))
+        if fitting > inner:
             return inner
+        room = fitting - 1
         options = self._options
         rule: dict[str, Any] = {
             "multiple_of": options.multiple_of,
@@ -126,6 +127,12 @@ class Budget:
         }
         found = round_width(room, inner, towards="down", **rule) if room > 0 else 0
         return found if LEAST_INNER <= found <= room else 0
+
+    def neurons_at(self, width: int) -> int:
+        """Return how many inner neurons of all layers together fit beside a residual width."""
+        layers = len(self._model.layers)
+        none, one = (self._parameters(width, m) for m in (0, 1))
+        return int((self.allowed - none - self._head * width) * layers // (one - none))
 
     def widths(self) -> list[int]:
         """Return the residual widths to choose from: those that rounding down leads to."""
@@ -251,9 +258,16 @@ def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
     two where the residual width cannot change.
     count: "total" (tied tensors once) or "non_embedding" (without embedding and head).
     """
+    # Layers that are narrower already keep their own width.
+    own = model.inner_widths or [model.inner_width]
+
+    def neurons(inner: int) -> int:
+        return sum(min(inner, width) for width in own)
+
     if model.architecture.fixed_residual:  # the config may refuse any other width
         one, two = (_counted(model, model.width, m)[count] for m in (1, 2))
-        return lambda width, inner: one + (two - one) * (inner - 1)
+        each = (two - one) // len(own)
+        return lambda width, inner: one + each * (neurons(inner) - len(own))
     divisor = model.architecture.divisor(model.config)
     widths, inners = (divisor, 2 * divisor), (1, 2)
     (a, b), (c, d) = ([_counted(model, k, m)[count] for m in inners] for k in widths)
@@ -263,7 +277,8 @@ def parameters_at(model: CausalLM, count: str) -> Callable[[int, int], int]:
     constant = a - divisor * per_width - per_inner - divisor * per_both
 
     def parameters(width: int, inner: int) -> int:
-        return constant + per_width * width + per_inner * inner + per_both * width * inner
+        each = (per_inner + per_both * width) // len(own)
+        return constant + per_width * width + each * neurons(inner)
 
     return parameters
 
@@ -295,7 +310,7 @@ class Measured:
         """Return the excess at two widths, which is kept in ``excesses``, and said."""
         model, method = self._given.model, self._given.options.method
         logger.info("budget: trying width %d, feed-forward width %d", width, inner)
-        narrow = method.probe(self._given, width, inner)
+        narrow = method.probe(self._given, width, by_layer(model, inner))
         found = math.log(perplexity(narrow, self._windows, desc="budget")) - self._dense
         self.excesses.append((width, inner, found))
         logger.info(
@@ -311,17 +326,7 @@ def _split_windows(tokens: Tensor, own: int) -> tuple[Tensor, Tensor, int]:
     A single one does both. The last ``own`` windows are the model's own; the last number returned
     is how many of those to solve on are.
     """
-    if len(tokens) == 1:
-        return tokens, tokens, own
     count = max(1, min(WINDOWS, int(WINDOW_SHARE * len(tokens))))
-    held = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
-    held[_spread(len(tokens), count)] = True
-    rest = (~held).nonzero().flatten()
-    cut = rest[_spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
+    rest, held = held_out(len(tokens), count)
+    cut = rest[spread(len(rest), max(CUT_WINDOWS, distributed.size()))]
     return tokens[held], tokens[cut], int((cut >= len(tokens) - own).sum())
-
-
-def _spread(count: int, wanted: int) -> Tensor:
-    """Return at most ``wanted`` of the numbers below ``count``, evenly spaced."""
-    wanted = min(wanted, count)
-    return torch.arange(wanted, dtype=torch.int64, device="cpu") * count // wanted

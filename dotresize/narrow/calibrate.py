@@ -46,6 +46,25 @@ def first_token(model: CausalLM, tokens: Tensor) -> int | None:
     return first if bool((tokens[:, 0] == first).all()) else None
 
 
+def held_out(windows: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of windows to solve on and of ``count`` to measure on, spread evenly.
+
+    A single one does both.
+    """
+    every = torch.arange(windows, dtype=torch.int64, device="cpu")
+    if windows == 1:
+        return every, every
+    held = torch.zeros(windows, dtype=torch.bool, device="cpu")
+    held[spread(windows, min(count, windows - 1))] = True
+    return every[~held], every[held]
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    """Return at most ``wanted`` of the numbers below ``count``, evenly spaced."""
+    wanted = min(wanted, count)
+    return torch.arange(wanted, dtype=torch.int64, device="cpu") * count // wanted
+
+
 def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics:
     """Return the statistics of some tokens that any of the options needs.
 

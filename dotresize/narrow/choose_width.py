@@ -13,7 +13,7 @@ from torch import Tensor
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.resized import becomes_mistral, has_biases, resized
-from dotresize.narrow.options import OF_METHODS, Options
+from dotresize.narrow.options import OF_METHODS, Inner, Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS, round_width
 from dotresize.narrow.targets import check_kept
 
@@ -83,6 +83,14 @@ def choose_inner_width(model: CausalLM, options: Options) -> int | None:
     times = options.tensor_parallel
     found = _chosen("ff_width", options.ff_width, model.inner_width, options, times=times)
     return found if found < model.inner_width else None
+
+
+def by_layer(model: CausalLM, inner: int | None) -> Inner:
+    """Return a feed-forward width as that of every layer, none wider than it was."""
+    if inner is None or not model.architecture.has_inner_width:
+        return None
+    widths = model.inner_widths
+    return [min(inner, own) for own in widths] if inner < max(widths) else None
 
 
 def _chosen(
@@ -179,6 +187,8 @@ def check_residual(model: CausalLM, options: Options) -> None:
             raise ValueError(f"{name}: {kind} keeps its residual; leave {name} out")
     if not architecture.has_inner_width and options.ff_width is not None:
         raise ValueError("ff_width: experts have no single inner width; give width or params")
+    if not architecture.has_inner_width and options.layer_widths:
+        raise ValueError("layer_widths: experts have no single inner width; give width or params")
 
 
 def check_parallel(model: CausalLM, options: Options) -> None:
@@ -237,9 +247,15 @@ def announce(model: CausalLM, widths: Widths, options: Options) -> None:
         changes.append(("width", model.width, widths.residual, options.width))
     if widths.inner is not None:
         changes.append(("feed-forward width", model.inner_width, widths.inner, options.ff_width))
+    if options.layer_widths and not options.pad:
+        logger.info(
+            "layer widths: transformers does not load feed-forwards of different widths yet; "
+            "dotresize.load does, llama.cpp after dotresize export, and everything with pad"
+        )
     for change in changes:
         logger.info("%s %d -> %d (asked for %g)", *change)
-    announce_found(model, widths.residual, widths.inner)
+    # Layers of different widths have multiples of their own.
+    announce_found(model, widths.residual, None if options.layer_widths else widths.inner)
 
 
 def announce_found(model: CausalLM, residual: int | None, inner: int | None) -> None:

@@ -13,6 +13,10 @@ Hassibi and Stork, 1993, for a least-squares problem), after which V and B are u
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy
 import torch
 from torch import Tensor
 
@@ -47,6 +51,49 @@ def recombined(gram: Tensor, writer: Tensor, kept: Tensor, ridge: float) -> Tens
 
 def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) -> Tensor:
     """Return the ``count`` inputs that backward elimination leaves: int64 (count,), ascending."""
+    dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    for drop, _ in _eliminated(gram, cross, count, ridge):
+        dropped[drop] = True
+    return (~dropped).nonzero().flatten()
+
+
+class Elimination(NamedTuple):
+    """The course of an elimination.
+
+    Attributes:
+        dropped: the inputs in the order in which they went.
+        lost: [(inputs left, what was lost until then)], squares summed over the tokens.
+    """
+
+    dropped: Tensor
+    lost: list[tuple[int, float]]
+
+    def kept(self, count: int, inputs: int) -> Tensor:
+        """Return the ``count`` of all inputs that were left at one time, ascending."""
+        left = torch.ones(inputs, dtype=torch.bool, device=self.dropped.device)
+        left[self.dropped[: inputs - count]] = False
+        return left.nonzero().flatten()
+
+    def lost_at(self, counts: Sequence[int]) -> list[float]:
+        """Return what is lost with so many inputs left, between blocks in proportion."""
+        left, lost = zip(*reversed(self.lost), strict=True)
+        return [float(x) for x in numpy.interp(counts, left, lost)]
+
+
+def elimination(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) -> Elimination:
+    """Return how inputs are eliminated until ``count`` are left; see ``eliminate``."""
+    order, lost = [], [(len(gram), 0.0)]
+    for drop, more in _eliminated(gram, cross, count, ridge):
+        order.append(drop)
+        left, before = lost[-1]
+        lost.append((left - len(drop), before + float(more)))
+    return Elimination(torch.cat(order) if order else cross.new_empty(0).long(), lost)
+
+
+def _eliminated(
+    gram: Tensor, cross: Tensor, count: int, ridge: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the inputs of each block that goes, and what is lost with them all."""
     lam = ridge * gram.diagonal().mean()
     inverse = gram.clone()
     inverse.diagonal().add_(lam)
@@ -60,7 +107,9 @@ def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) 
         block = min(max(1, int(BLOCK_SHARE * left)), left - count)
         drop = loss.topk(block, largest=False).indices
         column = inverse[:, drop]
-        step = column @ torch.linalg.inv(column[drop])
+        within = torch.linalg.inv(column[drop])
+        yield drop, (solution[drop] * (within @ solution[drop])).sum()
+        step = column @ within
         # In place, over all rows: to copy what is left takes longer than to update what is not.
         solution.addmm_(step, solution[drop], alpha=-1)
         inverse.addmm_(step, column.mT, alpha=-1)
@@ -69,4 +118,3 @@ def eliminate(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE) 
         inverse.diagonal()[drop] = 1.0
         dropped[drop] = True
         left -= block
-    return (~dropped).nonzero().flatten()

@@ -20,19 +20,20 @@ from dotresize.calibration.residual_stream import Streams, captured
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import pad_layer
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
-from dotresize.narrow.options import Narrowed, Options
+from dotresize.narrow.options import Inner, Narrowed, Options
 from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
 
 
 @torch.no_grad()
 def narrow_feed_forwards(
-    model: CausalLM, tokens: Tensor, inner: int | None, options: Options
+    model: CausalLM, tokens: Tensor, inner: Inner, options: Options
 ) -> Narrowed:
-    """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons each.
+    """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons, by layer.
 
-    tokens: int64 (windows, length). Without a width the copy is as the model is.
+    tokens: int64 (windows, length). Without widths the copy is as the model is.
     """
     architecture = model.architecture
     narrow = model.copied()
@@ -44,13 +45,16 @@ def narrow_feed_forwards(
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
     ):
-        for name in tqdm(model.layers, desc="inner width", unit="layer", disable=None):
+        layers = list(zip(model.layers, inner, strict=True))
+        for name, width in tqdm(layers, desc="inner width", unit="layer", disable=None):
             with model.resident(name) as dense_layer, narrow.resident(name) as layer:
                 equations = _equations(dense_layer, layer, part, dense_stream, stream)
-                lost.append(refit_writer(layer, part, equations, inner, options, cut=False)[1])
+                lost.append(refit_writer(layer, part, equations, width, options, cut=False)[1])
                 for i in range(len(stream)):
                     stream.stream[i] = stream.run(layer, i)
-    setattr(narrow.config, architecture.inner, inner)
+                if options.pad:
+                    pad_layer(architecture, layer, max(inner))
+    setattr(narrow.config, architecture.inner, max(inner))
     return Narrowed(narrow, WidthMap.none(), [], lost)
 
 

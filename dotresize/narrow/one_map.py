@@ -14,7 +14,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.maps import WidthMap, align, level
 from dotresize.narrow.norm_scales import scale_norms
-from dotresize.narrow.options import Calibrated, Narrowed, Options, WidthMethod
+from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options, WidthMethod
 from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import refit, ridge_of
 from dotresize.narrow.sensitivity import least_felt, unit
@@ -36,7 +36,7 @@ class OneMap(WidthMethod):
         """
 
     def narrow(
-        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
+        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
     ) -> Narrowed:
         width_map = self._map(given, width)
         seconds.update(width_map.seconds)
@@ -51,13 +51,12 @@ class OneMap(WidthMethod):
             scale_norms(narrow)
         return Narrowed(narrow, width_map, [q], lost)
 
-    def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
+    def probe(self, given: Calibrated, width: int, inner: Inner) -> CausalLM:
         model, options = given.model, given.options
         q = basis(model, self._map(given, width), options)
         narrow = absorb(model, q, untie=options.untie)
-        fewer = inner if inner < model.inner_width else None
-        if options.refit or fewer is not None:
-            refit_weights(given, narrow, q, fewer)
+        if options.refit or inner is not None:
+            refit_weights(given, narrow, q, inner)
         return narrow
 
     def _map(self, given: Calibrated, width: int) -> WidthMap:
@@ -163,7 +162,7 @@ def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     return level(q) if model.architecture.layer_norm else q
 
 
-def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: int | None) -> list[float]:
+def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: Inner) -> list[float]:
     """Refit what absorption made, and narrow its feed-forwards, in place.
 
     Returns what each feed-forward lost; see ``refit``.

@@ -32,6 +32,8 @@ OF_METHODS: dict[str, Any] = {
 MOST_STEPS = 10_000
 # Options that are any finite number, as far as their type goes.
 NUMBERS = ("width", "energy", "params", "ff_width", "reg", "steps", "ridge")
+# Neurons that the feed-forward of each layer keeps; None where all stay as they are.
+Inner = Sequence[int] | None
 # What a parameter budget counts.
 COUNTS = ("total", "non_embedding")
 
@@ -86,15 +88,15 @@ class WidthMethod(ABC):
 
     @abstractmethod
     def narrow(
-        self, given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
+        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
     ) -> Narrowed:
-        """Return the model at a residual width, and at an inner width unless that is None.
+        """Return the model at a residual width, and at inner widths unless these are None.
 
         seconds: the times of its stages are added here.
         """
 
-    def probe(self, given: Calibrated, width: int, inner: int) -> CausalLM:
-        """Return the model at both widths, to measure what they cost; see narrow/budget.py."""
+    def probe(self, given: Calibrated, width: int, inner: Inner) -> CausalLM:
+        """Return the model at such widths, to measure what they cost; see narrow/budget.py."""
         raise ValueError(f"{self.spelled}: has no probe for a parameter budget; give width")
 
 
@@ -141,6 +143,11 @@ class Options:
             are kept ("magnitude"): int64 indices, or a callable of (Statistics, k) that returns
             them. The largest mean magnitudes if not given.
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
+        layer_widths: give each layer a feed-forward width of its own, all together no larger than
+            ``ff_width`` or ``params`` would make them (narrow/allocation.py). The directory of
+            such a model loads by ``dotresize.load``, and not in plain transformers.
+        pad: fill the feed-forwards of such a model up with zeros, to the widest of them: the same
+            function, larger, in a plain checkpoint.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,
             "nystrom", "magnitude" or "transport" (baselines/feed_forward.py).
         multiple_of: of what a width that was not given exactly is a multiple; by default of 256,
@@ -179,6 +186,8 @@ class Options:
     method: WidthMethod
     targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     ff_width: float | None = None
+    layer_widths: bool = False
+    pad: bool = False
     ff_method: FeedForwardMethod
     multiple_of: int | None = None
     keep_type: bool = False
@@ -269,6 +278,10 @@ class Options:
             raise ValueError(
                 f"ff_method {self.ff_method.name}: does nothing without ff_width or params"
             )
+        if self.layer_widths and self.ff_width is None and not self.budgeted:
+            raise ValueError("layer_widths: does nothing without ff_width or params")
+        if self.pad and not self.layer_widths:
+            raise ValueError("pad: does nothing without layer_widths")
         if self.params_count != "total" and not self.budgeted:
             raise ValueError(f"params_count {self.params_count}: does nothing without params")
         by_rule = "energy" if self.energy is not None else "params"
@@ -288,7 +301,8 @@ class Options:
                 raise ValueError(f"{name}: {self.method.spelled} has none; give method {others}")
             if self._keeps_residual:
                 raise ValueError(
-                    f"{name}: the residual keeps its width, and needs no map; give width"
+                    f"{name}: ff_width alone leaves the residual as it is, and needs no map; leave "
+                    f"{name} out"
                 )
         if self.meant("steps") == math.inf:
             if self.factor is not None:
@@ -312,7 +326,7 @@ class Options:
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         if not whole or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
-        for name in ("refit", "untie", "figures", "keep_type"):
+        for name in ("refit", "untie", "figures", "keep_type", "layer_widths", "pad"):
             check_flag(name, getattr(self, name))
         if self.sensitivity is not None:
             check_flag("sensitivity", self.sensitivity)

@@ -20,18 +20,22 @@ from dotresize.accounting import (
 from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
-from dotresize.narrow.budget import Split, split_budget
+from dotresize.narrow.allocation import Allocation, allocation_of
+from dotresize.narrow.budget import Budget, Split, split_budget
 from dotresize.narrow.calibrate import collect_for, first_token, with_own_text
 from dotresize.narrow.choose_width import (
     announce_found,
+    by_layer,
+    choose_inner_width,
     choose_widths,
     default_size,
     residual_stays,
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
-from dotresize.narrow.options import Calibrated, Narrowed, Options
+from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options
 from dotresize.narrow.refit import first_weight
 from dotresize.ops.backends import choose
 
@@ -45,11 +49,13 @@ class Prepared(NamedTuple):
         tokens: int64 (windows, length), with those that the model wrote itself.
         statistics: of the residual stream; of no location where its width stays.
         split: of a budget; None without one.
+        allocation: of feed-forward widths to the layers; None where all get the same.
     """
 
     tokens: Tensor
     statistics: Statistics
     split: Split | None
+    allocation: Allocation | None = None
 
 
 def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
@@ -64,6 +70,10 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     if options.params is not None:
         with stage("budget", seconds):
             split = split_budget(model, tokens, options, len(tokens) - given)
+    allocation = None
+    if options.layer_widths:
+        with stage("layer widths", seconds):
+            allocation = _allocation(model, tokens, options, split)
     if _no_statistics(model, split, wanted):
         statistics = Statistics.none(tokens.numel(), model.width)
     else:
@@ -71,7 +81,27 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
             statistics = collect_for(model, tokens, *wanted)
     statistics.own_windows = len(tokens) - given
     statistics.seconds |= seconds
-    return Prepared(tokens, statistics, split)
+    return Prepared(tokens, statistics, split, allocation)
+
+
+def _allocation(
+    model: CausalLM, tokens: Tensor, options: Options, split: Split | None
+) -> Allocation | None:
+    """Return a feed-forward width for each layer; None where all stay as they are."""
+    inner = choose_inner_width(model, options) if split is None else split.inner
+    equal = by_layer(model, inner)
+    if equal is None:
+        return None
+    total = sum(equal)
+    if split is not None:
+        total = Budget(model, options).neurons_at(split.width)
+    found = allocation_of(model, tokens, equal, total, options)
+    logger.info(
+        "layer widths: %d to %d of %d; %.3f nats lost by them is predicted, %.3f by equal ones",
+        *(min(found.widths), max(found.widths), model.inner_width),
+        *(found.predicted, found.predicted_equal),
+    )
+    return found
 
 
 def _no_statistics(model: CausalLM, split: Split | None, wanted: Sequence[Options]) -> bool:
@@ -113,11 +143,12 @@ def narrow_model(
         split = None
         if options.params is not None:
             split = split_budget(model, windows, options, prepared.own_windows)
-        prepared = Prepared(windows, prepared, split)
+        allocation = _allocation(model, windows, options, split) if options.layer_widths else None
+        prepared = Prepared(windows, prepared, split, allocation)
     if prepared is None:
         prepared = prepare(model, windows, options)
     _check_prepared(prepared, windows, options)
-    windows, statistics, split = prepared
+    windows, statistics, split, allocation = prepared
     if options.params is not None and split is not None:
         width = split.width
         inner = split.inner if split.inner < model.inner_width else None
@@ -131,15 +162,21 @@ def narrow_model(
     given = Calibrated(model, windows, statistics, options)
     seconds = dict.fromkeys(STAGES, 0.0)
     if alone or widths.residual is None:
-        announce_found(model, width, inner)
+        announce_found(model, width, None if options.layer_widths else inner)
     for name in ("self-generated text", "calibration"):
         seconds[name] = statistics.seconds.get(name, 0.0)
     heeds = bool(options.meant("sensitivity")) and cut
     asked_for = {"cost": "cost" in options.needs, "sensitivity": heeds}
     asked_for["budget"] = options.params is not None
+    asked_for["layer widths"] = options.layer_widths
     seconds |= {name: statistics.seconds.get(name, 0.0) * on for name, on in asked_for.items()}
-    made = _narrowed(given, width, inner, seconds)
-    report = _report(model, made.model, statistics, options, seconds)
+    layers = by_layer(model, inner)
+    if options.layer_widths and layers is not None:
+        if allocation is None:
+            raise ValueError("statistics: were prepared without layer_widths")
+        layers = list(allocation.widths)
+    made = _narrowed(given, width, layers, seconds)
+    report = _report(model, made.model, statistics, options, layers, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
     report["width"]["asked"] = asked
     report["calibration"] |= {
@@ -151,6 +188,9 @@ def narrow_model(
     if split is not None:
         count = {"asked": options.params, "count": options.params_count}
         report["budget"] = count | split.details()
+    report["layer_widths"] = None
+    if options.layer_widths and allocation is not None:
+        report["layer_widths"] = vars(allocation)
     report["map"] = made.map.details
     # What the backward pass kept of the forward pass, in files or on the device, in this process.
     report["sensitivity"] = {"kept_bytes": statistics.kept_bytes} if heeds else None
@@ -181,9 +221,7 @@ def _warn_of_few(
         )
 
 
-def _narrowed(
-    given: Calibrated, width: int, inner: int | None, seconds: dict[str, float]
-) -> Narrowed:
+def _narrowed(given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]) -> Narrowed:
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
         with stage("refit", seconds, "of feed-forwards"):
@@ -202,9 +240,9 @@ def _report(
     narrow: CausalLM,
     statistics: Statistics,
     options: Options,
+    layers: Inner,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    old, new = model.inner_width, narrow.inner_width
     fixed = model.architecture.fixed_residual
     return {
         "method": "feed-forward" if fixed else options.method.name,
@@ -214,13 +252,14 @@ def _report(
         "width": {"energy": options.energy, "old": model.width, "new": narrow.width},
         "feed_forward": {
             "asked": options.ff_width,
-            "old": old,
-            "new": new,
-            "method": options.ff_method.name if new < old else None,
+            "old": model.inner_width,
+            "new": narrow.inner_width,  # the widest layer's
+            "layers": list(layers) if layers is not None and differ(layers) else None,
+            "method": None if layers is None else options.ff_method.name,
         },
         "model_type": {"old": model.config.model_type, "new": narrow.config.model_type},
         "tied": narrow.tied,
-        "plain_checkpoint": options.method.plain,
+        "plain_checkpoint": options.method.plain and not differ(narrow.inner_widths),
         "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},
         "calibration": {
             "tokens": statistics.tokens,
@@ -237,7 +276,7 @@ def _report(
 
 def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> None:
     """Raise ValueError where something else was prepared than is asked for now."""
-    tokens, statistics, split = prepared
+    tokens, statistics, split = prepared[:3]
     same = torch.equal(tokens[: len(windows)], windows.to(tokens.device))
     if not same or tokens.numel() != statistics.tokens:
         raise ValueError("statistics: were collected on other tokens")

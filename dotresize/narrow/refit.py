@@ -41,10 +41,11 @@ from dotresize.calibration.residual_stream import Streams, captured, inner_neuro
 from dotresize.least_squares import FLOAT, NormalEquations, product
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import pad_layer
 from dotresize.models.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.narrow.absorb import matmul_in_blocks
 from dotresize.narrow.norm_scales import scale_final_norm, scale_layer
-from dotresize.narrow.options import Options
+from dotresize.narrow.options import Inner, Options
 
 # What the old weights weigh beside the tokens, as many tokens for each input of a solve: of a
 # stream that is narrower than it was, and of one that keeps its width, whose readers were right.
@@ -85,7 +86,7 @@ def refit(
     narrow: CausalLM,
     q: Tensor | list[Tensor],
     tokens: Tensor,
-    inner: int | None,
+    inner: Inner,
     options: Options,
     residual: Residual | None = None,
     *,
@@ -104,7 +105,7 @@ def refit(
         narrow: ``absorb(dense, q)``, perhaps with adapters.
         q: (D, k) float64, orthonormal columns, or one for each residual location.
         tokens: int64 (windows, length).
-        inner: neurons that each feed-forward block keeps, or None for all.
+        inner: neurons that the feed-forward block of each layer keeps, or None for all.
         options: whether weights are refitted (``refit``), with which ``ridge``, and how the neurons
             are chosen (``ff_method``).
         residual: how it passes the narrowed layers.
@@ -118,10 +119,13 @@ def refit(
     with closing(run):
         for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
             with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
-                run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3])
-                scale_layer(run.architecture, run.residual.body(layer))
+                run.layer(dense_layer, layer, i)
+                body = run.residual.body(layer)
+                if inner is not None and options.pad:
+                    pad_layer(run.architecture, body, max(inner))
+                scale_layer(run.architecture, body)
         if inner is not None:
-            setattr(narrow.config, run.architecture.inner, inner)
+            setattr(narrow.config, run.architecture.inner, max(inner))
         if options.refit and not narrow.tied:
             run.head(dense, narrow)
         else:
@@ -138,14 +142,14 @@ class _Refit:
         narrow: CausalLM,
         q: Tensor | list[Tensor],
         tokens: Tensor,
-        inner: int | None,
+        inner: Inner,
         options: Options,
         residual: Residual,
         own: int,
     ) -> None:
         self.architecture = dense.architecture
         self.lost: list[float] = []  # by each feed-forward so far
-        self._options, self._inner_width, self.residual = options, inner, residual
+        self._options, self._inner_widths, self.residual = options, inner, residual
         self._dense = Streams(dense, tokens, options.batch_windows)
         place = self._dense.place
         self._narrow = Streams(narrow, tokens, options.batch_windows, place)
@@ -168,8 +172,10 @@ class _Refit:
         for cache in (*self._delivered, self._middle, self._inner):
             cache.close()
 
-    def layer(self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor]) -> None:
-        """Refit one layer. qs: of what attention and feed-forward read, and of the next one."""
+    def layer(self, dense_layer: nn.Module, layer: nn.Module, number: int) -> None:
+        """Refit the layer of that number, from 0."""
+        # Of what attention and feed-forward read, and the next layer.
+        qs = self.qs[2 * number : 2 * number + 3]
         attention, feed_forward = self.architecture.sublayers
         body = self.residual.body(layer)
         dense_norms = norms_of(self.architecture, dense_layer)
@@ -192,7 +198,8 @@ class _Refit:
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
             self._middle[i] = self.residual.past_feed_forward(layer, x)
-        kept = self._write(body, feed_forward, qs[2])
+        inner = None if self._inner_widths is None else self._inner_widths[number]
+        kept = self._write(body, feed_forward, qs[2], inner)
         writer = linear_of(body, feed_forward.writer)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
             written = writer(h if kept is None else h[..., kept])
@@ -240,9 +247,11 @@ class _Refit:
         for dense_reader, reader in readers:
             matmul_in_blocks(dense_reader, a.mT, out=reader)
 
-    def _write(self, layer: nn.Module, part: Sublayer, q: Tensor) -> Tensor | None:
+    def _write(
+        self, layer: nn.Module, part: Sublayer, q: Tensor, inner: int | None
+    ) -> Tensor | None:
         """Refit a feed-forward's writer; return which inner neurons stay, None for all."""
-        if not self._options.refit and self._inner_width is None:
+        if not self._options.refit and inner is None:
             return None
         writer = linear_of(layer, part.writer)
         prior = rows_of(writer).to(FLOAT)
@@ -253,9 +262,7 @@ class _Refit:
         for h, x, wanted, weights in batches:
             missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
             add_windows(equations, h, missing / self._multiplier - bias, weights, self._first)
-        kept, lost = refit_writer(
-            layer, part, equations, self._inner_width, self._options, cut=self._cut
-        )
+        kept, lost = refit_writer(layer, part, equations, inner, self._options, cut=self._cut)
         self.lost.append(lost)
         return kept
 
@@ -325,7 +332,7 @@ def refit_writer(
     equations.total()
     rows = equations.prior
     kept = None
-    if inner is not None:
+    if inner is not None and inner < len(equations.gram):
         gram = equations.gram
         cross = equations.cross if options.refit else gram @ rows
         kept, rows = options.ff_method.choose(gram, cross, rows, inner)

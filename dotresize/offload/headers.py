@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from dotresize.models import architecture_of
+from dotresize.models.layer_widths import set_inner_widths
+
 INDEX = "model.safetensors.index.json"
 # Layers are numbered in the names of their weights, whatever the family calls them.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
-def check_stored(folder: Path, config: Any) -> None:
+def check_stored(folder: Path, config: Any, widths: Sequence[int] | None = None) -> None:
     """Raise ValueError where shards are missing, lie elsewhere, or disagree with the config.
 
     For a model that is to be narrowed. Only headers are read. Weights that transformers stores by
     another name than it uses are left to transformers.
+
+    widths: of the feed-forward of every layer, where they differ.
     """
     import transformers
 
@@ -30,6 +36,8 @@ def check_stored(folder: Path, config: Any) -> None:
         raise ValueError(f"config asks for {config.num_hidden_layers} layers, {layers} are stored")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
+        if widths is not None:
+            set_inner_widths(architecture_of(config), model, widths)
     for name, weight in model.state_dict().items():
         if name in shapes and shapes[name] != tuple(weight.shape):
             raise ValueError(

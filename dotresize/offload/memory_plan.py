@@ -85,6 +85,7 @@ def plan(
     evaluated: int = 0,
     *,
     sensitivity: bool = False,
+    layer_widths: bool = False,
 ) -> MemoryPlan:
     """Return the plan of an offloaded model, its activations where ``budget`` bytes let them be.
 
@@ -94,6 +95,7 @@ def plan(
         budget: bytes of host memory.
         evaluated: tokens to evaluate on.
         sensitivity: whether a backward pass is made (calibration/gradients.py).
+        layer_widths: whether each layer is narrowed alone before (narrow/allocation.py).
 
     Raises ValueError where the budget is too small for any place.
     """
@@ -104,6 +106,8 @@ def plan(
     if sensitivity:
         stages |= sensitivity_bytes(model, batch, length, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
+    if layer_widths:  # two windows, in a stream for every layer
+        kept += 2 * len(model.layers) * length * model.width * c
     kept = max(kept, evaluated * (model.width + width) * c // distributed.size())
     device, base = model.device, _now() + _LATER
     most = max(stages.values())

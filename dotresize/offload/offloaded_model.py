@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dotresize.models import architecture_of
-from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied
+from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied, save_config
 from dotresize.models.given import NOT_TIED, same_weight, untied
 from dotresize.models.resized import class_for
 from dotresize.offload.headers import INDEX, check_stored, shards
@@ -40,13 +40,20 @@ _LARGE = 2**20
 logger = logging.getLogger("dotresize")
 
 
-def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> CausalLM:
+def open_model(
+    folder: Path,
+    config: Any,
+    device: torch.device,
+    work: Path,
+    widths: Sequence[int] | None = None,
+) -> CausalLM:
     """Return the model of a directory, its weights left in their files.
 
     On a CPU, weights in half precision compute in float32: most CPUs have no other fast products.
 
     Args:
         work: folder for the shards of what becomes of it.
+        widths: of the feed-forward of every layer, where they differ.
 
     Raises:
         ValueError: the files disagree with the config, or hold other names than transformers gives
@@ -57,10 +64,10 @@ def open_model(folder: Path, config: Any, device: torch.device, work: Path) -> C
         raise ValueError("its weights are quantised, which only a model held in memory may be")
     if not shards(folder):
         raise ValueError("has no safetensors files")
-    check_stored(folder, config)
+    check_stored(folder, config, widths)
     if is_tied(config) and _head_differs(folder, config):
         config = untied(config)
-    module = skeleton(transformers.AutoModelForCausalLM, config, device)
+    module = skeleton(transformers.AutoModelForCausalLM, config, device, widths)
     if (folder / "generation_config.json").is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model = Offloaded.opened(module, shards(folder), device, work)
@@ -174,9 +181,13 @@ class Offloaded:
         """Nothing: what was read stays as it is in the files."""
 
     def derived(self, maker: PartMaker) -> CausalLM:
-        module = skeleton(class_for(self._module, maker.config), maker.config, self.device)
+        kind, widths = class_for(self._module, maker.config), self._inner_widths()
+        module = skeleton(kind, maker.config, self.device, widths)
         module.generation_config = copy.deepcopy(self._module.generation_config)
         return CausalLM(module, _Growing(module, maker, self))
+
+    def _inner_widths(self) -> list[int]:
+        return CausalLM(self._module, self).inner_widths
 
     def copied(self) -> CausalLM:
         """Return a model of the same weights; changes to a part that is held stay."""
@@ -192,7 +203,7 @@ class Offloaded:
         """Write the directory, its shards as hard links where the file system has them."""
         module, files = self._module, self.weights
         module.config.architectures = [type(module).__name__]
-        module.config.save_pretrained(folder)
+        save_config(module, folder)
         module.generation_config.save_pretrained(folder)
         where = {name: path.name for name, path in files.where.items()}
         size = sum(path.stat().st_size for path in files.paths)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from dotresize.models import architecture_of
 from dotresize.models.causal_lm import fill
+from dotresize.models.layer_widths import set_inner_widths
 
 
 def empty(part: nn.Module) -> None:
@@ -17,14 +19,19 @@ def empty(part: nn.Module) -> None:
     fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})
 
 
-def skeleton(kind: Any, config: Any, device: torch.device) -> Any:
+def skeleton(
+    kind: Any, config: Any, device: torch.device, widths: Sequence[int] | None = None
+) -> Any:
     """Return a model of class ``kind`` whose parameters have no memory; its buffers are real.
 
     kind: a transformers model class, or an Auto class.
+    widths: of the feed-forward of every layer, where the config does not say.
     """
     make = getattr(kind, "from_config", kind)
     with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
         model = make(config)
+    if widths:
+        set_inner_widths(architecture_of(config), model, widths)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

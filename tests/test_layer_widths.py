@@ -1,0 +1,267 @@
+"""A feed-forward width for each layer: how it is chosen, written, read, and narrowed again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import fails, tiny_model
+from test_compress import logits
+from test_offload import opened, stored
+
+from dotresize import compress, load
+from dotresize.accounting import count_parameters
+from dotresize.cli import main
+from dotresize.compression import make_options
+from dotresize.models import architecture_of, supported
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import set_inner_widths
+from dotresize.narrow.allocation import Allocation, Curves, allocate, measure
+from dotresize.narrow.feed_forward import Elimination, elimination
+from dotresize.narrow.pipeline import narrow_model, prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (6, 33))
+
+
+def uneven(kind: str = "llama", **options):
+    """Return a model with feed-forwards of different widths, and the report of how it came."""
+    tokens = torch.randint(0, 256, (6, 33))
+    return compress(tiny_model(kind), tokens, ff_width=28, layer_widths=True, **options)
+
+
+def test_the_course_of_an_elimination_agrees_with_least_squares():
+    h, w = torch.randn(300, 12, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
+    gram = h.mT @ h
+    course = elimination(gram, gram @ w, 2, ridge=1e-9)
+    assert sorted(course.kept(7, 12).tolist() + course.dropped[:5].tolist()) == list(range(12))
+    for count in (12, 9, 4, 2):
+        kept = course.kept(count, 12)
+        missed = h @ w - h[:, kept] @ torch.linalg.lstsq(h[:, kept], h @ w).solution
+        assert course.lost_at([count])[0] == pytest.approx(
+            float(missed.square().sum()), rel=1e-5, abs=1e-4
+        )
+
+
+def curves_of(losses: list[list[float]]) -> Curves:
+    """Return curves of layers with as many neurons as losses, these by neurons left, from 1."""
+    every = []
+    for one in losses:
+        left = list(range(len(one), 0, -1))
+        every.append(Elimination(torch.arange(0), list(zip(left, reversed(one), strict=True))))
+    # A scale of 1: the loss at the reference is the divergence.
+    return Curves([1] * len(losses), [one[0] for one in losses], every)
+
+
+def test_widths_are_the_best_of_all():
+    generator = torch.Generator().manual_seed(3)
+    for multiple in (1, 2):
+        losses = [
+            [*torch.rand(8, generator=generator).cumsum(0).flip(0).tolist()[:-1], 0.0]
+            for _ in range(3)
+        ]
+        curves = curves_of(losses)
+        found = allocate(curves, 14, [8, 8, 8], multiple)
+        assert sum(found) <= 14
+        every = itertools.product(range(multiple, 9, multiple), repeat=3)
+        best = min(curves.predicted(widths) for widths in every if sum(widths) <= 14)
+        assert curves.predicted(found) == pytest.approx(best)
+
+
+def test_no_widths_fit():
+    with pytest.raises(ValueError, match="as few as 2 neurons together"):
+        allocate(curves_of([[1.0, 0.5]] * 3), 2, [2, 2, 2], 1)
+
+
+def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
+    """Each layer alone, by the same neurons and writer: the predictions of a whole model."""
+    model = tiny_model(dtype=torch.float64)
+    handle = CausalLM.in_memory(model)
+    found = measure(handle, tokens[:4], tokens[4:], 20, batch_windows=3)
+    expected = logits(model, tokens[4:]).log_softmax(-1)
+    for i, course in enumerate(found.eliminations):
+        kept = course.kept(20, 40)
+        other = handle.copied().module
+        block = other.model.layers[i].mlp
+        with torch.no_grad():
+            seen = []
+            hook = model.model.layers[i].mlp.down_proj.register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(given[0])
+            )
+            model(tokens[:4])
+            hook.remove()
+            h = seen[0].clone()
+            weights = torch.ones(h.shape[:2], dtype=torch.float64)
+            weights[:, 0] = 100.0
+            scaled = (h * weights[..., None].sqrt()).flatten(0, 1)
+            gram = scaled.mT @ scaled
+            ridge = 1e-2 * gram[kept][:, kept].diagonal().mean()
+            rows = block.down_proj.weight.mT
+            left = gram[kept][:, kept] + ridge * torch.eye(20, dtype=torch.float64)
+            solved = torch.linalg.solve(left, gram[kept] @ rows + ridge * rows[kept])
+            new = torch.zeros_like(rows)
+            new[kept] = solved
+            block.down_proj.weight.copy_(new.mT)
+        narrowed = logits(other, tokens[4:]).log_softmax(-1)
+        divergence = (expected.exp() * (expected - narrowed)).sum(-1).mean()
+        assert found.divergence[i] == pytest.approx(float(divergence), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", supported(feed_forward=True))
+def test_written_read_and_padded(kind, tokens, tmp_path):
+    """The directory loads as what it was; padded it is the same function, and plain."""
+    narrow, report = uneven(kind, self_windows=0)
+    layers = report["feed_forward"]["layers"]
+    assert layers is not None
+    assert sum(layers) <= 3 * 28
+    CausalLM.in_memory(narrow).save(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(narrow, tokens))
+    assert CausalLM.in_memory(again).inner_widths == layers
+    with pytest.raises(Exception, match="per-layer"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    more, second = compress(again, tokens, ff_width=20, self_windows=0)
+    assert CausalLM.in_memory(more).inner_widths == [min(20, width) for width in layers]
+    assert second["feed_forward"]["old"] == max(layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "opt", "gemma2"])
+def test_padding_changes_nothing(kind, tmp_path):
+    tokens = torch.randint(0, 256, (6, 33))
+    model = tiny_model(kind)
+    choices = {"ff_width": 28, "layer_widths": True, "self_windows": 0}
+    narrow, report = compress(model, tokens, **choices)
+    padded, plain = compress(model, tokens, pad=True, **choices)
+    assert not report["plain_checkpoint"]
+    assert plain["plain_checkpoint"]
+    assert plain["feed_forward"]["layers"] == report["feed_forward"]["layers"]
+    torch.testing.assert_close(logits(padded, tokens), logits(narrow, tokens), rtol=0, atol=1e-5)
+    padded.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(padded, tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_in_files_as_in_memory(kind, tokens, tmp_path):
+    """An offloaded model gets the same widths, and its directory says so; it is read by parts."""
+    folder = stored(tiny_model(kind), tmp_path / "model")
+    options = make_options(ff_width=28, layer_widths=True, self_windows=0)
+    expected, first = narrow_model(
+        CausalLM.in_memory(transformers.AutoModelForCausalLM.from_pretrained(folder)),
+        tokens,
+        options,
+    )
+    found, second = narrow_model(opened(folder), tokens, options)
+    assert second["feed_forward"] == first["feed_forward"]
+    (tmp_path / "out").mkdir()
+    found.save(tmp_path / "out")
+    again = load(tmp_path / "out")
+    torch.testing.assert_close(
+        logits(again, tokens), logits(expected.module, tokens), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_budget_counts_what_is_there(tokens):
+    narrow, report = compress(
+        tiny_model(), tokens, params=0.7, params_count="non_embedding", layer_widths=True
+    )
+    count = report["parameters"]
+    assert count["narrow"]["non_embedding"] <= 0.7 * count["dense"]["non_embedding"]
+    again, second = compress(narrow, tokens, params=0.9, params_count="non_embedding")
+    left = count_parameters(CausalLM.in_memory(again))["non_embedding"]
+    assert left <= 0.9 * count["narrow"]["non_embedding"]
+    assert second["parameters"]["dense"] == count["narrow"]
+
+
+def test_an_allocation_passes_through_json(tokens):
+    options = make_options(ff_width=28, layer_widths=True, self_windows=0)
+    allocation = prepare(CausalLM.in_memory(tiny_model()), tokens, options).allocation
+    assert allocation is not None
+    assert Allocation.recorded(**json.loads(json.dumps(vars(allocation)))) == allocation
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"0": {"intermediate_size": 0}}, "intermediate_size is 0 in layer 0"),
+        ({"0": {"intermediate_size": "wide"}}, "intermediate_size is 'wide' in layer 0"),
+        ({"1": {"hidden_act": "gelu"}}, "layer 1 differs in hidden_act"),
+        ({"0": {"intermediate_size": 24}}, "config asks for"),
+    ],
+)
+def test_a_config_that_says_something_else(entries, message, model_directory, tmp_path):
+    for path in model_directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["per_layer_config"] = entries
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_widths": True, "width": 16}, "layer_widths: does nothing without ff_width"),
+        ({"pad": True, "ff_width": 28}, "pad: does nothing without layer_widths"),
+        ({"layer_widths": 1, "ff_width": 28}, "layer_widths is 1: must be True or False"),
+    ],
+)
+def test_bad_options(options, message, tokens):
+    with pytest.raises(ValueError, match=message):
+        compress(tiny_model(), tokens, **options)
+
+
+def test_experts_have_one_width(tokens):
+    with pytest.raises(ValueError, match="layer_widths: experts have no single inner width"):
+        compress(tiny_model("mixtral"), tokens, params=0.8, layer_widths=True)
+
+
+def test_only_feed_forwards_of_one_width_are_merged(tokens, tmp_path):
+    from dotresize import merge_feed_forward
+    from dotresize.merging.checkpoint import MergedStore, PlainStore
+
+    model = tiny_model(num_hidden_layers=4)
+    set_inner_widths(architecture_of(model.config), model, [40, 24, 24, 16])
+    batches = [{"input_ids": tokens}]
+    with pytest.raises(ValueError, match="start 0: decoder layers side by side have feed-forwards"):
+        merge_feed_forward(model, batches, k=2, start=0)
+    with pytest.raises(ValueError, match="k 3: everywhere in the decoder layers side by side"):
+        merge_feed_forward(model, batches, k=3)
+    merged, found = merge_feed_forward(model, batches, k=2)
+    assert found["stacks"]["decoder"]["window"] == [1, 2]
+    for kind in (MergedStore, PlainStore):
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        kind(merged).save(folder)
+        assert torch.equal(logits(load(folder), tokens), logits(merged, tokens))
+
+
+def test_command(arguments, text_file, tmp_path, capsys, caplog):
+    """The command line makes one, evaluates it, narrows it again; the card says how it loads."""
+    out = tmp_path / "out"
+    narrow = [word for word in arguments if word != "--quiet"]
+    narrow[narrow.index("--width") : narrow.index("--width") + 2] = ["--ff-width", "28"]
+    page = tmp_path / "page"
+    assert main([*narrow, "--layer-widths", "--report", str(page)]) == 0
+    said = capsys.readouterr()
+    assert f"{out} loads with dotresize.load" in said.out
+    assert "transformers does not load feed-forwards of different widths yet" in caplog.text
+    assert "no multiple of 32" not in caplog.text
+    assert "`dotresize.load` does" in (out / "README.md").read_text()
+    assert "A width for each layer" in (page / "index.html").read_text()
+    assert main(["eval", str(out), str(text_file), "--window", "32", "--quiet"]) == 0
+    again = tmp_path / "again"
+    narrow[1:3], narrow[narrow.index("28")] = [str(out), str(again)], "20"
+    assert main(narrow) == 0
+    assert max(CausalLM.in_memory(load(again)).inner_widths) == 20
+    capsys.readouterr()
+    said = fails([*arguments, "--pad"], capsys)
+    assert "--pad: does nothing without --layer-widths" in said
