@@ -33,6 +33,7 @@ __all__ = [
     "merge_feed_forward",
     "ot",
     "recover",
+    "save",
     "sinkhorn",
     "transport_map",
 ]
@@ -55,6 +56,7 @@ _WHERE = {
     "load": "checkpoint",
     "merge_feed_forward": "merging.merge",
     "recover": "recovery",
+    "save": "compression",
     "sinkhorn": "ops.sinkhorn",
     "transport_map": "ops.transport_map",
 }

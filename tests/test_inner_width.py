@@ -14,6 +14,7 @@ from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.linear import linear_of
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
+from dotresize.narrow.options import Shape
 from dotresize.narrow.refit import FIRST_WEIGHT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +45,8 @@ def test_all_neurons_are_the_identity(kind, tokens):
     for refit in (True, False):
         options = make_options(refit=refit)
         handle = CausalLM.in_memory(model)
-        narrow = narrow_feed_forwards(handle, tokens, handle.inner_widths, options).model
+        shape = Shape(24, handle.inner_widths)
+        narrow = narrow_feed_forwards(handle, tokens, shape, options).model
         assert (logits(narrow.module, tokens) - logits(model, tokens)).abs().max() < 2e-3
     narrow, report = compress(model, tokens, ff_width=1.0)
     assert torch.equal(logits(narrow, tokens), logits(model, tokens))

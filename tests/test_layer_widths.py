@@ -12,7 +12,7 @@ from conftest import fails, tiny_model
 from test_compress import logits
 from test_offload import opened, stored
 
-from dotresize import compress, load
+from dotresize import compress, load, save
 from dotresize.accounting import count_parameters
 from dotresize.cli import main
 from dotresize.compression import make_options
@@ -26,6 +26,10 @@ from dotresize.narrow.pipeline import narrow_model, prepare
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# Multiples this fine leave room for widths that are better than equal ones.
+UNEVEN = {"ff_width": 28, "multiple_of": 4, "layer_widths": True}
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (6, 33))
@@ -34,7 +38,7 @@ def tokens() -> torch.Tensor:
 def uneven(kind: str = "llama", **options):
     """Return a model with feed-forwards of different widths, and the report of how it came."""
     tokens = torch.randint(0, 256, (6, 33))
-    return compress(tiny_model(kind), tokens, ff_width=28, layer_widths=True, **options)
+    return compress(tiny_model(kind), tokens, **UNEVEN, **options)
 
 
 def test_the_course_of_an_elimination_agrees_with_least_squares():
@@ -76,15 +80,39 @@ def test_widths_are_the_best_of_all():
 
 
 def test_no_widths_fit():
-    with pytest.raises(ValueError, match="as few as 2 neurons together"):
-        allocate(curves_of([[1.0, 0.5]] * 3), 2, [2, 2, 2], 1)
+    assert allocate(curves_of([[1.0, 0.5]] * 3), 2, [2, 2, 2], 1) is None
+
+
+@pytest.mark.parametrize("options", [{"ff_width": 3}, {"ff_width": 38, "multiple_of": 19}])
+def test_equal_widths_are_taken_where_nothing_is_better(options, tokens):
+    """Also where no other widths are to be had, and where their multiples cost too much."""
+    narrow, report = compress(tiny_model(), tokens, layer_widths=True, self_windows=0, **options)
+    allocation = report["layer_widths"]
+    assert allocation["predicted"] <= allocation["predicted_equal"]
+    assert sum(CausalLM.in_memory(narrow).inner_widths) <= 3 * options["ff_width"]
+
+
+def test_neurons_that_never_fire_are_no_measure(tokens):
+    """A layer of zeros beyond its live neurons is measured where live ones go."""
+    model = tiny_model()
+    for i in (0, 2):
+        with torch.no_grad():
+            model.model.layers[i].mlp.down_proj.weight[:, 16:] = 0.0
+            model.model.layers[i].mlp.up_proj.weight[16:] = 0.0
+    found = measure(CausalLM.in_memory(model), tokens[:4], tokens[4:], 0.7, first=1.0)
+    assert found.reference[1] == 28
+    for i in (0, 2):
+        assert found.reference[i] < 16
+        assert found.divergence[i] > 0
+        assert found.loss(i, [12])[0] > found.loss(i, [16])[0]
 
 
 def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
     """Each layer alone, by the same neurons and writer: the predictions of a whole model."""
     model = tiny_model(dtype=torch.float64)
     handle = CausalLM.in_memory(model)
-    found = measure(handle, tokens[:4], tokens[4:], 20, batch_windows=3)
+    found = measure(handle, tokens[:4], tokens[4:], 0.5, first=100.0, batch_windows=3)
+    assert found.reference == [20, 20, 20]
     expected = logits(model, tokens[4:]).log_softmax(-1)
     for i, course in enumerate(found.eliminations):
         kept = course.kept(20, 40)
@@ -136,7 +164,7 @@ def test_written_read_and_padded(kind, tokens, tmp_path):
 def test_padding_changes_nothing(kind, tmp_path):
     tokens = torch.randint(0, 256, (6, 33))
     model = tiny_model(kind)
-    choices = {"ff_width": 28, "layer_widths": True, "self_windows": 0}
+    choices = UNEVEN | {"self_windows": 0}
     narrow, report = compress(model, tokens, **choices)
     padded, plain = compress(model, tokens, pad=True, **choices)
     assert not report["plain_checkpoint"]
@@ -152,7 +180,7 @@ def test_padding_changes_nothing(kind, tmp_path):
 def test_in_files_as_in_memory(kind, tokens, tmp_path):
     """An offloaded model gets the same widths, and its directory says so; it is read by parts."""
     folder = stored(tiny_model(kind), tmp_path / "model")
-    options = make_options(ff_width=28, layer_widths=True, self_windows=0)
+    options = make_options(**UNEVEN, self_windows=0)
     expected, first = narrow_model(
         CausalLM.in_memory(transformers.AutoModelForCausalLM.from_pretrained(folder)),
         tokens,
@@ -181,7 +209,7 @@ def test_a_budget_counts_what_is_there(tokens):
 
 
 def test_an_allocation_passes_through_json(tokens):
-    options = make_options(ff_width=28, layer_widths=True, self_windows=0)
+    options = make_options(**UNEVEN, self_windows=0)
     allocation = prepare(CausalLM.in_memory(tiny_model()), tokens, options).allocation
     assert allocation is not None
     assert Allocation.recorded(**json.loads(json.dumps(vars(allocation)))) == allocation
@@ -204,6 +232,43 @@ def test_a_config_that_says_something_else(entries, message, model_directory, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
+
+
+def test_what_was_prepared_is_what_is_asked_for(tokens):
+    prepared = prepare(
+        CausalLM.in_memory(tiny_model()),
+        tokens,
+        make_options(**UNEVEN, self_windows=0),
+    )
+    with pytest.raises(ValueError, match="were not prepared for these layer_widths"):
+        compress(tiny_model(), tokens, ff_width=20, layer_widths=True, statistics=prepared)
+
+
+def test_saved_and_trained_again(tokens, tmp_path):
+    """``save`` names the widths, and every weight of what ``load`` returns can be trained."""
+    narrow, report = uneven()
+    save(narrow, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert CausalLM.in_memory(again).inner_widths == report["feed_forward"]["layers"]
+    assert all(weight.requires_grad for weight in again.parameters())
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        save(narrow, tmp_path / "out")
+
+
+@pytest.mark.parametrize("choices", [{"method": "slicegpt"}, {"scope": "location"}])
+def test_maps_for_each_location_want_one_width(choices, tokens):
+    narrow, _ = uneven()
+    with pytest.raises(ValueError, match="takes models whose layers have feed-forwards of one"):
+        compress(narrow, tokens, width=16, **choices)
+
+
+def test_padding_alone_makes_it_plain(tokens, tmp_path):
+    """An uneven model of which nothing is cut can be filled up; its card says how one is loaded."""
+    narrow, _ = uneven()
+    assert len(set(CausalLM.in_memory(narrow).inner_widths)) > 1
+    padded, report = compress(narrow, tokens, ff_width=1.0, layer_widths=True, pad=True)
+    assert report["plain_checkpoint"]
+    assert len(set(CausalLM.in_memory(padded).inner_widths)) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,10 +313,17 @@ def test_command(arguments, text_file, tmp_path, capsys, caplog):
     """The command line makes one, evaluates it, narrows it again; the card says how it loads."""
     out = tmp_path / "out"
     narrow = [word for word in arguments if word != "--quiet"]
-    narrow[narrow.index("--width") : narrow.index("--width") + 2] = ["--ff-width", "28"]
+    narrow[narrow.index("--width") : narrow.index("--width") + 2] = [
+        "--ff-width",
+        "28",
+        "--multiple-of",
+        "4",
+    ]
     page = tmp_path / "page"
-    assert main([*narrow, "--layer-widths", "--report", str(page)]) == 0
+    assert main([*narrow, "--layer-widths", "--report", str(page), "--compare"]) == 0
     said = capsys.readouterr()
+    divergences = next(line for line in said.out.splitlines() if line.startswith("KL to the dense"))
+    assert "0.0000" not in divergences  # what it is compared with is narrowed as far
     assert f"{out} loads with dotresize.load" in said.out
     assert "transformers does not load feed-forwards of different widths yet" in caplog.text
     assert "no multiple of 32" not in caplog.text
@@ -261,7 +333,7 @@ def test_command(arguments, text_file, tmp_path, capsys, caplog):
     again = tmp_path / "again"
     narrow[1:3], narrow[narrow.index("28")] = [str(out), str(again)], "20"
     assert main(narrow) == 0
-    assert max(CausalLM.in_memory(load(again)).inner_widths) == 20
+    assert main(["eval", str(again), str(text_file), "--window", "32", "--quiet"]) == 0
     capsys.readouterr()
     said = fails([*arguments, "--pad"], capsys)
     assert "--pad: does nothing without --layer-widths" in said

@@ -20,8 +20,8 @@ import torch
 from dotresize.calibration.text import random_windows, tokenize
 from dotresize.checkpoint import load_with_tokenizer
 from dotresize.compression import make_options
-from dotresize.narrow.budget import split_budget
 from dotresize.narrow.calibrate import with_own_text
+from dotresize.narrow.search import split_budget
 
 from ..demo.texts import model_file, write_texts
 from ..rows import append, where

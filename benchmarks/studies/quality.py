@@ -125,7 +125,7 @@ class Study:
             "excess": {name: math.log(found[name] / self.dense[name]) for name in found},
             "width": report["width"]["new"],
             "ff_width": report["feed_forward"]["new"],
-            "layer_widths": report["feed_forward"]["layers"],
+            "layer_widths": _without_curves(report["layer_widths"]),
             "tied": report["tied"],
             "plain_checkpoint": report["plain_checkpoint"],
             "parameters": report["parameters"]["narrow"],
@@ -134,6 +134,13 @@ class Study:
             "budget": report["budget"],
             "seconds": round(seconds, 1),
         }
+
+
+def _without_curves(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return an allocation as a row has room for."""
+    if allocation is None:
+        return None
+    return {name: value for name, value in allocation.items() if name != "curves"}
 
 
 def cases_of(which: str) -> list[Case]:

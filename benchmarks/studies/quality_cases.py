@@ -96,7 +96,7 @@ AMOUNTS = tuple(
     for refit in (True, False)
 )
 
-# As many parameters outside the embeddings, of which each layer gets as much or by what it costs.
+# The same parameters outside the embeddings: as many for each layer, or by what each is worth.
 LAYERS = (
     Case("equal widths", INNER, own_text=True),
     Case("a width for each layer", INNER | {"layer_widths": True}, own_text=True),

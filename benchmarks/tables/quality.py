@@ -162,6 +162,29 @@ def amounts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def layers(rows: list[Row]) -> str:
+    """Return the excess with equal feed-forward widths, and with a width for each layer."""
+    if not rows:
+        return "No rows yet."
+    lines = _head(["", "seed", "feed-forward", "outside the embeddings", *SOURCES, "mean"])
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        own = row["layer_widths"]
+        widths = f"{min(own['widths'])} to {max(own['widths'])}" if own else str(row["ff_width"])
+        size = _millions(row["parameters"]["non_embedding"])
+        values = [row["excess"][text] for text in SOURCES]
+        shown = [f"{value:.3f}" for value in [*values, _average(row)]]
+        lines.append(_line([row["case"], str(row["seed"]), widths, size, *shown]))
+    last = rows[-1]
+    lines += [
+        "",
+        f"Excess. SmolLM2-135M, {last['windows']} windows of 512 tokens and {last['own_windows']} "
+        f"of the model's own, {last['eval_windows']} windows of each text evaluated,",
+        f"nothing trained. {last['device']}, {last['date']}. Rows: "
+        "`benchmarks/results/layers.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def map_time(rows: list[Row]) -> str:
     """Return the time of transport's limit beside that of twenty transports."""
     lines = _head(

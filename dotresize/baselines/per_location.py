@@ -21,7 +21,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow import maps
 from dotresize.narrow.norm_scales import scale_norms
 from dotresize.narrow.one_map import OneMap
-from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options, WidthMethod
+from dotresize.narrow.options import Calibrated, Narrowed, Options, Shape, WidthMethod
 from dotresize.narrow.refit import refit
 from dotresize.narrow.targets import kept_set
 
@@ -42,11 +42,9 @@ class Located(WidthMethod):
     def located_maps(self, given: Calibrated, width: int) -> list[maps.WidthMap]:
         """Return the map of each location, in order."""
 
-    def narrow(
-        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
-    ) -> Narrowed:
+    def narrow(self, given: Calibrated, shape: Shape, seconds: dict[str, float]) -> Narrowed:
         with stage("factorisation", seconds):
-            located = self.located_maps(given, width)
+            located = self.located_maps(given, shape.width)
             qs = [width_map.q for width_map in located]
             narrow = slice_model(given.model, qs)
         lost: list[float] = []

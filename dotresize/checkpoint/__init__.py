@@ -25,7 +25,7 @@ from torch import Tensor
 from dotresize import distributed
 from dotresize.baselines.adapters import is_sliced, load_sliced
 from dotresize.merging.checkpoint import is_merged, load_merged
-from dotresize.models import architecture_of
+from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
 from dotresize.models.layer_widths import ENTRY, set_inner_widths, take_inner_widths
@@ -165,7 +165,8 @@ def is_quantised(source: str) -> bool:
 def parts_of(source: str) -> tuple[Path, Any, Any]:
     """Return folder, config and tokenizer of a model directory, its weights unread.
 
-    ValueError where it is none that plain transformers loads.
+    ValueError where it is none that plain transformers loads, unless its config names a width for
+    each feed-forward.
     """
     folder = snapshot(Path(source))
     if not folder.is_dir():
@@ -214,8 +215,8 @@ def load(folder: str | Path) -> Any:
 
 def _inner_widths(source: str, config: Any) -> list[int] | None:
     """Take the feed-forward width of every layer off a config that names them; see there."""
-    if not config.to_dict().get(ENTRY):
-        return None
+    if not config.to_dict().get(ENTRY) or config.model_type not in supported():
+        return None  # other families read the entry themselves
     with _one_line(source):
         return take_inner_widths(architecture_of(config), config)
 
@@ -234,6 +235,7 @@ def load_uneven(folder: Path, config: Any, widths: list[int]) -> CausalLM:
         weights |= load_file(path)
     missing, _ = module.load_state_dict(weights, strict=False, assign=True)
     module.tie_weights()
+    module.requires_grad_(True)  # as from_pretrained leaves it
     left = [name for name, weight in module.named_parameters() if weight.is_meta]
     if left:
         raise ValueError(f"missing keys: {sorted(missing)[0]}")

@@ -65,6 +65,10 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
     if inner["method"]:
         by = _FEED_FORWARD.get(inner["method"], inner["method"])
         lines.append(f"- feed-forward width {inner['old']} -> {inner_width(report)}, by {by}")
+    if report["layers"]["dropped"]:
+        which = " and ".join(map(str, report["layers"]["dropped"]))
+        old, new = report["layers"]["old"], report["layers"]["new"]
+        lines.append(f"- layers {old} -> {new}, without layer {which} (counted from 0)")
     if report["refit"]:
         lines.append("- the weights around them refitted by least squares on the same text")
     if report.get("recovery"):
@@ -95,7 +99,7 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
 
 def _loaded(report: dict[str, Any]) -> str:
     """Return how a model is loaded that plain transformers does not load."""
-    if report["feed_forward"].get("layers"):
+    if report["scope"] == "global":
         return (
             "Its layers have feed-forwards of different widths, which transformers does not load "
             "yet: `dotresize.load` does, and `dotresize export` writes it for llama.cpp."

@@ -18,6 +18,7 @@ from dotresize.cli.texts import Texts
 from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import differ
 from dotresize.narrow.choose_width import choose_inner_width, residual_stays
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import Prepared, narrow_model, prepare
@@ -117,18 +118,16 @@ def narrowed(
         others = compared_feed_forwards(options, model) if inner["method"] else []
     if compare and not others:
         logger.info("nothing was cut: there is no method to compare with")
-    same_size: dict[str, Any] = {
-        "width": main["width"]["new"],
-        "energy": None,
-        "params": None,
-        "params_count": "total",
-    }
-    if inner["method"]:
-        same_size["ff_width"] = inner["new"]
+    # What a budget was spent on is spent on the same shape by all.
+    same_size: dict[str, Any] = {}
+    if prepared.split is None:
+        same_size = {"width": main["width"]["new"], "energy": None}
         if model.architecture.fixed_residual:
             del same_size["width"]
-    else:
+    if not inner["method"]:
         same_size["ff_method"] = FF_METHODS["eliminate"]
+    shared = replace(prepared.statistics, seconds=prepared.statistics.seconds | {"budget": 0.0})
+    prepared = prepared._replace(statistics=shared)  # others took no time to find the shape
     rows = [evaluated(prepared, replace(other, **same_size), reference, dense) for other in others]
     return narrow, [dense, *rows, main]
 
@@ -213,10 +212,14 @@ def dense_report(reference: Reference) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": "dense",
         "width": {"new": model.width},
-        "feed_forward": {"new": model.inner_width},
+        "feed_forward": {
+            "new": model.inner_width,
+            "layers": widths if differ(widths := model.inner_widths) else None,
+        },
+        "layers": {"new": len(model.layers)},
         "parameters": {"narrow": count_parameters(model)},
         "tied": bool(model.config.tie_word_embeddings),
-        "plain_checkpoint": True,
+        "plain_checkpoint": not differ(model.inner_widths),
         "seconds": {},
     }
     return evaluate_into(row, model, reference)

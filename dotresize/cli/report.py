@@ -57,6 +57,8 @@ def cells(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     if widths:
         add("width", lambda r: str(r["width"]["new"]))
         add("feed-forward width", inner_width)
+        if len({report["layers"]["new"] for report in reports}) > 1:
+            add("layers", lambda r: str(r["layers"]["new"]))
     add("parameters, total", lambda r: millions(r["parameters"]["narrow"]["total"]))
     if widths:
         add("  non-embedding", lambda r: millions(r["parameters"]["narrow"]["non_embedding"]))

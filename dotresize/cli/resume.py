@@ -22,8 +22,8 @@ from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.cli.names import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.allocation import Allocation
-from dotresize.narrow.budget import Split
 from dotresize.narrow.pipeline import Prepared
+from dotresize.narrow.search import Split
 
 logger = logging.getLogger("dotresize")
 
@@ -105,7 +105,7 @@ class Stages:
         refuse_changes(self.path, settings, before)
 
     def calibration(self, make: Callable[[], Prepared], device: torch.device) -> Prepared:
-        """Return tokens, statistics and the budget's split: as they were kept, or made and kept."""
+        """Return what ``prepare`` makes before a model is narrowed: as it was kept, or kept now."""
         from safetensors.torch import load_file, save_file
 
         folder = self.path / "calibration"
@@ -120,7 +120,7 @@ class Stages:
                 save_file(tensors | {"tokens": tokens.contiguous()}, new / "tensors.safetensors")
                 parts = {
                     "statistics": record,
-                    "split": None if split is None else vars(split),
+                    "split": None if split is None else split.record(),
                     "allocation": None if allocation is None else vars(allocation),
                 }
                 (new / "record.json").write_text(json.dumps(parts), encoding="utf-8")

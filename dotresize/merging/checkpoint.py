@@ -122,7 +122,7 @@ def load_merged(folder: Path) -> CausalLM:
 
 
 def _inner_widths(model: Any) -> list[int]:
-    """Return the feed-forward width of every layer where they differ, as in a causal model."""
+    """Return the feed-forward width of every layer where they differ, else an empty list."""
     if model.config.model_type not in supported():
         return []
     widths = inner_widths(architecture_of(model.config), model)

@@ -35,10 +35,12 @@ class PartMaker(Protocol):
     Attributes:
         config: of the model that is made.
         tied: whether that keeps one table for embedding and head, so that the head has no part.
+        inner_widths: of its feed-forwards, by layer; an empty list where layers have experts.
     """
 
     config: Any
     tied: bool
+    inner_widths: list[int]
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a part, by their names in it."""
@@ -123,7 +125,7 @@ class CausalLM:
 
     @property
     def inner_widths(self) -> list[int]:
-        """The feed-forward width of every layer; none where a layer has several."""
+        """The feed-forward width of every layer; an empty list where layers have experts."""
         return inner_widths(self.architecture, self.module)
 
     @property
@@ -189,18 +191,19 @@ class InMemory:
 
     def derived(self, maker: PartMaker) -> CausalLM:
         module = self._module
-        architecture, parts = architecture_of(module.config), CausalLM(module, self).parts
+        architecture = architecture_of(module.config)
+        kind = class_for(module, maker.config)
+        with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and then replaced
+            new = kind(maker.config)
+        if differ(maker.inner_widths):
+            set_inner_widths(architecture, new, maker.inner_widths)
         weights: dict[str, Tensor] = {}
+        parts = CausalLM.in_memory(new).parts
         for name in tqdm(parts, desc="absorb", unit="part", disable=None):
             weights |= {f"{name}.{key}": value for key, value in maker.part(name).items()}
         if maker.tied:
             head, table = (f"{name}.weight" for name in (architecture.head, architecture.embedding))
             weights[head] = weights[table]
-        kind = class_for(module, maker.config)
-        with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and then replaced
-            new = kind(maker.config)
-        if differ(widths := CausalLM(module, self).inner_widths):
-            set_inner_widths(architecture, new, widths)
         # Assigned, not copied: every weight keeps the dtype it has in the given model.
         new.load_state_dict(weights, assign=True)
         new.tie_weights()

@@ -17,7 +17,7 @@ Q_r' Q_(r+1), which no plain checkpoint can hold (see baselines/adapters.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,19 @@ from torch import Tensor
 
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.fewer_layers import kept_layers, source_of, without_layers
 from dotresize.models.resized import resized
 from dotresize.offload.memory_plan import TABLE_ROWS
 
 
 @torch.no_grad()
-def absorb(model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False) -> CausalLM:
+def absorb(
+    model: CausalLM,
+    q: Tensor | Sequence[Tensor],
+    *,
+    untie: bool = False,
+    dropped: Collection[int] = (),
+) -> CausalLM:
     """Return a new model of residual width ``q.shape[1]``; the given one is untouched.
 
     Args:
@@ -41,12 +48,13 @@ def absorb(model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False
         untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
             kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
             small only if q is close to a selection of axes.
+        dropped: numbers of layers to leave out.
 
     Returns:
         a model of the same dtype, and class unless its type changes (models/resized.py), whose
         plain checkpoint holds the result.
     """
-    return model.derived(Absorption(model, q, untie=untie))
+    return model.derived(Absorption(model, q, untie=untie, dropped=dropped))
 
 
 class Absorption:
@@ -56,10 +64,16 @@ class Absorption:
         model: the given one.
         config: of the narrowed one.
         tied: whether that keeps one table for embedding and head.
+        inner_widths: of its feed-forwards.
     """
 
     def __init__(
-        self, model: CausalLM, q: Tensor | Sequence[Tensor], *, untie: bool = False
+        self,
+        model: CausalLM,
+        q: Tensor | Sequence[Tensor],
+        *,
+        untie: bool = False,
+        dropped: Collection[int] = (),
     ) -> None:
         """See ``absorb``."""
         self.model = model
@@ -71,7 +85,10 @@ class Absorption:
         self._s = (self.narrow / self.width) ** 0.5
         self._table = self.architecture.table_scale(self.width, self.narrow, self.tied)
         self._stream = self.architecture.stream_scale(self.width, self.narrow, self.tied)
-        self.config = resized(model.config, self.narrow)
+        self._kept = kept_layers(len(model.layers), dropped)
+        widths = model.inner_widths
+        self.inner_widths = [widths[i] for i in self._kept] if widths else []
+        self.config = resized(without_layers(model.config, dropped), self.narrow)
         self.config.tie_word_embeddings = self.tied
 
     def part(self, name: str) -> dict[str, Tensor]:
@@ -83,7 +100,7 @@ class Absorption:
             return self._final_norm()
         if name == architecture.head:
             return {} if self.tied else self._own_head()
-        return self._layer(name)
+        return self._layer(source_of(name, self.model, self._kept))
 
     def _layer(self, name: str) -> dict[str, Tensor]:
         first = 2 * int(name.rpartition(".")[2])

@@ -2,22 +2,23 @@
 
 Layers are not equally dear. With e_l(m) what backward elimination of layer l down to m neurons
 loses of what its block writes (narrow/feed_forward.py), and K_l the Kullback-Leibler divergence of
-the model's predictions, dense from narrowed, when that layer alone is narrowed to r neurons, the
+the model's predictions, dense from narrowed, when that layer alone is narrowed to r_l neurons, the
 predicted loss of some widths is
 
-    sum_l  K_l e_l(m_l) / e_l(r),        sum_l m_l at most what equal widths r would have.
+    sum_l  K_l e_l(m_l) / e_l(r_l),        sum_l m_l at most what there is room for.
 
-The scale K_l / e_l(r) is needed: by e_l alone the layer that the output depends on most would be
+The scale K_l / e_l(r_l) is needed: by e_l alone the layer that the output depends on most would be
 narrowed most. K_l is measured on windows that the elimination has not seen, with one narrowed
 stream for each layer, all of which pass the later, dense layers side by side; so each layer is held
-once, also where weights stay in their files.
+once, also where weights stay in their files. What it costs to leave a layer out is measured like
+that as well, and added for each layer that is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -31,19 +32,23 @@ from dotresize.calibration.residual_stream import Streams, captured_inputs
 from dotresize.least_squares import FLOAT, over_tokens
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.fewer_layers import kept_layers
 from dotresize.models.linear import linear_of, rows_of, set_rows
 from dotresize.narrow.calibrate import held_out, spread
 from dotresize.narrow.feed_forward import RIDGE, Elimination, elimination, recombined
 from dotresize.narrow.options import Options
-from dotresize.narrow.refit import FIRST_WEIGHT
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS
 
 # No layer gets fewer neurons than this share of what it has.
 LEAST = 0.1
-# Windows on which divergences are measured, as many streams as there are layers pass the model,
-# and windows on which neurons are eliminated, at most.
+# How many windows divergences are measured on, in a stream for each layer; and on how many neurons
+# are eliminated, at most.
 MEASURED = 2
 SOLVED = 12
+# A divergence is measured where a layer has lost this share of what it loses at ``LEAST``, or more.
+ENOUGH = 0.01
+# Tokens of which predictions are compared at a time.
+CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,16 @@ class Curves:
     """What each layer loses at every width.
 
     Attributes:
-        reference: r, the width of each layer at which its divergence was measured.
+        reference: r_l, the width of each layer at which its divergence was measured.
         divergence: K_l in nats.
         eliminations: of each layer's neurons.
+        without: the divergence without a layer, in nats; none if it was not asked for.
     """
 
     reference: list[int]
     divergence: list[float]
     eliminations: list[Elimination]
+    without: list[float] = field(default_factory=list)
 
     def loss(self, layer: int, widths: Sequence[int]) -> list[float]:
         """Return the predicted loss of a layer at some widths, in nats."""
@@ -67,9 +74,11 @@ class Curves:
         scale = self.divergence[layer] / at_reference if at_reference > 0 else 0.0
         return [scale * lost for lost in course.lost_at(widths)]
 
-    def predicted(self, widths: Sequence[int]) -> float:
-        """Return the predicted loss of the model at a width for each layer, in nats."""
-        return sum(self.loss(i, [width])[0] for i, width in enumerate(widths))
+    def predicted(self, widths: Sequence[int], dropped: Collection[int] = ()) -> float:
+        """Return the predicted loss of the model at a width for each layer that stays, in nats."""
+        kept = kept_layers(len(self.eliminations), dropped)
+        lost = sum(self.loss(i, [width])[0] for i, width in zip(kept, widths, strict=True))
+        return lost + sum(self.without[i] for i in dropped)
 
 
 @dataclass(frozen=True)
@@ -77,13 +86,15 @@ class Allocation:
     """A feed-forward width for each layer, and why these.
 
     Attributes:
-        widths: of each layer.
+        widths: of each layer that stays.
+        equal: how many neurons equal widths have in all.
         predicted, predicted_equal: the loss of these, and of equal widths of the same total, nats.
         reference, divergence: of ``Curves``.
         curves: of each layer: pairs of a width and the layer's predicted loss there.
     """
 
     widths: tuple[int, ...]
+    equal: int
     predicted: float
     predicted_equal: float
     reference: tuple[int, ...]
@@ -102,29 +113,60 @@ class Allocation:
 
 
 def allocation_of(
-    model: CausalLM, tokens: Tensor, equal: Sequence[int], total: int, options: Options
+    curves: Curves,
+    model: CausalLM,
+    equal: Sequence[int],
+    total: int,
+    options: Options,
+    dropped: Collection[int] = (),
 ) -> Allocation:
     """Return the widths of least predicted loss; ``total`` is not less than equal widths take.
 
-    tokens: int64 (windows, length); equal: what each layer has where all get the same.
+    equal: what each layer that stays has where all get the same, which is returned where nothing
+    is predicted to lose less.
     """
     full = model.inner_widths
-    rest, measured = held_out(len(tokens), MEASURED)
-    rest = rest[spread(len(rest), max(SOLVED, distributed.size()))]
-    reference = max(equal)
-    batch = options.batch_windows
-    curves = measure(model, tokens[rest], tokens[measured], reference, batch_windows=batch)
+    kept = kept_layers(len(full), dropped)
     multiple = options.multiple_of or (STEPS[-1] if max(full) >= FEW else FEW_STEP)
-    found = allocate(curves, total, full, multiple * options.tensor_parallel)
-    shown = [_choices(width, max(1, width // 16)) for width in full]
-    drawn = (zip(m, curves.loss(i, m), strict=True) for i, m in enumerate(shown))
+    found = allocate(curves, total, full, multiple * options.tensor_parallel, dropped)
+    if found is None or curves.predicted(found, dropped) >= curves.predicted(equal, dropped):
+        found = list(equal)
+    shown = {i: _choices(full[i], max(1, full[i] // 16)) for i in kept}
+    drawn = (zip(m, curves.loss(i, m), strict=True) for i, m in shown.items())
     return Allocation(
         tuple(found),
-        curves.predicted(found),
-        curves.predicted(equal),
-        tuple(curves.reference),
-        tuple(curves.divergence),
+        sum(equal),
+        curves.predicted(found, dropped),
+        curves.predicted(equal, dropped),
+        tuple(curves.reference[i] for i in kept),
+        tuple(curves.divergence[i] for i in kept),
         tuple(tuple(curve) for curve in drawn),
+    )
+
+
+def curves_of(
+    model: CausalLM,
+    tokens: Tensor,
+    share: float,
+    options: Options,
+    *,
+    first: float,
+    without: bool = False,
+) -> Curves:
+    """Return the curves of a model's layers by some of the calibration's windows.
+
+    tokens: int64 (windows, length); share, first, without: see ``measure``.
+    """
+    rest, measured = held_out(len(tokens), MEASURED)
+    rest = rest[spread(len(rest), max(SOLVED, distributed.size()))]
+    return measure(
+        model,
+        tokens[rest],
+        tokens[measured],
+        share,
+        first=first,
+        without=without,
+        batch_windows=options.batch_windows,
     )
 
 
@@ -133,8 +175,10 @@ def measure(
     model: CausalLM,
     solved: Tensor,
     measured: Tensor,
-    reference: int,
+    share: float,
     *,
+    first: float,
+    without: bool = False,
     batch_windows: int = 4,
 ) -> Curves:
     """Return the curves of a model's layers.
@@ -142,7 +186,9 @@ def measure(
     Args:
         solved, measured: int64 (windows, length), on which neurons are eliminated, and predictions
             compared.
-        reference: neurons of each layer where its divergence is measured.
+        share: of each layer's neurons with which its divergence is measured.
+        first: how often the first token of a window counts.
+        without: whether the divergence without each layer is measured as well.
     """
     found = Curves([], [], [])
     part = model.architecture.sublayers[-1]
@@ -153,22 +199,35 @@ def measure(
         for name in tqdm(model.layers, desc="layer widths", unit="layer", disable=None):
             with model.resident(name) as layer:
                 writer = linear_of(layer, part.writer)
-                gram = _gram(dense, layer, writer)
+                gram = _gram(dense, layer, writer, first)
                 rows = rows_of(writer).to(FLOAT)
                 least = max(1, int(LEAST * len(rows)))
                 course = elimination(gram, gram @ rows, least)
-                width = min(reference, len(rows) - 1)
+                width = _reference(course, share * len(rows))
                 kept = course.kept(width, len(rows))
                 narrow = torch.zeros_like(rows)
                 narrow[kept] = recombined(gram, rows, kept, RIDGE)
-                narrowed.run(layer, part, narrow)
+                narrowed.run(layer, part, narrow, without=without)
             found.reference.append(width)
             found.eliminations.append(course)
-        found.divergence.extend(narrowed.divergences())
+        divergences = narrowed.divergences()
+    each = 2 if without else 1
+    found.divergence.extend(divergences[::each])
+    found.without.extend(divergences[1::each] if without else [])
     return found
 
 
-def _gram(streams: Streams, layer: nn.Module, writer: Any) -> Tensor:
+def _reference(course: Elimination, wanted: float) -> int:
+    """Return the width near ``wanted`` at which enough is lost for a divergence to be measured.
+
+    It is lower where neurons that never fire go first, and lose nothing.
+    """
+    most = course.lost[-1][1]
+    enough = [left for left, lost in course.lost if lost >= ENOUGH * most]
+    return min(max(1, round(wanted)), max(enough))
+
+
+def _gram(streams: Streams, layer: nn.Module, writer: Any, first: float) -> Tensor:
     """Return the Gram matrix of what the writer reads; the stream is moved past the layer."""
     total: Tensor | None = None
     for i in range(len(streams)):
@@ -178,8 +237,7 @@ def _gram(streams: Streams, layer: nn.Module, writer: Any) -> Tensor:
         if total is None:
             total = torch.zeros(h.shape[-1], h.shape[-1], dtype=FLOAT, device=h.device)
         total += over_tokens(*[h.flatten(0, -2)] * 2)
-        # The first token counts as it does when the feed-forward is narrowed.
-        total.add_(over_tokens(*[h[:, 0]] * 2), alpha=FIRST_WEIGHT - 1.0)
+        total.add_(over_tokens(*[h[:, 0]] * 2), alpha=first - 1.0)
     if total is None:  # a process without windows
         width = len(rows_of(writer))
         total = torch.zeros(width, width, dtype=FLOAT, device=writer.weight.device)
@@ -188,7 +246,7 @@ def _gram(streams: Streams, layer: nn.Module, writer: Any) -> Tensor:
 
 
 class _Narrowed:
-    """Streams of the measured windows: the dense one, and one narrowed in each layer passed."""
+    """Streams of the measured windows: the dense one, and others changed in one layer passed."""
 
     def __init__(self, model: CausalLM, tokens: Tensor, batch_windows: int) -> None:
         self._model = model
@@ -201,13 +259,15 @@ class _Narrowed:
         for cache in self._caches:
             cache.close()
 
-    def run(self, layer: nn.Module, part: Sublayer, narrow: Tensor) -> None:
+    def run(self, layer: nn.Module, part: Sublayer, narrow: Tensor, *, without: bool) -> None:
         """Move all streams past a layer, and begin the one whose writer is ``narrow`` there.
 
-        narrow: (inputs, outputs) float64, zero for neurons that are gone.
+        narrow: (inputs, outputs) float64, zero for neurons that are gone; without: begin one that
+        does not pass the layer as well.
         """
         streams = self._streams
         new = ActivationCache(len(streams), streams.place)
+        past = ActivationCache(len(streams), streams.place) if without else None
         for cache in self._caches:
             for i, stream in enumerate(cache):
                 cache[i] = streams.run(layer, i, stream)
@@ -215,8 +275,10 @@ class _Narrowed:
             for i in range(len(streams)):
                 new[i] = streams.run(layer, i)
         for i in range(len(streams)):
+            if past is not None:
+                past[i] = streams.stream[i]
             streams.stream[i] = streams.run(layer, i)
-        self._caches.append(new)
+        self._caches += [new] if past is None else [new, past]
 
     def divergences(self) -> list[float]:
         """Return the mean divergence of every narrowed stream's predictions, in nats."""
@@ -227,19 +289,24 @@ class _Narrowed:
             for i in range(len(streams)):
                 for j in range(len(streams.stream[i])):
                     one = slice(j, j + 1)
-                    expected = _log_shares(streams, i, streams.stream[i][one], one)
-                    share = expected.exp()
-                    sums[-1] += expected.shape[0]
+                    expected = streams.logits(i, streams.stream[i][one], one)[0]
+                    sums[-1] += len(expected)
                     for n, cache in enumerate(self._caches):
-                        found = _log_shares(streams, i, cache[i][one], one)
-                        sums[n] += (share * (expected - found)).sum(dtype=FLOAT)
+                        sums[n] += _divergence(expected, streams.logits(i, cache[i][one], one)[0])
         distributed.total(sums)
-        return (sums[:-1] / sums[-1]).clamp_min(0.0).tolist()
+        found = (sums[:-1] / sums[-1]).clamp_min(0.0)
+        if not torch.isfinite(found).all():
+            raise ValueError("layer_widths: the model's predictions are not finite")
+        return found.tolist()
 
 
-def _log_shares(streams: Streams, i: int, stream: Tensor, windows: slice) -> Tensor:
-    """Return log predictions, (tokens, vocabulary) float32."""
-    return streams.logits(i, stream, windows).float().log_softmax(-1).flatten(0, -2)
+def _divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """Return the divergence of predictions, summed over tokens; both are logits, (tokens, V)."""
+    total = torch.zeros((), dtype=FLOAT, device=expected.device)
+    for p, q in zip(expected.split(CHUNK), found.split(CHUNK), strict=True):
+        p, q = (x.float().log_softmax(-1) for x in (p, q))
+        total += (p.exp() * (p - q)).sum(-1).to(FLOAT).sum()
+    return total
 
 
 @contextmanager
@@ -253,29 +320,39 @@ def _replaced(writer: Any, rows: Tensor) -> Iterator[None]:
         writer.weight = weight
 
 
-def allocate(curves: Curves, total: int, full: Sequence[int], multiple: int) -> list[int]:
+def allocate(
+    curves: Curves,
+    total: int,
+    full: Sequence[int],
+    multiple: int,
+    dropped: Collection[int] = (),
+) -> list[int] | None:
     """Return the widths of least predicted loss: multiples of a number, or all that a layer has.
 
     total: neurons of all layers together, at most.
-    full: the width of every layer. Each keeps ``LEAST`` of it or more.
+    full: the width of every layer. Each keeps ``LEAST`` of it or more, but for those ``dropped``.
 
-    Raises ValueError where even the narrowest widths are more than the total.
+    None where even the narrowest widths are more than the total.
     """
     units = total // multiple
     best = numpy.zeros(units + 1)
     chosen: list[tuple[list[int], numpy.ndarray]] = []
-    for layer, width in enumerate(full):
-        widths = _choices(width, multiple)
+    for layer in kept_layers(len(full), dropped):
+        widths = _choices(full[layer], multiple)
         losses = curves.loss(layer, widths)
         costs = [-(-w // multiple) for w in widths]
-        table = numpy.full((len(widths), units + 1), numpy.inf)
-        for row, cost, loss in zip(table, costs, losses, strict=True):
-            if cost <= units:
-                row[cost:] = best[: units + 1 - cost] + loss
-        best = table.min(0)
-        chosen.append((widths, table.argmin(0)))
+        before, best = best, numpy.full(units + 1, numpy.inf)
+        choice = numpy.zeros(units + 1, dtype=numpy.int32)
+        for number, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+            if cost > units:
+                continue
+            sums = before[: units + 1 - cost] + loss
+            better = sums < best[cost:]
+            best[cost:][better] = sums[better]
+            choice[cost:][better] = number
+        chosen.append((widths, choice))
     if not numpy.isfinite(best[-1]):
-        raise ValueError(f"no widths of all layers have as few as {total} neurons together")
+        return None
     found, left = [], units
     for widths, choice in reversed(chosen):
         width = widths[int(choice[left])]

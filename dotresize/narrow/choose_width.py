@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.layer_widths import differ
 from dotresize.models.resized import becomes_mistral, has_biases, resized
 from dotresize.narrow.options import OF_METHODS, Inner, Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS, round_width
@@ -187,6 +188,10 @@ def check_residual(model: CausalLM, options: Options) -> None:
             raise ValueError(f"{name}: {kind} keeps its residual; leave {name} out")
     if not architecture.has_inner_width and options.ff_width is not None:
         raise ValueError("ff_width: experts have no single inner width; give width or params")
+    if options.method.scope == "location" and differ(model.inner_widths):
+        raise ValueError(
+            f"{options.method.spelled}: takes models whose layers have feed-forwards of one width"
+        )
     if not architecture.has_inner_width and options.layer_widths:
         raise ValueError("layer_widths: experts have no single inner width; give width or params")
 

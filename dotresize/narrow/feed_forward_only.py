@@ -20,23 +20,26 @@ from dotresize.calibration.residual_stream import Streams, captured
 from dotresize.least_squares import FLOAT, NormalEquations
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.fewer_layers import SameParts
 from dotresize.models.layer_widths import pad_layer
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
-from dotresize.narrow.options import Inner, Narrowed, Options
+from dotresize.narrow.options import Narrowed, Options, Shape
 from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
 
 
 @torch.no_grad()
 def narrow_feed_forwards(
-    model: CausalLM, tokens: Tensor, inner: Inner, options: Options
+    model: CausalLM, tokens: Tensor, shape: Shape, options: Options
 ) -> Narrowed:
-    """Narrow the feed-forward blocks of a copy of the model to ``inner`` neurons, by layer.
+    """Narrow the feed-forward blocks of a copy of the model.
 
-    tokens: int64 (windows, length). Without widths the copy is as the model is.
+    tokens: int64 (windows, length); shape: of the model's own residual width. Without inner widths
+    what stays is as it was.
     """
     architecture = model.architecture
-    narrow = model.copied()
+    dropped, inner = shape.dropped, shape.inner
+    narrow = model.derived(SameParts(model, dropped)) if dropped else model.copied()
     lost: list[float] = []
     if inner is None:
         return Narrowed(narrow, WidthMap.none(), [], lost)
@@ -45,9 +48,17 @@ def narrow_feed_forwards(
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
     ):
-        layers = list(zip(model.layers, inner, strict=True))
-        for name, width in tqdm(layers, desc="inner width", unit="layer", disable=None):
-            with model.resident(name) as dense_layer, narrow.resident(name) as layer:
+        left = iter(zip(narrow.layers, inner, strict=True))
+        for i, name in enumerate(
+            tqdm(model.layers, desc="inner width", unit="layer", disable=None)
+        ):
+            if i in dropped:
+                with model.resident(name) as dense_layer:
+                    for j in range(len(dense_stream)):
+                        dense_stream.stream[j] = dense_stream.run(dense_layer, j)
+                continue
+            own_name, width = next(left)
+            with model.resident(name) as dense_layer, narrow.resident(own_name) as layer:
                 equations = _equations(dense_layer, layer, part, dense_stream, stream)
                 lost.append(refit_writer(layer, part, equations, width, options, cut=False)[1])
                 for i in range(len(stream)):
@@ -73,5 +84,5 @@ def _equations(
         with captured([dense_writer]) as written:
             dense_stream.stream[i] = dense_stream.run(dense, i)
         h, y = stream.until(layer, writer, i), written[0].float() - bias
-        add_windows(equations, h, y, [1.0] * len(h), FIRST_WEIGHT)
+        add_windows(equations, h, y, [1.0] * len(stream.batches[i]), FIRST_WEIGHT)
     return equations

@@ -14,7 +14,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.maps import WidthMap, align, level
 from dotresize.narrow.norm_scales import scale_norms
-from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options, WidthMethod
+from dotresize.narrow.options import Calibrated, Narrowed, Options, Shape, WidthMethod
 from dotresize.narrow.principal import pca
 from dotresize.narrow.refit import refit, ridge_of
 from dotresize.narrow.sensitivity import least_felt, unit
@@ -35,28 +35,25 @@ class OneMap(WidthMethod):
         selections: int64 (k,) each, the kept neurons.
         """
 
-    def narrow(
-        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
-    ) -> Narrowed:
-        width_map = self._map(given, width)
+    def narrow(self, given: Calibrated, shape: Shape, seconds: dict[str, float]) -> Narrowed:
+        width_map = self._map(given, shape.width)
         seconds.update(width_map.seconds)
         with stage("absorption", seconds):
             q = basis(given.model, width_map, given.options)
-            narrow = absorb(given.model, q, untie=given.options.untie)
+            narrow = _absorbed(given, q, shape)
         lost: list[float] = []
-        if given.options.refit or inner is not None:
+        if given.options.refit or shape.inner is not None:
             with stage("refit", seconds, f"on {len(given.tokens)} windows"):
-                lost = refit_weights(given, narrow, q, inner)
+                lost = refit_weights(given, narrow, q, shape)
         else:
             scale_norms(narrow)
         return Narrowed(narrow, width_map, [q], lost)
 
-    def probe(self, given: Calibrated, width: int, inner: Inner) -> CausalLM:
-        model, options = given.model, given.options
-        q = basis(model, self._map(given, width), options)
-        narrow = absorb(model, q, untie=options.untie)
-        if options.refit or inner is not None:
-            refit_weights(given, narrow, q, inner)
+    def probe(self, given: Calibrated, shape: Shape) -> CausalLM:
+        q = basis(given.model, self._map(given, shape.width), given.options)
+        narrow = _absorbed(given, q, shape)
+        if given.options.refit or shape.inner is not None:
+            refit_weights(given, narrow, q, shape)
         return narrow
 
     def _map(self, given: Calibrated, width: int) -> WidthMap:
@@ -68,6 +65,10 @@ class OneMap(WidthMethod):
             return WidthMap.identity(width, given.model.device)
         selection = kept_set(given.options.targets, given.statistics, width)
         return self.maps([given.statistics.mean()], [selection], given.options)[0]
+
+
+def _absorbed(given: Calibrated, q: Tensor, shape: Shape) -> CausalLM:
+    return absorb(given.model, q, untie=given.options.untie, dropped=shape.dropped)
 
 
 class PrincipalDirections(OneMap):
@@ -162,7 +163,7 @@ def basis(model: CausalLM, width_map: WidthMap, options: Options) -> Tensor:
     return level(q) if model.architecture.layer_norm else q
 
 
-def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: Inner) -> list[float]:
+def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, shape: Shape) -> list[float]:
     """Refit what absorption made, and narrow its feed-forwards, in place.
 
     Returns what each feed-forward lost; see ``refit``.
@@ -174,4 +175,5 @@ def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, inner: Inner) 
         ridge = ridge_of(options, given.tokens.numel() / narrow.width, cut=True)
         choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=ridge)
     own = given.statistics.own_windows
-    return refit(model, narrow, q, given.tokens, inner, options, own=own)
+    tokens, inner, dropped = given.tokens, shape.inner, shape.dropped
+    return refit(model, narrow, q, tokens, inner, options, own=own, dropped=dropped)

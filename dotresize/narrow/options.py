@@ -47,6 +47,20 @@ class Calibrated(NamedTuple):
     options: Options
 
 
+class Shape(NamedTuple):
+    """What a model is narrowed to.
+
+    Attributes:
+        width: of the residual.
+        inner: neurons that the feed-forward of each layer keeps, of those that stay; None for all.
+        dropped: numbers of the layers that are left out.
+    """
+
+    width: int
+    inner: Inner = None
+    dropped: tuple[int, ...] = ()
+
+
 class Narrowed(NamedTuple):
     """What a method made of a model."""
 
@@ -87,16 +101,14 @@ class WidthMethod(ABC):
         """Raise ValueError for options that this method cannot follow, whatever the model."""
 
     @abstractmethod
-    def narrow(
-        self, given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]
-    ) -> Narrowed:
-        """Return the model at a residual width, and at inner widths unless these are None.
+    def narrow(self, given: Calibrated, shape: Shape, seconds: dict[str, float]) -> Narrowed:
+        """Return the model in a shape.
 
         seconds: the times of its stages are added here.
         """
 
-    def probe(self, given: Calibrated, width: int, inner: Inner) -> CausalLM:
-        """Return the model at such widths, to measure what they cost; see narrow/budget.py."""
+    def probe(self, given: Calibrated, shape: Shape) -> CausalLM:
+        """Return the model in a shape, to measure what that costs; see narrow/search.py."""
         raise ValueError(f"{self.spelled}: has no probe for a parameter budget; give width")
 
 
@@ -132,10 +144,10 @@ class Options:
         width: residual width, a share up to 1, rounded to what hardware takes
             (narrow/round_width.py), or an exact number of channels.
         energy: instead of width: the share of the activations' variance to keep, rounded up.
-        params: instead of both widths: the share of the parameters to keep, split over them by
-            what each costs (narrow/budget.py). 0.8 if nothing else says how narrow to get;
-            where no budget can be measured (an offloaded model, a map for each location, given
-            targets), width is 0.8 instead.
+        params: instead of both widths: the share of the parameters to keep, by the widths, or
+            with a layer or two less, whatever costs least (narrow/search.py). 0.8 if nothing else
+            says how narrow to get; where no budget can be measured (an offloaded model, a map for
+            each location, given targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
         method: "dot" (transport), "pca" (principal directions), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
@@ -145,7 +157,8 @@ class Options:
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         layer_widths: give each layer a feed-forward width of its own, all together no larger than
             ``ff_width`` or ``params`` would make them (narrow/allocation.py). The directory of
-            such a model loads by ``dotresize.load``, and not in plain transformers.
+            such a model, written by ``dotresize.save``, loads by ``dotresize.load``, and not in
+            plain transformers.
         pad: fill the feed-forwards of such a model up with zeros, to the widest of them: the same
             function, larger, in a plain checkpoint.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,

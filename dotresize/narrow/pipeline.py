@@ -22,8 +22,7 @@ from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
-from dotresize.narrow.allocation import Allocation, allocation_of
-from dotresize.narrow.budget import Budget, Split, split_budget
+from dotresize.narrow.allocation import Allocation, allocation_of, curves_of
 from dotresize.narrow.calibrate import collect_for, first_token, with_own_text
 from dotresize.narrow.choose_width import (
     announce_found,
@@ -35,8 +34,9 @@ from dotresize.narrow.choose_width import (
     width_for_energy,
 )
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
-from dotresize.narrow.options import Calibrated, Inner, Narrowed, Options
-from dotresize.narrow.refit import first_weight
+from dotresize.narrow.options import Calibrated, Narrowed, Options, Shape
+from dotresize.narrow.refit import FIRST_WEIGHT, first_weight
+from dotresize.narrow.search import Split, shape_of, split_budget
 from dotresize.ops.backends import choose
 
 logger = logging.getLogger("dotresize")
@@ -49,7 +49,8 @@ class Prepared(NamedTuple):
         tokens: int64 (windows, length), with those that the model wrote itself.
         statistics: of the residual stream; of no location where its width stays.
         split: of a budget; None without one.
-        allocation: of feed-forward widths to the layers; None where all get the same.
+        allocation: of feed-forward widths to the layers, where no budget makes it; None where all
+            get the same.
     """
 
     tokens: Tensor
@@ -59,7 +60,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
-    """Write text, split the budget, and collect what any of the options needs.
+    """Write text, find the shape, and collect what any of the options needs.
 
     tokens: int64 (windows, length). The first options say how much is written, and have the budget.
     """
@@ -71,9 +72,9 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
         with stage("budget", seconds):
             split = split_budget(model, tokens, options, len(tokens) - given)
     allocation = None
-    if options.layer_widths:
+    if options.layer_widths and split is None:
         with stage("layer widths", seconds):
-            allocation = _allocation(model, tokens, options, split)
+            allocation = _allocation(model, tokens, options)
     if _no_statistics(model, split, wanted):
         statistics = Statistics.none(tokens.numel(), model.width)
     else:
@@ -84,18 +85,15 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     return Prepared(tokens, statistics, split, allocation)
 
 
-def _allocation(
-    model: CausalLM, tokens: Tensor, options: Options, split: Split | None
-) -> Allocation | None:
+def _allocation(model: CausalLM, tokens: Tensor, options: Options) -> Allocation | None:
     """Return a feed-forward width for each layer; None where all stay as they are."""
-    inner = choose_inner_width(model, options) if split is None else split.inner
-    equal = by_layer(model, inner)
+    equal = by_layer(model, choose_inner_width(model, options))
     if equal is None:
         return None
-    total = sum(equal)
-    if split is not None:
-        total = Budget(model, options).neurons_at(split.width)
-    found = allocation_of(model, tokens, equal, total, options)
+    first = FIRST_WEIGHT if residual_stays(model, options) else 1.0  # as it will be refitted
+    share = sum(equal) / sum(model.inner_widths)
+    curves = curves_of(model, tokens, share, options, first=first)
+    found = allocation_of(curves, model, equal, sum(equal), options)
     logger.info(
         "layer widths: %d to %d of %d; %.3f nats lost by them is predicted, %.3f by equal ones",
         *(min(found.widths), max(found.widths), model.inner_width),
@@ -143,15 +141,15 @@ def narrow_model(
         split = None
         if options.params is not None:
             split = split_budget(model, windows, options, prepared.own_windows)
-        allocation = _allocation(model, windows, options, split) if options.layer_widths else None
+        by_layer_alone = options.layer_widths and split is None
+        allocation = _allocation(model, windows, options) if by_layer_alone else None
         prepared = Prepared(windows, prepared, split, allocation)
     if prepared is None:
         prepared = prepare(model, windows, options)
     _check_prepared(prepared, windows, options)
     windows, statistics, split, allocation = prepared
     if options.params is not None and split is not None:
-        width = split.width
-        inner = split.inner if split.inner < model.inner_width else None
+        width, inner = split.width, split.inner if split.inner < model.inner_width else None
     cut = width < model.width or options.energy is not None
     if cut or options.method.scope == "location":
         _check_statistics(statistics, options)
@@ -170,13 +168,17 @@ def narrow_model(
     asked_for["budget"] = options.params is not None
     asked_for["layer widths"] = options.layer_widths
     seconds |= {name: statistics.seconds.get(name, 0.0) * on for name, on in asked_for.items()}
-    layers = by_layer(model, inner)
-    if options.layer_widths and layers is not None:
-        if allocation is None:
-            raise ValueError("statistics: were prepared without layer_widths")
-        layers = list(allocation.widths)
-    made = _narrowed(given, width, layers, seconds)
-    report = _report(model, made.model, statistics, options, layers, seconds)
+    shape = Shape(width, by_layer(model, inner))
+    if options.params is not None and split is not None:
+        shape, allocation = shape_of(split, model), split.allocation
+    elif options.layer_widths and shape.inner is not None:
+        if allocation is None or allocation.equal != sum(shape.inner):
+            raise ValueError("statistics: were not prepared for these layer_widths")
+        shape = shape._replace(inner=allocation.widths)
+    if options.pad and shape.inner is None and differ(model.inner_widths):
+        shape = shape._replace(inner=model.inner_widths)
+    made = _narrowed(given, shape, seconds)
+    report = _report(model, made.model, statistics, options, shape, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
     report["width"]["asked"] = asked
     report["calibration"] |= {
@@ -221,14 +223,14 @@ def _warn_of_few(
         )
 
 
-def _narrowed(given: Calibrated, width: int, inner: Inner, seconds: dict[str, float]) -> Narrowed:
+def _narrowed(given: Calibrated, shape: Shape, seconds: dict[str, float]) -> Narrowed:
     model, options = given.model, given.options
     if model.architecture.fixed_residual:
         with stage("refit", seconds, "of feed-forwards"):
-            made = narrow_feed_forwards(model, given.tokens, inner, options)
+            made = narrow_feed_forwards(model, given.tokens, shape, options)
             made.model.finish()
         return made
-    made = options.method.narrow(given, width, inner, seconds)
+    made = options.method.narrow(given, shape, seconds)
     if not made.model.store.whole:
         with stage("absorption", seconds, "of the rest"):
             made.model.finish()
@@ -240,10 +242,12 @@ def _report(
     narrow: CausalLM,
     statistics: Statistics,
     options: Options,
-    layers: Inner,
+    shape: Shape,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    fixed = model.architecture.fixed_residual
+    fixed, inner = model.architecture.fixed_residual, shape.inner
+    # Layers with adapters, of maps for each location, are all of one width.
+    made = narrow.inner_widths if options.method.plain else []
     return {
         "method": "feed-forward" if fixed else options.method.name,
         "scope": options.method.scope,
@@ -254,12 +258,19 @@ def _report(
             "asked": options.ff_width,
             "old": model.inner_width,
             "new": narrow.inner_width,  # the widest layer's
-            "layers": list(layers) if layers is not None and differ(layers) else None,
-            "method": None if layers is None else options.ff_method.name,
+            "layers": next(
+                (list(widths) for widths in (made, inner or ()) if differ(widths)), None
+            ),
+            "method": None if inner is None else options.ff_method.name,
+        },
+        "layers": {
+            "old": len(model.layers),
+            "new": len(narrow.layers),
+            "dropped": list(shape.dropped),
         },
         "model_type": {"old": model.config.model_type, "new": narrow.config.model_type},
         "tied": narrow.tied,
-        "plain_checkpoint": options.method.plain and not differ(narrow.inner_widths),
+        "plain_checkpoint": options.method.plain and not differ(made),
         "parameters": {"dense": count_parameters(model), "narrow": count_parameters(narrow)},
         "calibration": {
             "tokens": statistics.tokens,

@@ -29,6 +29,7 @@ is read or written, and x has passed its adapter.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 
 import torch
@@ -91,6 +92,7 @@ def refit(
     residual: Residual | None = None,
     *,
     own: int = 0,
+    dropped: Collection[int] = (),
 ) -> list[float]:
     """Refit ``narrow`` in place, and narrow its feed-forward blocks; see the module's header.
 
@@ -102,24 +104,33 @@ def refit(
 
     Args:
         dense: the original model.
-        narrow: ``absorb(dense, q)``, perhaps with adapters.
+        narrow: ``absorb(dense, q, dropped=dropped)``, perhaps with adapters.
         q: (D, k) float64, orthonormal columns, or one for each residual location.
         tokens: int64 (windows, length).
-        inner: neurons that the feed-forward block of each layer keeps, or None for all.
+        inner: neurons that the feed-forward block of each layer of ``narrow`` keeps, or None for
+            all.
         options: whether weights are refitted (``refit``), with which ``ridge``, and how the neurons
             are chosen (``ff_method``).
         residual: how it passes the narrowed layers.
         own: how many of the windows, the last ones, the model wrote itself.
+        dropped: numbers of the dense layers that ``narrow`` has not: the dense stream alone passes
+            them, and what comes after makes up for them as far as it goes.
 
     A head of its own is a reader of the final norm and is refitted as such; a tied one has been
     chosen before (narrow/tied_head.py).
     """
-    run = _Refit(dense, narrow, q, tokens, inner, options, residual or Residual(), own)
-    names = dense.layers
+    run = _Refit(dense, narrow, q, tokens, options, residual or Residual(), own)
+    left = iter(enumerate(narrow.layers))
     with closing(run):
-        for i, name in enumerate(tqdm(names, desc="refit", unit="layer", disable=None)):
-            with dense.resident(name) as dense_layer, narrow.resident(name) as layer:
-                run.layer(dense_layer, layer, i)
+        for i, name in enumerate(tqdm(dense.layers, desc="refit", unit="layer", disable=None)):
+            if i in dropped:
+                with dense.resident(name) as dense_layer:
+                    run.pass_dense(dense_layer)
+                continue
+            number, own_name = next(left)
+            with dense.resident(name) as dense_layer, narrow.resident(own_name) as layer:
+                width = None if inner is None else inner[number]
+                run.layer(dense_layer, layer, run.qs[2 * i : 2 * i + 3], width)
                 body = run.residual.body(layer)
                 if inner is not None and options.pad:
                     pad_layer(run.architecture, body, max(inner))
@@ -142,14 +153,13 @@ class _Refit:
         narrow: CausalLM,
         q: Tensor | list[Tensor],
         tokens: Tensor,
-        inner: Inner,
         options: Options,
         residual: Residual,
         own: int,
     ) -> None:
         self.architecture = dense.architecture
         self.lost: list[float] = []  # by each feed-forward so far
-        self._options, self._inner_widths, self.residual = options, inner, residual
+        self._options, self.residual = options, residual
         self._dense = Streams(dense, tokens, options.batch_windows)
         place = self._dense.place
         self._narrow = Streams(narrow, tokens, options.batch_windows, place)
@@ -172,10 +182,18 @@ class _Refit:
         for cache in (*self._delivered, self._middle, self._inner):
             cache.close()
 
-    def layer(self, dense_layer: nn.Module, layer: nn.Module, number: int) -> None:
-        """Refit the layer of that number, from 0."""
-        # Of what attention and feed-forward read, and the next layer.
-        qs = self.qs[2 * number : 2 * number + 3]
+    def pass_dense(self, dense_layer: nn.Module) -> None:
+        """Move the dense stream alone past a layer."""
+        self._run_dense(dense_layer, [])
+
+    def layer(
+        self, dense_layer: nn.Module, layer: nn.Module, qs: list[Tensor], inner: int | None
+    ) -> None:
+        """Refit one layer.
+
+        qs: of what attention and feed-forward read, and the next layer; inner: neurons that the
+        feed-forward keeps, None for all.
+        """
         attention, feed_forward = self.architecture.sublayers
         body = self.residual.body(layer)
         dense_norms = norms_of(self.architecture, dense_layer)
@@ -198,7 +216,6 @@ class _Refit:
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
             self._middle[i] = self.residual.past_feed_forward(layer, x)
-        inner = None if self._inner_widths is None else self._inner_widths[number]
         kept = self._write(body, feed_forward, qs[2], inner)
         writer = linear_of(body, feed_forward.writer)
         for i, (x, h) in enumerate(zip(self._middle, self._inner, strict=True)):
@@ -223,7 +240,7 @@ class _Refit:
         for i in range(len(self._dense)):
             with captured(norms) as seen:
                 self._dense.stream[i] = self._dense.run(layer, i)
-            for delivered, output in zip(self._delivered, seen, strict=True):
+            for delivered, output in zip(self._delivered[: len(norms)], seen, strict=True):
                 delivered[i] = output
 
     def _readers(

@@ -11,6 +11,8 @@ output        c V D + 16 L V                                  (a window's logits
 tables        c V (D + k) + 8 rows (D + k) + 48 D^2
 refit         c (P_D + P_k) + 16 F^2 + 40 F k + 32 D^2 + batch     (float64 equations, their LU)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
+layer widths  c P_D + 40 F^2 + 32 F D + batch                 (each layer's elimination, before)
+divergence    c V D + 2 c L V + 2048 V                        (a window's logits, chunks in float32)
 experts       c (P_D + P_k) + max(batch, c P_k / 2)           (no equations; what is stored)
 evaluation    c V (D + k) + 12 B V                            (both models' logits side by side)
 batch         4 B (6 D + 3 F), with t experts for each token 4 B (6 D + t (2 D + 4 F)); where
@@ -105,6 +107,8 @@ def plan(
     stages = stage_bytes(model, batch, length, width, inner, c, evaluated=evaluated > 0)
     if sensitivity:
         stages |= sensitivity_bytes(model, batch, length, c)
+    if layer_widths:
+        stages |= layer_widths_bytes(model, batch, length, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
     if layer_widths:  # two windows, in a stream for every layer
         kept += 2 * len(model.layers) * length * model.width * c
@@ -193,7 +197,7 @@ def stage_bytes(
     config = model.config
     old, table = config.hidden_size, config.vocab_size
     wide = model.inner_width
-    layer = sum(p.numel() for p in model.module.get_submodule(model.layers[0]).parameters())
+    layer = largest_layer(model)
     batch = _batch_bytes(model, batch_tokens, length)
     layers = round(c * layer * (1 + width / old))
     if model.architecture.has_inner_width:
@@ -214,12 +218,28 @@ def stage_bytes(
 def sensitivity_bytes(model: CausalLM, batch_tokens: int, length: int, c: int) -> dict[str, int]:
     """Return the bytes of the backward pass; see the header."""
     width, table = model.width, model.config.vocab_size
-    layer = sum(p.numel() for p in model.module.get_submodule(model.layers[0]).parameters())
+    layer = largest_layer(model)
     batch = _batch_bytes(model, batch_tokens, length)
     return {
         "sensitivity": c * layer + 84 * width**2 + 3 * batch,
         "output": c * table * width + 16 * length * table,
     }
+
+
+def layer_widths_bytes(model: CausalLM, batch_tokens: int, length: int, c: int) -> dict[str, int]:
+    """Return the bytes of the pass that narrows each layer alone; see the header."""
+    width, table, wide = model.width, model.config.vocab_size, model.inner_width
+    batch = _batch_bytes(model, batch_tokens, length)
+    return {
+        "elimination": c * largest_layer(model) + 40 * wide**2 + 32 * wide * width + batch,
+        "divergence": c * table * width + 2 * c * length * table + 2048 * table,
+    }
+
+
+def largest_layer(model: CausalLM) -> int:
+    """Return the parameters of the largest layer."""
+    layers = (model.module.get_submodule(name) for name in model.layers)
+    return max(sum(p.numel() for p in layer.parameters()) for layer in layers)
 
 
 def _batch_bytes(model: CausalLM, tokens: int, length: int) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied, save_config
+from dotresize.models.fewer_layers import SameParts
 from dotresize.models.given import NOT_TIED, same_weight, untied
 from dotresize.models.resized import class_for
 from dotresize.offload.headers import INDEX, check_stored, shards
@@ -181,17 +182,14 @@ class Offloaded:
         """Nothing: what was read stays as it is in the files."""
 
     def derived(self, maker: PartMaker) -> CausalLM:
-        kind, widths = class_for(self._module, maker.config), self._inner_widths()
-        module = skeleton(kind, maker.config, self.device, widths)
+        kind = class_for(self._module, maker.config)
+        module = skeleton(kind, maker.config, self.device, maker.inner_widths)
         module.generation_config = copy.deepcopy(self._module.generation_config)
         return CausalLM(module, _Growing(module, maker, self))
 
-    def _inner_widths(self) -> list[int]:
-        return CausalLM(self._module, self).inner_widths
-
     def copied(self) -> CausalLM:
         """Return a model of the same weights; changes to a part that is held stay."""
-        return self.derived(_SameParts(CausalLM(self._module, self)))
+        return self.derived(SameParts(CausalLM(self._module, self)))
 
     def finish(self) -> None:
         model = CausalLM(self._module, self)
@@ -214,19 +212,6 @@ class Offloaded:
                 os.link(path, folder / path.name)
             except OSError:
                 shutil.copyfile(path, folder / path.name)
-
-
-class _SameParts:
-    """The parts of a model as they are; see ``PartMaker``."""
-
-    def __init__(self, model: CausalLM) -> None:
-        self._model, self.tied, self.config = model, model.tied, copy.deepcopy(model.config)
-
-    def part(self, name: str) -> dict[str, Tensor]:
-        if self.tied and name == self._model.architecture.head:
-            return {}
-        with self._model.resident(name) as part:
-            return {key: weight.clone() for key, weight in part.named_parameters()}
 
 
 class _Growing(Offloaded):

@@ -1,0 +1,62 @@
+"""A model without some of its layers: which of them stay, and what its config says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dotresize.models.causal_lm import CausalLM
+
+
+def kept_layers(layers: int, dropped: Collection[int]) -> list[int]:
+    """Return the numbers of the layers that stay."""
+    return [i for i in range(layers) if i not in dropped]
+
+
+def without_layers(config: Any, dropped: Collection[int]) -> Any:
+    """Return a copy of a config without some layers; entries with a value for each lose theirs."""
+    config = copy.deepcopy(config)
+    layers = config.num_hidden_layers
+    if not dropped:
+        return config
+    kept = kept_layers(layers, dropped)
+    by_layer = {
+        name: [value[i] for i in kept]
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == layers
+    }
+    config.num_hidden_layers = len(kept)
+    for name, value in by_layer.items():
+        setattr(config, name, value)
+    return config
+
+
+class SameParts:
+    """The parts of a model as they are, but for layers that are left out; see ``PartMaker``."""
+
+    def __init__(self, model: CausalLM, dropped: Collection[int] = ()) -> None:
+        self._model, self.tied = model, model.tied
+        self._kept = kept_layers(len(model.layers), dropped)
+        self.config = without_layers(model.config, dropped)
+        widths = model.inner_widths
+        self.inner_widths = [widths[i] for i in self._kept] if widths else []
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the weights of a part, by their names in it."""
+        model = self._model
+        if self.tied and name == model.architecture.head:
+            return {}
+        with model.resident(source_of(name, model, self._kept)) as part:
+            return {key: weight.detach().clone() for key, weight in part.named_parameters()}
+
+
+def source_of(name: str, model: CausalLM, kept: list[int]) -> str:
+    """Return the part of a model that becomes a part of the one with these layers alone."""
+    layers, _, number = name.rpartition(".")
+    if layers != model.architecture.layers:
+        return name
+    return f"{layers}.{kept[int(number)]}"
