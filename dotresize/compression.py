@@ -76,7 +76,7 @@ def compress(
     statistics: Prepared | Statistics | None = None,
     **choices: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Narrow the residual width, and the feed-forward width, of a causal language model.
+    """Narrow a causal language model: its residual width, its feed-forwards, its depth.
 
     Args:
         model: a transformers model of a supported architecture, on any device; not changed. One
@@ -146,7 +146,8 @@ def save(model: Any, folder: str | Path) -> None:
     a width for each layer, which this names in the config; ``load`` reads what is written.
 
     Raises:
-        ValueError: no transformers model of a supported family, or a directory that is not empty.
+        ValueError: no transformers model of a supported family, or one with a map for each
+            location, whose directories the command line writes; a directory that is not empty.
 
     Example:
         >>> import tempfile, torch, transformers

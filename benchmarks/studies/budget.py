@@ -48,7 +48,8 @@ def main() -> int:
             tokens, _ = with_own_text(model, tokens, options)
             split = split_budget(model, tokens, options, len(tokens) - count)
             row = {"params": args.params, "windows": count, "seed": seed}
-            row |= {"width": split.width, "inner": split.inner, **split.details()}
+            row |= {"width": split.width, "inner": split.inner, "dropped": list(split.dropped)}
+            row |= split.details()
             row["seconds"] = round(time.perf_counter() - start, 1)
             append(args.out, [where(torch.get_num_threads()) | row])
             sys.stdout.write(f"{json.dumps(row)}\n")

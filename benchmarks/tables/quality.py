@@ -211,18 +211,24 @@ def _mean_or_none(values: list[float]) -> float | None:
 
 
 def budget(rows: list[Row]) -> str:
-    """Return what the budget chose, and the excess of each width alone, by windows and seed."""
-    lines = _head(["windows", "seed", "chosen", "residual alone", "feed-forward alone"])
+    """Return what the budget chose, and the excess of what it tried, by windows and seed."""
+    kinds = ("residual alone", "feed-forward alone", "without a layer", "without two")
+    lines = _head(["windows", "seed", "chosen", *kinds])
     for row in rows:
-        alone = {"residual": "-", "feed-forward": "-"}
-        for tried in row["measured"]:  # half as far, then as far as the budget asks
-            shown = f"{tried['width']} / {tried['ff_width']}: {tried['excess']:.2f}"
-            if tried["ff_width"] == 1536:
-                alone["residual"] = shown
-            elif tried["width"] == 576:
-                alone["feed-forward"] = shown
+        found = dict.fromkeys(kinds, "-")
+        for tried in row["tried"]:
+            if tried["excess"] is None:
+                continue
+            dropped = len(tried.get("dropped", ()))
+            kind = kinds[dropped + 1]
+            if not dropped and tried["width"] < 576:
+                kind = kinds[0]
+            if tried["width"] == 576 or tried["ff_width"] == 1536:  # the middle is in no column
+                shown = f"{tried['width']} / {tried['ff_width']}"
+                found[kind] = f"{shown}: {tried['excess']:.2f}"
         chosen = f"{row['width']} / {row['inner']}"
-        lines.append(_line([str(row["windows"]), str(row["seed"]), chosen, *alone.values()]))
+        chosen += f", without {row['dropped']}" if row.get("dropped") else ""
+        lines.append(_line([str(row["windows"]), str(row["seed"]), chosen, *found.values()]))
     about = (
         f"SmolLM2-135M, 80 % of all parameters; excess on held-out windows. {rows[-1]['device']}, "
     )

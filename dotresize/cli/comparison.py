@@ -115,7 +115,10 @@ def narrowed(
     evaluate_into(beside(main, dense), narrow, reference)
     inner = main["feed_forward"]
     if others and main["width"]["new"] == main["width"]["old"]:
-        others = compared_feed_forwards(options, model) if inner["method"] else []
+        cut = inner["method"] or main["layers"]["dropped"]
+        others = compared_feed_forwards(options, model) if cut else []
+        if not inner["method"]:  # with as many layers less, all choices of neurons are one
+            others = others[:1]
     if compare and not others:
         logger.info("nothing was cut: there is no method to compare with")
     # What a budget was spent on is spent on the same shape by all.
@@ -126,8 +129,9 @@ def narrowed(
             del same_size["width"]
     if not inner["method"]:
         same_size["ff_method"] = FF_METHODS["eliminate"]
-    shared = replace(prepared.statistics, seconds=prepared.statistics.seconds | {"budget": 0.0})
-    prepared = prepared._replace(statistics=shared)  # others took no time to find the shape
+    nothing = {"budget": 0.0, "layer widths": 0.0}  # others took no time to find the shape
+    shared = replace(prepared.statistics, seconds=prepared.statistics.seconds | nothing)
+    prepared = prepared._replace(statistics=shared)
     rows = [evaluated(prepared, replace(other, **same_size), reference, dense) for other in others]
     return narrow, [dense, *rows, main]
 

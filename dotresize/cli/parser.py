@@ -85,7 +85,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--params",
         type=float,
-        help="share of the parameters, split over both widths (0.8 if no size is given)",
+        help="share of the parameters, kept by both widths or with a layer or two less, whatever "
+        "costs least (0.8 if no size is given)",
     )
     size.add_argument(
         "--params-count",
@@ -114,7 +115,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     groups["output"].add_argument(
         "--pad",
         action="store_true",
-        help="with --layer-widths: fill up with zeros, to a larger directory that everything loads",
+        help="with --layer-widths: fill up with zeros, which --params does not count, to a larger "
+        "directory that everything loads",
     )
     groups["output"].add_argument(
         "--compare",

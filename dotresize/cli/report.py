@@ -39,6 +39,8 @@ def label(report: dict[str, Any]) -> str:
     width, inner = report.get("width", {}), report.get("feed_forward", {})
     if inner.get("method") and width["new"] == width["old"]:
         name = f"feed-forward, {inner['method']}"
+    elif report.get("layers", {}).get("dropped") and width["new"] == width["old"]:
+        name = "fewer layers"
     after = [stage for stage in ("refit", "recovery") if report.get(stage)]
     return " + ".join([name, *after])
 

@@ -17,6 +17,18 @@ def kept_layers(layers: int, dropped: Collection[int]) -> list[int]:
     return [i for i in range(layers) if i not in dropped]
 
 
+def alike(config: Any) -> bool:
+    """Return whether any layer may be left out, as far as all tools go that read the result.
+
+    Not where layers differ by their number: llama.cpp has such patterns (of sliding windows, of
+    layers without rotation) in its code, and GPT-2 can divide attention by it.
+    """
+    layers = config.num_hidden_layers
+    lists = (value for value in vars(config).values() if isinstance(value, list))
+    mixed = any(len(value) == layers and len(set(map(str, value))) > 1 for value in lists)
+    return not mixed and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
+
+
 def without_layers(config: Any, dropped: Collection[int]) -> Any:
     """Return a copy of a config without some layers; entries with a value for each lose theirs."""
     config = copy.deepcopy(config)
@@ -44,6 +56,8 @@ class SameParts:
         self.config = without_layers(model.config, dropped)
         widths = model.inner_widths
         self.inner_widths = [widths[i] for i in self._kept] if widths else []
+        if dropped and widths:
+            setattr(self.config, model.architecture.inner, max(self.inner_widths))
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a part, by their names in it."""

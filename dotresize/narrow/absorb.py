@@ -89,6 +89,8 @@ class Absorption:
         widths = model.inner_widths
         self.inner_widths = [widths[i] for i in self._kept] if widths else []
         self.config = resized(without_layers(model.config, dropped), self.narrow)
+        if dropped and widths:
+            setattr(self.config, self.architecture.inner, max(self.inner_widths))
         self.config.tie_word_embeddings = self.tied
 
     def part(self, name: str) -> dict[str, Tensor]:

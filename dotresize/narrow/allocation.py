@@ -72,7 +72,7 @@ class Curves:
         course = self.eliminations[layer]
         at_reference = course.lost_at([self.reference[layer]])[0]
         scale = self.divergence[layer] / at_reference if at_reference > 0 else 0.0
-        return [scale * lost for lost in course.lost_at(widths)]
+        return [scale * lost if lost > 0 else 0.0 for lost in course.lost_at(widths)]
 
     def predicted(self, widths: Sequence[int], dropped: Collection[int] = ()) -> float:
         """Return the predicted loss of the model at a width for each layer that stays, in nats."""
@@ -295,9 +295,8 @@ class _Narrowed:
                         sums[n] += _divergence(expected, streams.logits(i, cache[i][one], one)[0])
         distributed.total(sums)
         found = (sums[:-1] / sums[-1]).clamp_min(0.0)
-        if not torch.isfinite(found).all():
-            raise ValueError("layer_widths: the model's predictions are not finite")
-        return found.tolist()
+        # What leaves no finite predictions is never chosen.
+        return found.nan_to_num(torch.inf, torch.inf).tolist()
 
 
 def _divergence(expected: Tensor, found: Tensor) -> Tensor:

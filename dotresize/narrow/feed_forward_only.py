@@ -41,14 +41,15 @@ def narrow_feed_forwards(
     dropped, inner = shape.dropped, shape.inner
     narrow = model.derived(SameParts(model, dropped)) if dropped else model.copied()
     lost: list[float] = []
-    if inner is None:
+    if inner is None and not (dropped and options.refit):
         return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
     with (
         closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
         closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
     ):
-        left = iter(zip(narrow.layers, inner, strict=True))
+        widths = [None] * len(narrow.layers) if inner is None else list(inner)
+        left = iter(zip(narrow.layers, widths, strict=True))
         for i, name in enumerate(
             tqdm(model.layers, desc="inner width", unit="layer", disable=None)
         ):
@@ -63,9 +64,10 @@ def narrow_feed_forwards(
                 lost.append(refit_writer(layer, part, equations, width, options, cut=False)[1])
                 for i in range(len(stream)):
                     stream.stream[i] = stream.run(layer, i)
-                if options.pad:
+                if options.pad and inner is not None:
                     pad_layer(architecture, layer, max(inner))
-    setattr(narrow.config, architecture.inner, max(inner))
+    if inner is not None:
+        setattr(narrow.config, architecture.inner, max(inner))
     return Narrowed(narrow, WidthMap.none(), [], lost)
 
 

@@ -285,7 +285,7 @@ class Options:
         asked = {"width": self.width, "energy": self.energy, "ff_width": self.ff_width}
         for name, value in asked.items():
             if self.params is not None and value is not None:
-                raise ValueError(f"give params or {name}, not both: params chooses both widths")
+                raise ValueError(f"give params or {name}, not both: params chooses the widths")
         self._check_of_method()
         if not self.ff_method.default and self.ff_width is None and not self.budgeted:
             raise ValueError(

@@ -20,6 +20,7 @@ from dotresize.accounting import (
 from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.fewer_layers import kept_layers
 from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
 from dotresize.narrow.allocation import Allocation, allocation_of, curves_of
@@ -176,7 +177,8 @@ def narrow_model(
             raise ValueError("statistics: were not prepared for these layer_widths")
         shape = shape._replace(inner=allocation.widths)
     if options.pad and shape.inner is None and differ(model.inner_widths):
-        shape = shape._replace(inner=model.inner_widths)
+        own = model.inner_widths
+        shape = shape._replace(inner=[own[i] for i in kept_layers(len(own), shape.dropped)])
     made = _narrowed(given, shape, seconds)
     report = _report(model, made.model, statistics, options, shape, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width
@@ -293,9 +295,12 @@ def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> No
         raise ValueError("statistics: were collected on other tokens")
     if options.params is None:
         return
-    asked = (options.params, options.params_count)
-    if split is None or (split.params, split.count) != asked:
-        raise ValueError(f"statistics: were prepared for no budget of params {options.params:g}")
+    asked = (options.params, options.params_count, options.layer_widths)
+    if split is None or (split.params, split.count, split.layer_widths) != asked:
+        by_layer = " with layer_widths" if options.layer_widths else ""
+        raise ValueError(
+            f"statistics: were prepared for no budget of params {options.params:g}{by_layer}"
+        )
 
 
 def _check_statistics(statistics: Statistics, options: Options) -> None:

@@ -31,7 +31,7 @@ from dotresize import distributed
 from dotresize.calibration.statistics import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.fewer_layers import kept_layers
+from dotresize.models.fewer_layers import alike, kept_layers
 from dotresize.narrow.allocation import Allocation, Curves, allocation_of, curves_of
 from dotresize.narrow.budget import Budget, check_budget
 from dotresize.narrow.calibrate import collect_for, held_out, spread
@@ -85,6 +85,7 @@ class Split:
     Attributes:
         width, inner: residual and feed-forward width.
         params, count: the share of which parameters that they fit.
+        layer_widths: whether layers may get widths of their own.
         dropped: numbers of the layers that are left out.
         allocation: of feed-forward widths to the layers; None where all get the same.
         tried: the shapes that it was chosen from.
@@ -94,6 +95,7 @@ class Split:
     inner: int
     params: float = 1.0
     count: str = "total"
+    layer_widths: bool = False
     dropped: tuple[int, ...] = ()
     allocation: Allocation | None = None
     tried: tuple[Tried, ...] = ()
@@ -142,15 +144,19 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0
     """
     assert options.params is not None
     split = _best(model, tokens, options, own)
-    split = replace(split, params=options.params, count=options.params_count)
+    count, layer_widths = options.params_count, options.layer_widths
+    split = replace(split, params=options.params, count=count, layer_widths=layer_widths)
+    inner = str(split.inner)
+    if split.allocation is not None:
+        inner = f"{min(split.allocation.widths)} to {inner}"
     logger.info(
-        "params %g of %s: width %d -> %d, feed-forward width %d -> %d%s%s",
+        "params %g of %s: width %d -> %d, feed-forward width %d -> %s%s%s",
         options.params,
         options.params_count.replace("_", "-"),
         model.width,
         split.width,
         model.inner_width,
-        split.inner,
+        inner,
         _without(split.dropped),
         "" if split.excess is None else f", excess {split.excess:.2f} on held-out windows",
     )
@@ -181,7 +187,9 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     middle = middle_of(pairs, ends, model)
     if middle is not None:
         _judge_middle(judge, judged, [*equal, *others], Split(*middle), model)
-    _, best = min(judged, key=lambda pair: pair[0])
+    excess, best = min(judged, key=lambda pair: pair[0])
+    if excess == math.inf:
+        raise ValueError(f"params {options.params:g}: no shape that was tried has a finite loss")
     return replace(best, tried=tuple(judge.tried))
 
 
@@ -223,12 +231,15 @@ def _predicted(model: CausalLM, tokens: Tensor, options: Options) -> Iterator[Sp
     inner = Budget(model, options).inner_at(model.width)
     equal = by_layer(model, inner) if inner >= least else None
     share = DEFAULT_SIZE if equal is None else sum(equal) / sum(model.inner_widths)
-    most = min(FEWER, layers // ONE_OF)
+    most = min(FEWER, layers // ONE_OF) if alike(model.config) else 0
     curves = curves_of(model, tokens, share, options, first=FIRST_WEIGHT, without=most > 0)
     cheapest = sorted(range(layers), key=lambda i: curves.without[i]) if most else []
     for count in range(most + 1):
         dropped = tuple(sorted(cheapest[:count]))
-        yield from _of_layers(model, options, curves, dropped)
+        found = list(_of_layers(model, options, curves, dropped))
+        yield from found
+        if found and found[0].inner == model.inner_width:
+            return  # nothing is gained by one layer less
 
 
 def _of_layers(
@@ -243,9 +254,11 @@ def _of_layers(
     equal = [min(inner, own[i]) for i in kept_layers(len(own), dropped)]
     tried = Tried(model.width, inner, dropped, predicted=curves.predicted(equal, dropped))
     yield Split(model.width, inner, dropped=dropped, tried=(tried,))
-    if options.layer_widths and equal != own:
-        total = budget.neurons_at(model.width)
-        found = allocation_of(curves, model, equal, total, options, dropped)
+    if not options.layer_widths:
+        return
+    total = budget.neurons_at(model.width)
+    found = allocation_of(curves, model, equal, total, options, dropped)
+    if list(found.widths) != equal:
         widest = max(found.widths)
         tried = Tried(model.width, widest, dropped, True, found.predicted)
         yield Split(model.width, widest, dropped=dropped, allocation=found, tried=(tried,))
@@ -332,7 +345,11 @@ class Judge:
             narrow = narrow_feed_forwards(model, cut, shape, options).model
         else:
             narrow = options.method.probe(self._given, shape)
-        return math.log(perplexity(narrow, self._windows, desc="budget")) - self._dense
+        try:
+            found = perplexity(narrow, self._windows, desc="budget")
+        except ValueError:  # its loss is not finite: a shape that is never taken
+            return math.inf
+        return math.log(found) - self._dense
 
 
 def _split_windows(tokens: Tensor, own: int) -> tuple[Tensor, Tensor, int]:
