@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,9 @@ def main() -> int:
         "--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES), help="(all of them)"
     )
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases alone")
+    parser.add_argument(
+        "--no-own-text", action="store_true", help="calibrate on the windows alone, in every case"
+    )
     args = parser.parse_args()
     names = [case.name for case in cases_of(args.which)]
     for name in args.only or ():
@@ -195,6 +199,7 @@ def main() -> int:
     study = Study(args.windows, gradients=args.which in ("maps", "amounts"))
     for i, (case, mixture, seed) in enumerate(left):
         start = time.perf_counter()
+        case = replace(case, own_text=case.own_text and not args.no_own_text)
         row = about | study.run(case, mixture, seed)
         row["wall_seconds"] = round(time.perf_counter() - start, 1)
         append(args.out, [row])

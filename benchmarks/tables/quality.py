@@ -132,14 +132,15 @@ def amounts(rows: list[Row]) -> str:
     counts = sorted({row["windows"] for row in rows})
     mixtures = sorted({row["mixture"] for row in rows} - {"all"})
     sizes = dict.fromkeys(case.name.partition(",")[0] for case in AMOUNTS)
-    head = ["windows"]
+    head = ["windows, given and its own"]
     for size in sizes:
         head += [f"{size}: no refit", "refit"]
         head += [f"{mixture}: no refit, refit" for mixture in mixtures]
     lines = _head(head)
     for count in counts:
         found = _by_case(rows, count)
-        cells = [str(count)]
+        own = {row["own_windows"] for row in rows if row["windows"] == count}
+        cells = [f"{count} and {' or '.join(map(str, sorted(own)))}"]
         for size in sizes:
             cases = [f"{size}, no refit", f"{size}, refit"]
             inside = [found.get((case, "all", 0)) for case in cases]
@@ -155,9 +156,9 @@ def amounts(rows: list[Row]) -> str:
     lines += [
         "",
         "Mean excess on three calibrated kinds of text, or on the kind that was left out. "
-        "SmolLM2-135M; to the windows of 512 tokens come half",
-        f"as many of the model's own. {last['device']}, {last['date']}. Rows: "
-        "`benchmarks/results/amounts.jsonl`.",
+        "SmolLM2-135M;",
+        f"windows of 512 tokens, given and of the model's own. {last['device']}, {last['date']}. "
+        "Rows: `benchmarks/results/amounts.jsonl`.",
     ]
     return "\n".join(lines)
 
