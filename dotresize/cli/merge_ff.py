@@ -42,7 +42,7 @@ from dotresize.cli.texts import (
 )
 from dotresize.evaluate import perplexity
 from dotresize.merging.checkpoint import MergedStore, PlainStore
-from dotresize.merging.merge import ANCHORS, merge_feed_forward
+from dotresize.merging.merge import ANCHORS, UNLIKE, alike_windows, merge_feed_forward
 from dotresize.merging.tie import dropped
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.stacks import layers_of, stacks_of
@@ -110,7 +110,13 @@ def merge_ff(args: argparse.Namespace) -> int:
             _check_plot(args.plot, merging)
         outline = checkpoint.outline(args.model)
         check_positions(choices, outline.config)
-        merging.check_layers(len(layers_of(outline.module, stacks_of(outline.module)[0])))
+        stack = stacks_of(outline.module)[0]
+        merging.check_layers(len(layers_of(outline.module, stack)))
+        alike = alike_windows(outline.module, stack, merging.merge)
+        if not alike:
+            raise ValueError(f"--merge {merging.merge}: everywhere in the model {UNLIKE}")
+        if merging.start is not None and merging.start not in alike:
+            raise ValueError(f"--start {merging.start}: {UNLIKE}")
 
     def run(stages: Stages) -> int:
         with stage("reading the model", {}):

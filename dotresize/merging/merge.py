@@ -159,6 +159,13 @@ def _merged(
     return new, report
 
 
+def alike_windows(model: Any, stack: Stack, k: int) -> list[int]:
+    """Return the first layer of every window of k whose feed-forwards are of one width."""
+    writers = [linear_of(layer, stack.writer) for layer in layers_of(model, stack)]
+    shapes = [rows_of(writer).shape for writer in writers]
+    return [i for i in range(len(shapes) - k + 1) if len(set(shapes[i : i + k])) == 1]
+
+
 class _Choice:
     """The windows of one stack."""
 
@@ -169,6 +176,7 @@ class _Choice:
         self._anchor = {"first": 0, "middle": (k - 1) // 2, "last": k - 1}[anchor]
         self._aligner = aligner
         self._windows = len(layers_of(model, stack)) - k + 1
+        self._alike = alike_windows(model, stack, k)
 
     def window(self, start: int) -> list[int]:
         return list(range(start, start + self._k))
@@ -192,15 +200,14 @@ class _Choice:
                 raise ValueError(
                     f"start {start}: a window of {self._k} begins at 0 to {self._windows - 1}"
                 )
-            if not self._alike(start):
+            if start not in self._alike:
                 raise ValueError(f"start {start}: {self._stack.name} {UNLIKE}")
             return start, []
         profile = []
         name = f"windows, {self._stack.name}"
-        alike = [first for first in range(self._windows) if self._alike(first)]
-        if not alike:
+        if not self._alike:
             raise ValueError(f"k {self._k}: everywhere in the {self._stack.name} {UNLIKE}")
-        for first in tqdm(alike, desc=name, unit="window", disable=None):
+        for first in tqdm(self._alike, desc=name, unit="window", disable=None):
             context = tied(self._model, self._stack, self.window(first), self.merged(first))
             with context:
                 value = _value(metric, self._model)
@@ -210,12 +217,6 @@ class _Choice:
         if not sound:
             raise ValueError(f"the metric of every window of the {self._stack.name} is not finite")
         return max(sound, key=lambda entry: entry["metric"])["start"], profile
-
-    def _alike(self, start: int) -> bool:
-        """Return whether the feed-forwards of a window are of one width."""
-        layers = layers_of(self._model, self._stack)
-        writers = (linear_of(layers[i], self._stack.writer) for i in self.window(start))
-        return len({rows_of(writer).shape for writer in writers}) == 1
 
     def baselines(self, metric: Metric, start: int) -> dict[str, float]:
         """Return the metric of the window merged without permutation, and of its anchor alone."""

@@ -314,8 +314,7 @@ class Options:
                 raise ValueError(f"{name}: {self.method.spelled} has none; give method {others}")
             if self._keeps_residual:
                 raise ValueError(
-                    f"{name}: ff_width alone leaves the residual as it is, and needs no map; leave "
-                    f"{name} out"
+                    f"{name}: ff_width alone leaves the residual as it is, without a map"
                 )
         if self.meant("steps") == math.inf:
             if self.factor is not None:
