@@ -56,7 +56,7 @@ _WHERE = {
     "load": "checkpoint",
     "merge_feed_forward": "merging.merge",
     "recover": "recovery",
-    "save": "compression",
+    "save": "checkpoint",
     "sinkhorn": "ops.sinkhorn",
     "transport_map": "ops.transport_map",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from dotresize.baselines.feed_forward import HandOn, KeepLargest, Nystrom
 from dotresize.baselines.magnitude import Magnitude
 from dotresize.baselines.per_location import PerLocation, SliceGPT
 from dotresize.calibration.statistics import Statistics
-from dotresize.checkpoint import check_output, write_whole
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
 from dotresize.models.torch_settings import usual_settings
@@ -136,41 +134,6 @@ def compress(
         CausalLM.in_memory(causal_model(model)), tokens, options, statistics
     )
     return narrow.module, report
-
-
-@usual_settings()
-def save(model: Any, folder: str | Path) -> None:
-    """Write a model that ``compress`` has returned into a new directory, whole or not at all.
-
-    ``save_pretrained`` does the same for a plain checkpoint. It knows nothing of feed-forwards of
-    a width for each layer, which this names in the config; ``load`` reads what is written.
-
-    Raises:
-        ValueError: no transformers model of a supported family, or one with a map for each
-            location, whose directories the command line writes; a directory that is not empty.
-
-    Example:
-        >>> import tempfile, torch, transformers
-        >>> config = transformers.LlamaConfig(
-        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        ...     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-        >>> from dotresize import compress, load, save
-        >>> model = transformers.LlamaForCausalLM(config)
-        >>> tokens = torch.randint(0, 100, (8, 32))
-        >>> narrow, report = compress(model, tokens, ff_width=48, layer_widths=True)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(narrow, folder)
-        ...     again = load(folder) if report["feed_forward"]["layers"] else narrow
-        >>> torch.equal(again(tokens).logits, narrow(tokens).logits)
-        True
-    """
-    if not isinstance(folder, (str, Path)):
-        raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
-    own = CausalLM.in_memory(causal_model(model))
-    path = check_output(folder)
-    if path.is_dir():
-        path.rmdir()
-    write_whole(path, own.save)
 
 
 def _signature() -> inspect.Signature:

@@ -26,7 +26,13 @@ import torch
 from torch import Tensor
 
 from dotresize.calibration.text import added_around, read_text, tokenize
-from dotresize.checkpoint import gguf_file, load_with_tokenizer, parts_of, save, write_whole
+from dotresize.checkpoint import (
+    gguf_file,
+    load_with_tokenizer,
+    parts_of,
+    write_directory,
+    write_whole,
+)
 from dotresize.cli.resume import partial_folder
 from dotresize.evaluate import evaluation_windows, perplexity
 
@@ -62,7 +68,7 @@ def made_models(options: list[str], *, keep: bool) -> dict[str, Path]:
         if name == "dense":
             device = torch.device("cpu")
             model, tokenizer = load_with_tokenizer(str(model_file()), device, to_narrow=True)
-            write_whole(folder, lambda new, m=model, t=tokenizer: save(m, t, new))
+            write_whole(folder, lambda new, m=model, t=tokenizer: write_directory(m, t, new))
             continue
         command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(folder)]
         command += [*NARROWED[name], "--windows", str(WINDOWS), "--quiet", *options]

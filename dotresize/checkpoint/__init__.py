@@ -312,6 +312,41 @@ def _forget_quantisation(model: Any) -> None:
     model.is_quantized = False
 
 
+@usual_settings()
+def save(model: Any, folder: str | Path) -> None:
+    """Write a model that ``compress`` has returned into a new directory, whole or not at all.
+
+    ``save_pretrained`` does the same for a plain checkpoint. It knows nothing of feed-forwards of
+    a width for each layer, which this names in the config; ``load`` reads what is written.
+
+    Raises:
+        ValueError: no transformers model of a supported family, or one with a map for each
+            location, whose directories the command line writes; a directory that is not empty.
+
+    Example:
+        >>> import tempfile, torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        ...     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        >>> from dotresize import compress, load, save
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> tokens = torch.randint(0, 100, (8, 32))
+        >>> narrow, report = compress(model, tokens, ff_width=48, layer_widths=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(narrow, folder)
+        ...     again = load(folder) if report["feed_forward"]["layers"] else narrow
+        >>> torch.equal(again(tokens).logits, narrow(tokens).logits)
+        True
+    """
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
+    own = CausalLM.in_memory(causal_model(model))
+    path = check_output(folder)
+    if path.is_dir():
+        path.rmdir()
+    write_whole(path, own.save)
+
+
 def check_output(out: str | Path) -> Path:
     """Raise ValueError unless ``out`` can become a new directory.
 
@@ -366,7 +401,7 @@ def settle(*paths: Path) -> None:
                 os.fsync(handle.fileno())
 
 
-def save(model: CausalLM, tokenizer: Any, folder: Path) -> None:
+def write_directory(model: CausalLM, tokenizer: Any, folder: Path) -> None:
     """Write a complete model directory: config, weights, generation config, tokenizer."""
     try:
         model.save(folder)

@@ -45,7 +45,7 @@ def write_output(
     name = origin.hub_id or (path.resolve().stem if path.is_file() else path.resolve().name)
 
     def fill(folder: Path) -> None:
-        checkpoint.save(model, tokenizer, folder)
+        checkpoint.write_directory(model, tokenizer, folder)
         text = json.dumps(report, indent=2) + "\n"
         (folder / "dotresize.json").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(card(report, name, origin), encoding="utf-8")

@@ -155,7 +155,7 @@ class Stages:
             model, report = make()
 
             def fill(new: Path) -> None:
-                checkpoint.save(model, tokenizer, new)
+                checkpoint.write_directory(model, tokenizer, new)
                 (new / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
             self._keep(folder, fill)

@@ -16,7 +16,6 @@ from torch import nn
 
 from dotresize.models.architecture import Architecture
 from dotresize.models.linear import keep_outputs, linear_of, pad_outputs, rows_of, set_rows
-from dotresize.ops.arguments import shown
 
 ENTRY = "per_layer_config"
 
@@ -98,7 +97,7 @@ def take_inner_widths(architecture: Architecture, config: Any) -> list[int] | No
             )
         width = entry.get(name, widest)
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"{ENTRY}: {name} is {shown(width)} in layer {int(number)}")
+            raise ValueError(f"{ENTRY}: {name} is {width!r} in layer {int(number)}")
         if not 0 <= int(number) < len(widths):
             raise ValueError(f"{ENTRY}: there is no layer {int(number)}")
         widths[int(number)] = width
