@@ -190,10 +190,10 @@ def test_ctrl_c_while_modules_are_imported(wait):
 def test_an_interrupt_of_which_an_import_makes_another_error(kind):
     """NumPy, interrupted while it loads under a module that goes on without it, fails later."""
     code = (
-        "import os, sys\n"
+        "import signal, sys, time\n"
         "from dotresize.cli import commands, main\n"
         "def run(_):\n"
-        f"    try: os.kill(os.getpid(), {int(kind)})\n"
+        f"    try: signal.raise_signal({int(kind)}); time.sleep(600)\n"
         "    except KeyboardInterrupt: raise ImportError('cannot load module') from None\n"
         "commands.run = run\n"
         "sys.exit(main(['info']))\n"

@@ -37,7 +37,8 @@ def assert_close(one: Path, other: Path) -> None:
     expected = weights(other)
     for name, weight in weights(one).items():
         error = (weight - expected[name]).norm() / expected[name].norm().clamp_min(1e-6)
-        assert error < 1e-4, (name, float(error))
+        # Sums in another order; a map for each location makes more of that than one for all.
+        assert error < 3e-4, (name, float(error))
 
 
 @pytest.mark.parametrize(

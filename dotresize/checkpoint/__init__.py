@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dotresize import distributed
 from dotresize.baselines.adapters import is_sliced, load_sliced
+from dotresize.checkpoint.uneven import load_uneven
 from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
@@ -32,7 +31,6 @@ from dotresize.models.layer_widths import ENTRY, set_inner_widths, take_inner_wi
 from dotresize.models.torch_settings import usual_settings
 from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import open_model
-from dotresize.offload.skeleton import skeleton
 from dotresize.ops.arguments import shown
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -219,29 +217,6 @@ def _inner_widths(source: str, config: Any) -> list[int] | None:
         return None  # other families read the entry themselves
     with _one_line(source):
         return take_inner_widths(architecture_of(config), config)
-
-
-def load_uneven(folder: Path, config: Any, widths: list[int]) -> CausalLM:
-    """Return the model of a directory whose layers have feed-forwards of different widths.
-
-    ValueError where the files disagree with the config.
-    """
-    transformers: Any = importlib.import_module("transformers")
-    check_stored(folder, config, widths)
-    device = torch.device("cpu")
-    module = skeleton(transformers.AutoModelForCausalLM, config, device, widths)
-    weights: dict[str, Tensor] = {}
-    for path in shards(folder):
-        weights |= load_file(path)
-    missing, _ = module.load_state_dict(weights, strict=False, assign=True)
-    module.tie_weights()
-    module.requires_grad_(True)  # as from_pretrained leaves it
-    left = [name for name, weight in module.named_parameters() if weight.is_meta]
-    if left:
-        raise ValueError(f"missing keys: {sorted(missing)[0]}")
-    if (folder / "generation_config.json").is_file():
-        module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return CausalLM.in_memory(causal_model(module.eval()))
 
 
 def _own_format(folder: Path) -> Callable[[Path], CausalLM] | None:

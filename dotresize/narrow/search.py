@@ -67,7 +67,7 @@ class Tried(NamedTuple):
         dropped: numbers of the layers that are left out.
         by_layer: whether each layer has a feed-forward width of its own.
         predicted: loss in nats; None where nothing predicts it.
-        excess: on held-out windows; None where it was not measured.
+        excess: on held-out windows; None where it was not measured, or is not finite.
     """
 
     width: int
@@ -335,7 +335,7 @@ class Judge:
         )
         logger.info("budget: trying %s", shown)
         found = self._excess(shape_of(split, model), options)
-        self.tried.append(before._replace(excess=found))
+        self.tried.append(before._replace(excess=found if math.isfinite(found) else None))
         logger.info("budget: %s: excess %.3f", shown, found)
         return found
 
