@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, fails, pieces_tokenizer, tiny_model
 
-from dotresize import compress
+from dotresize import compress, save
 from dotresize.cli import main
+from dotresize.models import architecture_of
+from dotresize.models.layer_widths import set_inner_widths
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +98,31 @@ def test_f32_has_the_logits_of_transformers(kind, changes, bytes_tokenizer, tmp_
     back = read_back(tmp_path / "n.gguf", narrow.config)
     with torch.no_grad():
         assert torch.equal(back(tokens).logits, narrow(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_a_width_for_each_layer_is_written_as_deci(kind, bytes_tokenizer, tmp_path):
+    """Every layer has its entry, and the tensors are those of the model."""
+    model = tiny_model(kind)
+    widths = [40, 32, 24]
+    set_inner_widths(architecture_of(model.config), model, widths)
+    save(model, tmp_path / "uneven")
+    bytes_tokenizer.save_pretrained(tmp_path / "uneven")
+    path = tmp_path / "n.gguf"
+    command = ["export", str(tmp_path / "uneven"), str(path), "--type", "f32", "--quiet"]
+    assert main(command) == 0
+    fields, tensors = read(path)
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.feed_forward_length"] == widths
+    assert fields["deci.attention.head_count"] == [model.config.num_attention_heads] * 3
+    assert fields["deci.attention.head_count_kv"] == [model.config.num_key_value_heads] * 3
+    for i, width in enumerate(widths):
+        found = tensors[f"blk.{i}.ffn_down.weight"]
+        assert found.shape == (24, width)
+        assert torch.equal(found, model.model.layers[i].mlp.down_proj.weight)
+        heads = tensors[f"blk.{i}.attn_k.weight"].view(-1, model.config.head_dim, 24)
+        halves = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1).reshape(-1, 24)
+        assert torch.equal(halves, model.model.layers[i].self_attn.k_proj.weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])
