@@ -193,7 +193,7 @@ def test_an_interrupt_of_which_an_import_makes_another_error(kind):
         "import signal, sys, time\n"
         "from dotresize.cli import commands, main\n"
         "def run(_):\n"
-        f"    try: signal.raise_signal({int(kind)}); time.sleep(600)\n"
+        f"    try: signal.raise_signal({int(kind)}); time.sleep(60)\n"
         "    except KeyboardInterrupt: raise ImportError('cannot load module') from None\n"
         "commands.run = run\n"
         "sys.exit(main(['info']))\n"
