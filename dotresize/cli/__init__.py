@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.verb == "bench":
             from dotresize.benchmarks import command
 
-            return command.run(args)
+            return _ended(command.run(args))
         # Here: transformers is slow to import, and the mistakes above are not.
         from dotresize.cli import commands
 
-        return commands.run(args)
+        return _ended(commands.run(args))
     except KeyboardInterrupt:
         return _interrupted(args)
     except Exception as error:
@@ -89,6 +89,12 @@ def _interrupted(args: argparse.Namespace) -> int:
     _stop_asking()
     kept = "finished cases are kept" if args.verb == "bench" else "nothing was left behind"
     return _fail(f"interrupted; {_stages_kept(args) or kept}", 1)
+
+
+def _ended(code: int) -> int:
+    """Return the code of work that has ended, also where an interrupt was lost meanwhile."""
+    _stop_asking()
+    return code
 
 
 def _stop_asking() -> None:
