@@ -17,6 +17,21 @@ def kept_layers(layers: int, dropped: Collection[int]) -> list[int]:
     return [i for i in range(layers) if i not in dropped]
 
 
+def widths_left(model: CausalLM, dropped: Collection[int]) -> list[int]:
+    """Return the feed-forward widths of the layers that stay; an empty list for experts."""
+    widths = model.inner_widths
+    return [widths[i] for i in kept_layers(len(widths), dropped)]
+
+
+def config_left(model: CausalLM, dropped: Collection[int]) -> Any:
+    """Return the config of the layers that stay, with the widest of their feed-forwards."""
+    config = without_layers(model.config, dropped)
+    widths = widths_left(model, dropped)
+    if dropped and widths:
+        setattr(config, model.architecture.inner, max(widths))
+    return config
+
+
 def alike(config: Any) -> bool:
     """Return whether any layer may be left out, as far as all tools go that read the result.
 
@@ -53,11 +68,8 @@ class SameParts:
     def __init__(self, model: CausalLM, dropped: Collection[int] = ()) -> None:
         self._model, self.tied = model, model.tied
         self._kept = kept_layers(len(model.layers), dropped)
-        self.config = without_layers(model.config, dropped)
-        widths = model.inner_widths
-        self.inner_widths = [widths[i] for i in self._kept] if widths else []
-        if dropped and widths:
-            setattr(self.config, model.architecture.inner, max(self.inner_widths))
+        self.config = config_left(model, dropped)
+        self.inner_widths = widths_left(model, dropped)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a part, by their names in it."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.fewer_layers import kept_layers, source_of, without_layers
+from dotresize.models.fewer_layers import config_left, kept_layers, source_of, widths_left
 from dotresize.models.resized import resized
 from dotresize.offload.memory_plan import TABLE_ROWS
 
@@ -86,11 +86,8 @@ class Absorption:
         self._table = self.architecture.table_scale(self.width, self.narrow, self.tied)
         self._stream = self.architecture.stream_scale(self.width, self.narrow, self.tied)
         self._kept = kept_layers(len(model.layers), dropped)
-        widths = model.inner_widths
-        self.inner_widths = [widths[i] for i in self._kept] if widths else []
-        self.config = resized(without_layers(model.config, dropped), self.narrow)
-        if dropped and widths:
-            setattr(self.config, self.architecture.inner, max(self.inner_widths))
+        self.inner_widths = widths_left(model, dropped)
+        self.config = resized(config_left(model, dropped), self.narrow)
         self.config.tie_word_embeddings = self.tied
 
     def part(self, name: str) -> dict[str, Tensor]:

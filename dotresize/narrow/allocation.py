@@ -29,6 +29,7 @@ from tqdm import tqdm
 from dotresize import distributed
 from dotresize.calibration.activation_cache import ActivationCache
 from dotresize.calibration.residual_stream import Streams, captured_inputs
+from dotresize.evaluate import CHUNK
 from dotresize.least_squares import FLOAT, over_tokens
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
@@ -39,7 +40,7 @@ from dotresize.narrow.feed_forward import RIDGE, Elimination, elimination, recom
 from dotresize.narrow.options import Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS
 
-# No layer gets fewer neurons than this share of what it has.
+# No width, of a layer or of all, is narrowed further than to this share.
 LEAST = 0.1
 # How many windows divergences are measured on, in a stream for each layer; and on how many neurons
 # are eliminated, at most.
@@ -47,8 +48,6 @@ MEASURED = 2
 SOLVED = 12
 # A divergence is measured where a layer has lost this share of what it loses at ``LEAST``, or more.
 ENOUGH = 0.01
-# Tokens of which predictions are compared at a time.
-CHUNK = 128
 
 
 @dataclass(frozen=True)

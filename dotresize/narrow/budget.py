@@ -11,7 +11,7 @@ import torch
 
 from dotresize.accounting import count_parameters
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.fewer_layers import kept_layers, without_layers
+from dotresize.models.fewer_layers import widths_left, without_layers
 from dotresize.models.resized import resized
 from dotresize.narrow.choose_width import residual_step
 from dotresize.narrow.options import Options
@@ -126,8 +126,7 @@ def parameters_at(
     """
     config = without_layers(model.config, dropped)
     # Layers that are narrower already keep their own width.
-    every = model.inner_widths
-    own = [every[i] for i in kept_layers(len(every), dropped)] or [model.inner_width]
+    own = widths_left(model, dropped) or [model.inner_width]
 
     def neurons(inner: int) -> int:
         return sum(min(inner, width) for width in own)

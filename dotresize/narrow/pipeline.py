@@ -20,7 +20,7 @@ from dotresize.accounting import (
 from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.fewer_layers import kept_layers
+from dotresize.models.fewer_layers import widths_left
 from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
 from dotresize.narrow.allocation import Allocation, allocation_of, curves_of
@@ -177,8 +177,7 @@ def narrow_model(
             raise ValueError("statistics: were not prepared for these layer_widths")
         shape = shape._replace(inner=allocation.widths)
     if options.pad and shape.inner is None and differ(model.inner_widths):
-        own = model.inner_widths
-        shape = shape._replace(inner=[own[i] for i in kept_layers(len(own), shape.dropped)])
+        shape = shape._replace(inner=widths_left(model, shape.dropped))
     made = _narrowed(given, shape, seconds)
     report = _report(model, made.model, statistics, options, shape, seconds)
     asked = 1.0 if widths.residual is not None and options.width is None else options.width

@@ -31,8 +31,8 @@ from dotresize import distributed
 from dotresize.calibration.statistics import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.fewer_layers import alike, kept_layers
-from dotresize.narrow.allocation import Allocation, Curves, allocation_of, curves_of
+from dotresize.models.fewer_layers import alike, kept_layers, widths_left
+from dotresize.narrow.allocation import LEAST, Allocation, Curves, allocation_of, curves_of
 from dotresize.narrow.budget import Budget, check_budget
 from dotresize.narrow.calibrate import collect_for, held_out, spread
 from dotresize.narrow.choose_width import DEFAULT_SIZE, by_layer
@@ -50,8 +50,6 @@ CUT_WINDOWS = 6
 MARGIN = 0.05
 # What the middle can win at an exponent of 1.15: 2^1.15 (1 - MARGIN) - 1.
 NEAR = 1.11
-# No width is narrowed further than to this share.
-LEAST = 0.1
 # How many layers may be left out, one of so many at most; and how many of the predicted shapes are
 # narrowed and judged.
 FEWER = 2
@@ -250,8 +248,7 @@ def _of_layers(
     inner = budget.inner_at(model.width)
     if inner < LEAST * model.inner_width:
         return
-    own = model.inner_widths
-    equal = [min(inner, own[i]) for i in kept_layers(len(own), dropped)]
+    equal = [min(inner, own) for own in widths_left(model, dropped)]
     tried = Tried(model.width, inner, dropped, predicted=curves.predicted(equal, dropped))
     yield Split(model.width, inner, dropped=dropped, tried=(tried,))
     if not options.layer_widths:
