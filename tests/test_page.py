@@ -69,15 +69,9 @@ def written_numbers(svg: str) -> list[str]:
     return [word for word in words if not re.search("[A-Za-z]{2}", re.sub("<.*?>", "", word))]
 
 
-@pytest.mark.parametrize("options", [[], ["--params", "0.95"]], ids=["asked for", "by a budget"])
-def test_of_a_feed_forward_alone_no_map_is_drawn(options, arguments, tmp_path, capsys, monkeypatch):
-    """Whether that was asked for or is what the budget found."""
-    from dotresize.narrow import pipeline, search
-
+def test_of_a_feed_forward_alone_no_map_is_drawn(arguments, tmp_path, capsys):
     i = arguments.index("--width")
-    words = [*arguments[:i], *arguments[i + 2 :], *(options or ["--ff-width", "28"])]
-    found = search.Split(24, 28, params=0.95)
-    monkeypatch.setattr(pipeline, "split_budget", lambda *_: found)
+    words = [*arguments[:i], *arguments[i + 2 :], "--ff-width", "28"]
     assert main([*words, "--compare", "--report", str(tmp_path / "page")]) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "page" / "index.html").read_text()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
+from conftest import copy_of, tiny_model
 from test_compress import logits
 
 from dotresize import compress, load
@@ -181,7 +181,44 @@ def test_the_command_says_what_it_left_out(arguments, tmp_path, capsys, caplog):
     assert "without layer 5 and 11" in caplog.text
     said = capsys.readouterr().out
     layers = next(line for line in said.splitlines() if line.startswith("layers"))
-    assert layers.split() == ["layers", "16", *["14"] * (len(layers.split()) - 2)]
+    assert layers.split() == ["layers", "16", "16", "16", "16", "14"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- layers 16 -> 14, without layer 5 and 11 (counted from 0)" in card
+    report = json.loads((tmp_path / "out" / "dotresize.json").read_text())
+    dense, neurons, channels, paper = report["compared"]
+    assert neurons["feed_forward"]["method"] == "magnitude"
+    assert channels["method"] == "magnitude"
+    assert (paper["method"], paper["map"]["steps"], paper["map"]["factor"]) == ("dot", 1, "qr")
+    room = 0.88 * dense["parameters"]["narrow"]["non_embedding"]
+    for row in (neurons, channels, paper, report):
+        assert row["refit"] is None or row is report
+        assert 0.7 * room < row["parameters"]["narrow"]["non_embedding"] <= room
     assert main([*command, "--compare", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gpt2", ["feed-forward, magnitude"]),
+        ("mixtral", ["magnitude", "transport"]),
+    ],
+)
+def test_a_budget_is_compared_on_the_widths_that_can_change(
+    kind, expected, arguments, model_directory, tmp_path, capsys
+):
+    folder = copy_of(model_directory, tmp_path / "other")
+    tiny_model(kind).save_pretrained(folder)
+    arguments[1] = str(folder)
+    arguments[3:5] = ["--params", "0.9"]
+    assert main([*arguments, "--compare"]) == 0
+    heading = capsys.readouterr().out.splitlines()[0].split("  ")
+    names = [name.strip() for name in heading if name.strip()]
+    assert names[:-1] == ["dense", *expected]
+
+
+def test_nothing_is_compared_where_the_budget_is_everything(arguments, caplog, capsys):
+    caplog.set_level("INFO", logger="dotresize")
+    arguments[3:5] = ["--params", "1"]
+    assert main([*arguments, "--compare"]) == 0
+    assert "nothing was cut" in caplog.text
+    assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "transport", "+", "refit"]

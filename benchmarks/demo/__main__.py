@@ -1,4 +1,8 @@
-"""``make demo``: take a fifth of SmolLM2-135M's parameters away, compare, load the result.
+"""``make demo``: take a fifth of SmolLM2-135M's parameters away, and see what is left.
+
+The table has the dense model, plain ways to spend the same parameters, among them the paper's
+single transport, and the default's model. That one is then written for llama.cpp as well, and the
+dense model and it write a sentence each, in plain transformers.
 
 With ``--out FILE`` one JSON line per row of the table is appended to FILE; other options are handed
 to ``dotresize compress``.
@@ -24,6 +28,7 @@ from .texts import model_file, write_texts
 
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"
+GGUF = FOLDER / "SmolLM2-135M-narrow-q8_0.gguf"
 WINDOWS = 18
 EVAL_WINDOWS = 4
 
@@ -34,27 +39,42 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+name, folder, *file = sys.argv[1:]
+of = {"gguf_file": file[0]} if file else {}
+model = AutoModelForCausalLM.from_pretrained(folder, **of)
+tokenizer = AutoTokenizer.from_pretrained(folder, **of)
 prompt = tokenizer("The history of the city begins", return_tensors="pt")
 tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
 assert "dotresize" not in sys.modules
 text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-widths = f"{model.config.hidden_size} / {model.config.intermediate_size}"
-print(f"plain transformers, widths {widths}: {' '.join(text.split())}")
+print(f"{name}, in plain transformers: {' '.join(text.split())}")
 """
+
+
+def run(*words: str) -> int:
+    """Run ``dotresize``; return its exit code."""
+    print("$ dotresize", *words, flush=True)
+    return subprocess.run([sys.executable, "-m", "dotresize", *words], check=False).returncode
 
 
 def compress(options: list[str]) -> int:
     calibration, held_out = write_texts(FOLDER / "texts")
     for folder in (OUT, partial_folder(str(OUT))):  # of the last run, or one that was interrupted
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "dotresize", "compress", str(model_file()), str(OUT)]
-    command += ["--compare", "--windows", str(WINDOWS)]
-    command += ["--calibration", *map(str, calibration)]
-    command += ["--eval", *map(str, held_out), "--eval-windows", str(EVAL_WINDOWS), *options]
-    print("$ dotresize", *command[3:], flush=True)
+    words = ["compress", str(model_file()), str(OUT), "--compare", "--windows", str(WINDOWS)]
+    words += ["--calibration", *map(str, calibration), "--eval", *map(str, held_out)]
+    return run(*words, "--eval-windows", str(EVAL_WINDOWS), *options)
+
+
+def export() -> int:
+    """Write the result as one file for llama.cpp."""
+    GGUF.unlink(missing_ok=True)
+    return run("export", str(OUT), str(GGUF), "--type", "q8_0")
+
+
+def generate(name: str, *where: str) -> int:
+    """Have a model write a sentence. where: a folder, and the .gguf file in it, if it is one."""
+    command = [sys.executable, "-c", GENERATE, name, *where]
     return subprocess.run(command, check=False).returncode
 
 
@@ -74,7 +94,8 @@ def append_rows(path: Path) -> None:
         "eval_windows": settings["eval_windows"],
         "seed": settings["seed"],
     }
-    kept = ("method", "refit", "width", "feed_forward", "tied", "plain_checkpoint", "parameters")
+    kept = ("method", "refit", "width", "feed_forward", "layers", "tied", "plain_checkpoint")
+    kept += ("parameters",)
     kept += ("map", "budget")
     kept += ("recovery", "training_free", *FIGURES)
     with path.open("a", encoding="utf-8") as file:
@@ -91,8 +112,10 @@ def main() -> int:
     code = compress(options)
     if code == 0 and args.out is not None:
         append_rows(args.out)
-    if code == 0:
-        code = subprocess.run([sys.executable, "-c", GENERATE, str(OUT)], check=False).returncode
+    dense = model_file()
+    code = code or export()
+    code = code or generate("dense", str(dense.parent), dense.name)
+    code = code or generate("narrowed", str(OUT))
     print(f"{time.perf_counter() - start:.0f} seconds on {device_name()}")
     return code
 

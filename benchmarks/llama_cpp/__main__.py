@@ -42,12 +42,13 @@ from .library import LlamaCpp, find
 
 FOLDER = Path("demo-output/llama_cpp")
 FILES = FOLDER / "files"
-TYPES = ("f32", "q8_0", "q4_0", "q4_k_m")
+TYPES = ("f32", "q8_0", "q4_0", "q4_k_m", "q3_k_m")
 # The rows of the table, by what dotresize compress is asked for.
 NARROWED = {
     "width 0.8": ["--width", "0.8"],
     "params 0.8": [],
     "ff-width 0.73": ["--ff-width", "0.73"],
+    "ff-width 0.73 --layer-widths": ["--ff-width", "0.73", "--layer-widths"],
 }
 WINDOWS, EVAL_WINDOWS, LENGTH = 18, 4, 512
 PROMPTS, NEW_TOKENS, ROUNDS = 4, 48, 5
@@ -147,6 +148,7 @@ def measured(
                 everything = torch.cat(list(windows.values()))
                 row["compared"] = compared(folder, opened, documents, everything)
         row["widths"] = [config.hidden_size, config.intermediate_size]
+        row["layer_widths"] = gguf_file.inner_widths(config)
         row["model_type"] = config.model_type
         rows.append(row)
         print(json.dumps(row), flush=True)

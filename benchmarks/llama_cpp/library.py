@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 # llama.h, enum llama_ftype.
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15}
 _ROOM = 1024
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 

@@ -5,8 +5,9 @@
     python -m benchmarks.studies.quality maps --out FILE --seeds 0 1
     python -m benchmarks.studies.quality amounts --out FILE --windows 6
     python -m benchmarks.studies.quality layers --out FILE --seeds 0 1
+    python -m benchmarks.studies.quality shares --out FILE --model MODEL
 
-The cases are in quality_cases.py.
+The cases are in quality_cases.py. Windows begin as the model's tokenizer begins a text.
 
 Figure of merit: excess = ln(perplexity / dense perplexity), on Wikipedia articles, news and
 programming documentation that are never calibrated on. Each case runs with all three sources in
@@ -33,11 +34,12 @@ from torch import Tensor
 
 from dotresize.calibration.self_generated import sample
 from dotresize.calibration.statistics import Statistics, collect
-from dotresize.calibration.text import random_windows, tokenize
+from dotresize.calibration.text import added_around, random_windows, tokenize
 from dotresize.checkpoint import load_with_tokenizer
 from dotresize.compression import make_options
 from dotresize.evaluate import evaluation_windows, perplexity
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.budget import parameters_at
 from dotresize.narrow.pipeline import narrow_model
 
 from ..demo.texts import SOURCES, model_file, write_texts
@@ -50,29 +52,35 @@ from .quality_cases import (
     LAYERS,
     MAPS,
     MIXTURES,
+    SHARES,
     WINDOWS,
     Case,
 )
 
 WINDOW = 512
 EVAL_WINDOWS = 4
+GROUPS = {"study": CASES, "maps": MAPS, "amounts": AMOUNTS, "layers": LAYERS, "shares": SHARES}
 
 
 class Study:
     """The model, its texts, and one calibration at a time."""
 
-    def __init__(self, windows: int, *, gradients: bool = False) -> None:
-        """Read model and texts. gradients: whether maps will heed what the output feels."""
+    def __init__(self, windows: int, *, gradients: bool = False, model: Path | None = None) -> None:
+        """Read model and texts.
+
+        gradients: whether maps will heed what the output feels; model: SmolLM2-135M if not given.
+        """
         self.windows, self._gradients = windows, gradients
-        self.model, tokenizer = load_with_tokenizer(
-            str(model_file()), torch.device("cpu"), to_narrow=True
-        )
+        path = model or model_file()
+        self.name = path.name
+        self.model, tokenizer = load_with_tokenizer(str(path), torch.device("cpu"), to_narrow=True)
+        self._first, _ = added_around(tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             calibration, held_out = write_texts(Path(folder))
             self.streams = [tokenize(path, tokenizer) for path in calibration]
             texts = [tokenize(path, tokenizer) for path in held_out]
         self.texts = {
-            name: evaluation_windows(text, WINDOW, EVAL_WINDOWS)
+            name: evaluation_windows(text, WINDOW, EVAL_WINDOWS, self._first)
             for name, text in zip(SOURCES, texts, strict=True)
         }
         self.dense = self.perplexities(self.model)
@@ -89,11 +97,11 @@ class Study:
             self._calibration = None
             streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
             # The same number of tokens, however many sources share them.
-            tokens = random_windows(streams, self.windows, WINDOW, seed)
+            tokens = random_windows(streams, self.windows, WINDOW, seed, None, self._first)
             if own:
                 if seed not in self._own:
                     count = make_options().own_windows(self.windows)
-                    self._own[seed] = sample(self.model, count, WINDOW, seed)
+                    self._own[seed] = sample(self.model, count, WINDOW, seed, self._first)
                 tokens = torch.cat([tokens, self._own[seed]])
             statistics = collect(
                 self.model,
@@ -106,6 +114,15 @@ class Study:
             self._calibration = (key, tokens, statistics)
         return self._calibration[1:]
 
+    def _zeros(self, report: dict[str, Any]) -> int:
+        """Return how many parameters are zeros that layers are filled up with."""
+        own = report["layer_widths"]
+        if own is None or not report["plain_checkpoint"]:
+            return 0
+        count = parameters_at(self.model, "non_embedding")
+        each = (count(self.model.width, 2) - count(self.model.width, 1)) // len(self.model.layers)
+        return each * sum(report["feed_forward"]["new"] - width for width in own["widths"])
+
     def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:
         tokens, statistics = self.calibration(mixture, seed, case.own_text)
         start = time.perf_counter()
@@ -116,7 +133,8 @@ class Study:
         seconds = time.perf_counter() - start
         found = self.perplexities(narrow)
         return {
-            **{"case": case.name, "mixture": mixture, "seed": seed, "windows": self.windows},
+            **{"model": self.name, "case": case.name, "mixture": mixture, "seed": seed},
+            **{"windows": self.windows, "first_token": self._first},
             "own_windows": report["calibration"]["self_windows"],
             **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
             "options": case.options,
@@ -126,10 +144,12 @@ class Study:
             "excess": {name: math.log(found[name] / self.dense[name]) for name in found},
             "width": report["width"]["new"],
             "ff_width": report["feed_forward"]["new"],
+            "layers": report["layers"],
             "layer_widths": _without_curves(report["layer_widths"]),
             "tied": report["tied"],
             "plain_checkpoint": report["plain_checkpoint"],
             "parameters": report["parameters"]["narrow"],
+            "zeros": self._zeros(report),
             "dense_parameters": report["parameters"]["dense"],
             "refit": report["refit"],
             "budget": report["budget"],
@@ -148,7 +168,7 @@ def cases_of(which: str) -> list[Case]:
     """Return the cases of a group; the headline is a part of the study."""
     if which == "headline":
         return [case for case in CASES if case.name in HEADLINE]
-    return list({"study": CASES, "maps": MAPS, "amounts": AMOUNTS, "layers": LAYERS}[which])
+    return list(GROUPS[which])
 
 
 def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
@@ -163,10 +183,13 @@ def wanted(which: str, seeds: list[int]) -> Iterator[tuple[Case, str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("which", choices=("headline", "study", "maps", "amounts", "layers"))
+    parser.add_argument("which", choices=("headline", *GROUPS))
     parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
     parser.add_argument(
         "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="directory or .gguf file (SmolLM2-135M of the demo)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the windows (0)")
     parser.add_argument(
@@ -185,6 +208,7 @@ def main() -> int:
     done = {
         (row["case"], row["mixture"], row["seed"], row["windows"])
         for row in (read(args.out) if args.out.exists() else [])
+        if row.get("model", model_file().name) == (args.model or model_file()).name
     }
     left = [
         (case, mixture, seed)
@@ -196,7 +220,8 @@ def main() -> int:
     if not left:
         return 0
     about = where(torch.get_num_threads())
-    study = Study(args.windows, gradients=args.which in ("maps", "amounts"))
+    gradients = args.which in ("maps", "amounts")
+    study = Study(args.windows, gradients=gradients, model=args.model)
     for i, (case, mixture, seed) in enumerate(left):
         start = time.perf_counter()
         case = replace(case, own_text=case.own_text and not args.no_own_text)

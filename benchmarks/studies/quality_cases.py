@@ -96,10 +96,23 @@ AMOUNTS = tuple(
     for refit in (True, False)
 )
 
-# The same parameters outside the embeddings: as many for each layer, or by what each is worth.
+# 80 % outside the embeddings: as many neurons for each layer, or by what each is worth, and what
+# the search of a budget chooses.
+BY_LAYER = {"layer_widths": True}
+OUTSIDE = BUDGET | {"params_count": "non_embedding"}
 LAYERS = (
     Case("equal widths", INNER, own_text=True),
-    Case("a width for each layer", INNER | {"layer_widths": True}, own_text=True),
+    Case("a width for each layer", INNER | BY_LAYER, own_text=True),
+    Case("the search", OUTSIDE, own_text=True),
+    Case("the search, with a width for each layer", OUTSIDE | BY_LAYER, own_text=True),
+)
+
+# For models of other sizes, whose layers may differ in kind: four fifths of the feed-forwards.
+FOUR_FIFTHS = {"ff_width": 0.8}
+SHARES = (
+    Case("magnitude", FOUR_FIFTHS | {"ff_method": "magnitude", "refit": False}, own_text=True),
+    Case("equal widths", FOUR_FIFTHS, own_text=True),
+    Case("a width for each layer, padded", FOUR_FIFTHS | BY_LAYER | {"pad": True}, own_text=True),
 )
 
 CASES = (
@@ -135,11 +148,7 @@ CASES = (
             ("transport + refit", REFIT | ONE),
         )
     ),
-    Case(
-        "budget, 80 % outside the embeddings",
-        BUDGET | {"params_count": "non_embedding"},
-        own_text=True,
-    ),
+    Case("budget, 80 % outside the embeddings", OUTSIDE, own_text=True),
     Case("budget, 80 % in total", BUDGET, own_text=True),
     # As many outside the embeddings by both widths, whatever the budget chose.
     Case("both widths + refit", PCA | {"width": 567, "ff_width": 1152}, own_text=True),

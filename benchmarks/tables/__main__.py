@@ -21,18 +21,8 @@ from .api import api
 from .gpu import ceilings, details, peers_table
 from .llama_cpp import llama_cpp
 from .models import families, first_token, large, merging, projected
-from .quality import (
-    amounts,
-    budget,
-    headline,
-    layers,
-    map_time,
-    maps,
-    multiple_choice,
-    recovered,
-    speed,
-    study,
-)
+from .quality import amounts, headline, map_time, maps, multiple_choice, recovered, speed, study
+from .shapes import budget, layers
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path("benchmarks/results")
@@ -133,8 +123,8 @@ def demo() -> str:
     table = _demo_rows()
     texts = list(table[0]["perplexity"])
     lines = [
-        f"| {table[0]['model']} | widths | parameters | " + " | ".join(texts) + " |",
-        "|---" * (3 + len(texts)) + "|",
+        f"| {table[0]['model']} | widths | layers | parameters | " + " | ".join(texts) + " |",
+        "|---" * (4 + len(texts)) + "|",
     ]
     for row in table:
         total = row["parameters"]["narrow"]["total"] / 1e6
@@ -142,7 +132,8 @@ def demo() -> str:
         name = label(row)
         name = f"**{name}**" if row.get("refit") else name
         widths = f"{row['width']['new']} / {row['feed_forward']['new']}"
-        lines.append(f"| {name} | {widths} | {total:.1f} M | {figures} |")
+        layers = row.get("layers", {}).get("new", "-")
+        lines.append(f"| {name} | {widths} | {layers} | {total:.1f} M | {figures} |")
     last = table[-1]
     seconds = sum(v for k, v in last["seconds"].items() if k != "evaluation")
     lines += [

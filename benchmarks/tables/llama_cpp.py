@@ -23,7 +23,7 @@ def llama_cpp(table: list[dict[str, Any]]) -> str:
         first = rows[types[0]]
         cells = [
             f"`--{name}`" if name != "dense" else name,
-            f"{first['widths'][0]} / {first['widths'][1]}",
+            _widths(first),
             " / ".join(f"{rows[kind]['bytes'] / 1e6:.1f}" for kind in types),
             " / ".join(f"{mean(rows[kind]):.1f}" for kind in types),
             " / ".join(f"{rows[kind]['tokens_per_s']:.0f}" for kind in types),
@@ -45,6 +45,15 @@ def llama_cpp(table: list[dict[str, Any]]) -> str:
         "Rows: `benchmarks/results/llama_cpp.jsonl`.",
     ]
     return "\n".join(lines)
+
+
+def _widths(row: dict[str, Any]) -> str:
+    """Return residual and feed-forward width, and how many layers of how many neurons."""
+    residual, widest = row["widths"]
+    layers = row.get("layer_widths", ())
+    if len(set(layers)) > 1:
+        return f"{residual} / {min(layers)} to {max(layers)}"
+    return f"{residual} / {widest}{f', {len(layers)} layers' if layers else ''}"
 
 
 def mean(row: dict[str, Any]) -> float:

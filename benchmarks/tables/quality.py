@@ -7,8 +7,8 @@ from typing import Any
 
 from ..demo.texts import SOURCES
 from ..studies.quality_cases import AMOUNTS, HEADLINE, KEPT_SETS, MAPS, WINDOWS
+from .lines import Row, average, head, line, millions
 
-Row = dict[str, Any]
 Found = dict[tuple[str, str, int], Row]
 
 # Cases that remove a fifth of the parameters in total, or outside the embeddings, or less.
@@ -32,8 +32,8 @@ REFITTED = {
 def headline(rows: list[Row]) -> str:
     """Return excess by case: on each text, calibrated with and without its kind."""
     found = _by_case(rows)
-    head = ["", "widths", "parameters", *SOURCES, "mean"]
-    lines = _head([*head, *(f"{text}, left out" for text in SOURCES), "mean"])
+    columns = ["", "widths", "parameters", *SOURCES, "mean"]
+    lines = head([*columns, *(f"{text}, left out" for text in SOURCES), "mean"])
     for case in HEADLINE:
         row = found.get((case, "all", 0))
         if row is None:
@@ -41,12 +41,12 @@ def headline(rows: list[Row]) -> str:
         outside = _left_out(found, case, 0)
         cells = [case, *_size(row), *_excess(row)]
         cells += [*(f"{x:.2f}" for x in outside), _mean(outside)] if outside else ["-"] * 4
-        lines.append(_line(cells))
+        lines.append(line(cells))
     last = found[HEADLINE[-1], "all", 0]
     dense = ", ".join(f"{name} {value:.1f}" for name, value in last["dense_perplexity"].items())
     lines += [
         "",
-        f"SmolLM2-135M, dense {_millions(last['dense_parameters']['total'])} parameters, "
+        f"SmolLM2-135M, dense {millions(last['dense_parameters']['total'])} parameters, "
         f"perplexity {dense}. {last['windows']} windows of 512 tokens,",
         f"{last['eval_windows']} windows of each text evaluated. Everything is a plain, tied "
         "checkpoint but SliceGPT's. `PCA + refit`, `eliminate + refit` and",
@@ -96,14 +96,14 @@ def maps(rows: list[Row]) -> str:
     """Return the mean excess of each map, on the calibration's kinds of text and on others."""
     found = _by_case(rows)
     seeds = sorted({seed for _, _, seed in found})
-    head = [""]
+    columns = [""]
     for group in ("calibrated kinds", "kinds left out"):
-        head += [*(f"{group}, seed {seed}" for seed in seeds), "mean"]
-    lines = _head(head)
+        columns += [*(f"{group}, seed {seed}" for seed in seeds), "mean"]
+    lines = head(columns)
     for case in MAPS:
         inside = [found.get((case.name, "all", seed)) for seed in seeds]
         groups = [
-            [None if row is None else _average(row) for row in inside],
+            [None if row is None else average(row) for row in inside],
             [_mean_or_none(_left_out(found, case.name, seed)) for seed in seeds],
         ]
         cells = [case.name]
@@ -112,7 +112,7 @@ def maps(rows: list[Row]) -> str:
             each = ["-" if value is None else f"{value:.3f}" for value in values]
             complete = len(known) == len(seeds)
             cells += [*each, f"{sum(known) / len(known):.3f}" if complete else "-"]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     last = rows[-1]
     lines += [
         "",
@@ -132,11 +132,11 @@ def amounts(rows: list[Row]) -> str:
     counts = sorted({row["windows"] for row in rows})
     mixtures = sorted({row["mixture"] for row in rows} - {"all"})
     sizes = dict.fromkeys(case.name.partition(",")[0] for case in AMOUNTS)
-    head = ["windows, given and its own"]
+    columns = ["windows, given and its own"]
     for size in sizes:
-        head += [f"{size}: no refit", "refit"]
-        head += [f"{mixture}: no refit, refit" for mixture in mixtures]
-    lines = _head(head)
+        columns += [f"{size}: no refit", "refit"]
+        columns += [f"{mixture}: no refit, refit" for mixture in mixtures]
+    lines = head(columns)
     for count in counts:
         found = _by_case(rows, count)
         own = {row["own_windows"] for row in rows if row["windows"] == count}
@@ -144,14 +144,14 @@ def amounts(rows: list[Row]) -> str:
         for size in sizes:
             cases = [f"{size}, no refit", f"{size}, refit"]
             inside = [found.get((case, "all", 0)) for case in cases]
-            cells += ["-" if row is None else f"{_average(row):.3f}" for row in inside]
+            cells += ["-" if row is None else f"{average(row):.3f}" for row in inside]
             for mixture in mixtures:
                 text = mixture.removeprefix("without ")
                 apart = [found.get((case, mixture, 0)) for case in cases]
                 cells.append(
                     ", ".join("-" if row is None else f"{row['excess'][text]:.3f}" for row in apart)
                 )
-        lines.append(_line(cells))
+        lines.append(line(cells))
     last = rows[-1]
     lines += [
         "",
@@ -163,32 +163,9 @@ def amounts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def layers(rows: list[Row]) -> str:
-    """Return the excess with equal feed-forward widths, and with a width for each layer."""
-    if not rows:
-        return "No rows yet."
-    lines = _head(["", "seed", "feed-forward", "outside the embeddings", *SOURCES, "mean"])
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        own = row["layer_widths"]
-        widths = f"{min(own['widths'])} to {max(own['widths'])}" if own else str(row["ff_width"])
-        size = _millions(row["parameters"]["non_embedding"])
-        values = [row["excess"][text] for text in SOURCES]
-        shown = [f"{value:.3f}" for value in [*values, _average(row)]]
-        lines.append(_line([row["case"], str(row["seed"]), widths, size, *shown]))
-    last = rows[-1]
-    lines += [
-        "",
-        f"Excess. SmolLM2-135M, {last['windows']} windows of 512 tokens and {last['own_windows']} "
-        f"of the model's own, {last['eval_windows']} windows of each text evaluated,",
-        f"nothing trained. {last['device']}, {last['date']}. Rows: "
-        "`benchmarks/results/layers.jsonl`.",
-    ]
-    return "\n".join(lines)
-
-
 def map_time(rows: list[Row]) -> str:
     """Return the time of transport's limit beside that of twenty transports."""
-    lines = _head(
+    lines = head(
         ["channels", "kept", "plan, s", "eigenvectors, s", "limit, s", "20 transports, s", "ratio"]
     )
     for row in {row["width"]: row for row in rows}.values():
@@ -196,7 +173,7 @@ def map_time(rows: list[Row]) -> str:
         parts = [took[name] for name in ("plan", "eigenvectors", "limit", "twenty")]
         shown = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in parts]
         ratio = f"{took['twenty'] / took['limit']:.1f}"
-        lines.append(_line([str(row["width"]), str(row["kept"]), *shown, ratio]))
+        lines.append(line([str(row["width"]), str(row["kept"]), *shown, ratio]))
     last = rows[-1]
     lines += [
         "",
@@ -211,38 +188,13 @@ def _mean_or_none(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def budget(rows: list[Row]) -> str:
-    """Return what the budget chose, and the excess of what it tried, by windows and seed."""
-    kinds = ("residual alone", "feed-forward alone", "without a layer", "without two")
-    lines = _head(["windows", "seed", "chosen", *kinds])
-    for row in rows:
-        found = dict.fromkeys(kinds, "-")
-        for tried in row["tried"]:
-            if tried["excess"] is None:
-                continue
-            dropped = len(tried.get("dropped", ()))
-            kind = kinds[dropped + 1]
-            if not dropped and tried["width"] < 576:
-                kind = kinds[0]
-            if tried["width"] == 576 or tried["ff_width"] == 1536:  # the middle is in no column
-                shown = f"{tried['width']} / {tried['ff_width']}"
-                found[kind] = f"{shown}: {tried['excess']:.2f}"
-        chosen = f"{row['width']} / {row['inner']}"
-        chosen += f", without {row['dropped']}" if row.get("dropped") else ""
-        lines.append(_line([str(row["windows"]), str(row["seed"]), chosen, *found.values()]))
-    about = (
-        f"SmolLM2-135M, 80 % of all parameters; excess on held-out windows. {rows[-1]['device']}, "
-    )
-    return "\n".join([*lines, "", f"{about}{rows[-1]['date']}."])
-
-
 def speed(rows: list[Row]) -> str:
     """Return tokens a second and memory of each model, as it was measured last."""
     last = {row["model"]: row for row in rows}
     names = list(rows[0]["median"])
-    lines = _head(["", *(name.replace("peak MiB", "peak memory, MiB") for name in names)])
+    lines = head(["", *(name.replace("peak MiB", "peak memory, MiB") for name in names)])
     for model, row in last.items():
-        lines.append(_line([model, *(f"{row['median'][name]:.0f}" for name in names)]))
+        lines.append(line([model, *(f"{row['median'][name]:.0f}" for name in names)]))
     row = rows[-1]
     lines += [
         "",
@@ -264,12 +216,12 @@ def multiple_choice(rows: list[Row]) -> str:
         return [f"{table[key][name]:.3f} ± {table[f'{key}_stderr'][name]:.3f}" for name in names]
 
     last = rows[-1]
-    lines = _head(["accuracy", "widths", *names])
+    lines = head(["accuracy", "widths", *names])
     for row in rows:
         widths = f"{row['width']} / {row['ff_width']}"
-        lines.append(_line([row["model"], widths, *figures(row)]))
-        lines.append(_line([f"{row['model']}, by length", widths, *figures(row, "acc_norm")]))
-    lines.append(_line(["difference", "", *figures(last["difference"])]))
+        lines.append(line([row["model"], widths, *figures(row)]))
+        lines.append(line([f"{row['model']}, by length", widths, *figures(row, "acc_norm")]))
+    lines.append(line(["difference", "", *figures(last["difference"])]))
     counts = ", ".join(f"{name} {last['items'][name]}" for name in SOURCES)
     lines += [
         "",
@@ -285,12 +237,12 @@ def recovered(rows: list[Row]) -> str:
     row = rows[-1]
     texts = list(row["perplexity"])
     recovery, tokens = row["recovery"], row["recovery"]["tokens"]
-    lines = _head(["", *texts])
+    lines = head(["", *texts])
     for name, found in (
         ("training-free", row["training_free"]["perplexity"]),
         (f"after {recovery['steps']} steps", row["perplexity"]),
     ):
-        lines.append(_line([name, *(f"{found[text]:.1f}" for text in texts)]))
+        lines.append(line([name, *(f"{found[text]:.1f}" for text in texts)]))
     lines += [
         "",
         f"Perplexity; {tokens} tokens in {recovery['seconds']:.0f} s, after the demo's command. "
@@ -300,44 +252,44 @@ def recovered(rows: list[Row]) -> str:
 
 
 def _equal(found: Found, cases: tuple[str, ...]) -> list[str]:
-    lines = _head(["", "widths", "parameters", *SOURCES, "mean"])
+    lines = head(["", "widths", "parameters", *SOURCES, "mean"])
     rows = [found[case, "all", 0] for case in cases if (case, "all", 0) in found]
-    return lines + [_line([row["case"], *_size(row), *_excess(row)]) for row in rows]
+    return lines + [line([row["case"], *_size(row), *_excess(row)]) for row in rows]
 
 
 def _added(found: Found) -> list[str]:
-    lines = _head(["kept set", "selection alone", "transport", "transport + refit"])
+    lines = head(["kept set", "selection alone", "transport", "transport + refit"])
     alone = {"largest magnitudes": ("magnitude", "transport", "transport + refit")}
     for name in KEPT_SETS:
         labels = ("selection", "transport", "transport + refit")
         alone[name] = tuple(f"{label}, kept set {name}" for label in labels)  # type: ignore[assignment]
-    return lines + [_line([name, *_means(found, cases)]) for name, cases in alone.items()]
+    return lines + [line([name, *_means(found, cases)]) for name, cases in alone.items()]
 
 
 def _refitted(found: Found) -> list[str]:
-    lines = _head(["", "as it is", "refitted"])
+    lines = head(["", "as it is", "refitted"])
     for plain, refitted in REFITTED.items():
-        lines.append(_line([plain, *_means(found, (plain, refitted))]))
+        lines.append(line([plain, *_means(found, (plain, refitted))]))
     return lines
 
 
 def _ties(found: Found) -> list[str]:
-    lines = _head(["", "tied", "untied", "cost"])
+    lines = head(["", "tied", "untied", "cost"])
     for name in ("transport", "PCA", "PCA + refit"):
         pair = [found.get((case, "all", 0)) for case in (name, f"{name}, untied")]
         if None not in pair:
-            tied, untied = (_average(row) for row in pair if row is not None)
+            tied, untied = (average(row) for row in pair if row is not None)
             cost = f"{math.expm1(tied - untied):+.1%}"
-            lines.append(_line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
+            lines.append(line([name, f"{tied:.3f}", f"{untied:.3f}", cost]))
     return lines
 
 
 def _seeds(found: Found) -> list[str]:
     """Return a line for each case and calibration that has been run with several seeds."""
     seeds = sorted({seed for _, _, seed in found})
-    head = ["", "calibration", *(f"seed {seed}" for seed in seeds)]
+    columns = ["", "calibration", *(f"seed {seed}" for seed in seeds)]
     cases = dict.fromkeys((case, mixture) for case, mixture, _ in found)
-    return _complete(head, {key: [found.get((*key, seed)) for seed in seeds] for key in cases})
+    return _complete(columns, {key: [found.get((*key, seed)) for seed in seeds] for key in cases})
 
 
 def _amounts(rows: list[Row]) -> list[str]:
@@ -349,12 +301,12 @@ def _amounts(rows: list[Row]) -> list[str]:
     return _complete(["", *map(str, counts)], runs)
 
 
-def _complete(head: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
+def _complete(columns: list[str], runs: dict[Any, list[Row | None]]) -> list[str]:
     """Return the mean excess of each run, a line for each key whose runs are all there."""
-    lines = _head(head)
+    lines = head(columns)
     for key, rows in runs.items():
         if None not in rows:
-            lines.append(_line([*key, *(f"{_average(row):.3f}" for row in rows if row)]))
+            lines.append(line([*key, *(f"{average(row):.3f}" for row in rows if row)]))
     return lines
 
 
@@ -374,15 +326,11 @@ def _left_out(found: Found, case: str, seed: int) -> list[float]:
 
 def _means(found: Found, cases: tuple[str, ...]) -> list[str]:
     rows = [found.get((case, "all", 0)) for case in cases]
-    return [f"{_average(row):.2f}" if row else "-" for row in rows]
-
-
-def _average(row: Row) -> float:
-    return sum(row["excess"][text] for text in SOURCES) / len(SOURCES)
+    return [f"{average(row):.2f}" if row else "-" for row in rows]
 
 
 def _size(row: Row) -> list[str]:
-    return [f"{row['width']} / {row['ff_width']}", _millions(row["parameters"]["total"])]
+    return [f"{row['width']} / {row['ff_width']}", millions(row["parameters"]["total"])]
 
 
 def _excess(row: Row) -> list[str]:
@@ -392,15 +340,3 @@ def _excess(row: Row) -> list[str]:
 
 def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.2f}"
-
-
-def _head(names: list[str]) -> list[str]:
-    return [_line(names), "|---" * len(names) + "|"]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"

@@ -19,6 +19,7 @@ from dotresize.compression import FF_METHODS, METHODS
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import differ
+from dotresize.narrow.budget import Budget
 from dotresize.narrow.choose_width import choose_inner_width, residual_stays
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import Prepared, narrow_model, prepare
@@ -64,19 +65,44 @@ class Reference:
 
 
 def compared(options: Options, model: CausalLM) -> list[Options]:
-    """Return what is set beside a method: the plain ones, without refit, at the same widths.
+    """Return what is set beside a method: the plain ones, without refit, at the same size.
 
     They are methods of what is cut, none where that is nothing.
     """
+    if options.params is not None:
+        return compared_at_budget(options, model)
     bare = replace(options, refit=False, figures=False)
     if residual_stays(model, options):
-        cut = options.params is not None or choose_inner_width(model, options) is not None
+        cut = choose_inner_width(model, options) is not None
         return compared_feed_forwards(options, model) if cut else []
     return [
         bare.with_method(method)
         for method in (METHODS[name] for name in COMPARED)
         if options.refit or method != options.method
     ]
+
+
+def compared_at_budget(options: Options, model: CausalLM) -> list[Options]:
+    """Return plain ways to spend the same budget, without refit: on one width of all layers.
+
+    They are the inner neurons of largest magnitude, the channels of largest magnitude, and the
+    single transport of the paper onto those channels.
+    """
+    budget = Budget(model, options)
+    bare = replace(options, params=None, params_count="total", layer_widths=False, pad=False)
+    bare = replace(bare, refit=False, figures=False)
+    fixed = bool(model.architecture.fixed_residual)
+    selection = bare if fixed else bare.with_method(METHODS["magnitude"])
+    found = []
+    inner = budget.inner_at(model.width) if model.architecture.has_inner_width else 0
+    if 0 < inner < model.inner_width:
+        largest = FF_METHODS["magnitude"]
+        found.append(replace(selection, ff_width=inner, ff_method=largest))
+    width = 0 if fixed else budget.width_alone()
+    if 0 < width < model.width:
+        paper = replace(bare.with_method(METHODS["dot"]), steps=1.0, factor="qr", sensitivity=None)
+        found += [replace(own, width=width) for own in (selection, paper)]
+    return found
 
 
 def compared_feed_forwards(options: Options, model: CausalLM) -> list[Options]:
@@ -113,22 +139,14 @@ def narrowed(
         storage.round(narrow, main)
     dense = dense_report(reference)
     evaluate_into(beside(main, dense), narrow, reference)
-    inner = main["feed_forward"]
-    if others and main["width"]["new"] == main["width"]["old"]:
-        cut = inner["method"] or main["layers"]["dropped"]
-        others = compared_feed_forwards(options, model) if cut else []
-        if not inner["method"]:  # with as many layers less, all choices of neurons are one
-            others = others[:1]
+    if options.energy is not None and main["width"]["new"] == main["width"]["old"]:
+        cut = main["feed_forward"]["method"]
+        others = compared_feed_forwards(options, model) if others and cut else []
     if compare and not others:
         logger.info("nothing was cut: there is no method to compare with")
-    # What a budget was spent on is spent on the same shape by all.
     same_size: dict[str, Any] = {}
-    if prepared.split is None:
+    if options.energy is not None:
         same_size = {"width": main["width"]["new"], "energy": None}
-        if model.architecture.fixed_residual:
-            del same_size["width"]
-    if not inner["method"]:
-        same_size["ff_method"] = FF_METHODS["eliminate"]
     nothing = {"budget": 0.0, "layer widths": 0.0}  # others took no time to find the shape
     shared = replace(prepared.statistics, seconds=prepared.statistics.seconds | nothing)
     prepared = prepared._replace(statistics=shared)

@@ -121,7 +121,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     groups["output"].add_argument(
         "--compare",
         action="store_true",
-        help="also evaluate the dense model and other methods of what is cut, without refit",
+        help="also evaluate the dense model and plain methods at the same size, without refit",
     )
     groups["output"].add_argument(
         "--report", metavar="DIR", help="directory to make for an HTML page about the run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -76,11 +75,12 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     if options.layer_widths and split is None:
         with stage("layer widths", seconds):
             allocation = _allocation(model, tokens, options)
-    if _no_statistics(model, split, wanted):
-        statistics = Statistics.none(tokens.numel(), model.width)
-    else:
+    narrowing = [one for one in wanted if _asks_for_statistics(model, split, one)]
+    if narrowing:
         with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
-            statistics = collect_for(model, tokens, *wanted)
+            statistics = collect_for(model, tokens, *narrowing)
+    else:
+        statistics = Statistics.none(tokens.numel(), model.width)
     statistics.own_windows = len(tokens) - given
     statistics.seconds |= seconds
     return Prepared(tokens, statistics, split, allocation)
@@ -103,13 +103,13 @@ def _allocation(model: CausalLM, tokens: Tensor, options: Options) -> Allocation
     return found
 
 
-def _no_statistics(model: CausalLM, split: Split | None, wanted: Sequence[Options]) -> bool:
-    """Return whether nothing will be narrowed that statistics are of."""
-    if any(options.method.scope == "location" for options in wanted):
-        return model.architecture.fixed_residual != ""
-    if split is not None:
-        return split.width == model.width
-    return all(residual_stays(model, options) for options in wanted)
+def _asks_for_statistics(model: CausalLM, split: Split | None, options: Options) -> bool:
+    """Return whether what statistics are of will be narrowed."""
+    if options.method.scope == "location":
+        return not model.architecture.fixed_residual
+    if options.params is not None and split is not None:
+        return split.width < model.width
+    return not residual_stays(model, options)
 
 
 def narrow_model(
