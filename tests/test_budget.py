@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -12,7 +14,7 @@ from dotresize.accounting import count_parameters
 from dotresize.compression import make_options
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.budget import Budget, parameters_at
+from dotresize.narrow.budget import Budget, check_budget, parameters_at
 from dotresize.narrow.pipeline import narrow_model
 from dotresize.narrow.search import Judge, ends_of, middle_of
 
@@ -61,6 +63,26 @@ def test_a_budget_nothing_fits():
         Budget(CausalLM.in_memory(tiny_model()), make_options(params=0.001)).pairs()
 
 
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [
+        ("llama", {}),
+        ("llama", {"multiple_of": 20}),
+        ("llama", {"untie": True}),
+        ("mixtral", {}),
+        ("gpt2", {"multiple_of": 16}),
+    ],
+)
+def test_the_least_that_a_refusal_names_can_be_had(kind, choices):
+    model = CausalLM.in_memory(tiny_model(kind))
+    with pytest.raises(ValueError, match="the least is") as refused:
+        check_budget(model, make_options(params=0.001, **choices))
+    least = float(str(refused.value).rpartition(" ")[2])
+    check_budget(model, make_options(params=least + 0.001, **choices))
+    with pytest.raises(ValueError, match="the least is"):
+        check_budget(model, make_options(params=least - 0.001, **choices))
+
+
 def probe_as(excess):
     """Stands in for a measurement: the excess of two widths by a formula."""
 
@@ -102,6 +124,10 @@ def test_the_middle_is_taken_only_if_it_is_better(tokens, monkeypatch):
     choices = {"params": 0.12, "params_count": "non_embedding", "self_windows": 0}
     _, report = compress(tiny_model(**WIDE), tokens, **choices)
     assert report["budget"]["excess"] == 1.0
+    ends = probe_as(lambda x, y: 2.0 if x < 0.8 and y < 0.8 else math.inf)
+    monkeypatch.setattr(Judge, "_excess", ends)
+    _, other = compress(tiny_model(**WIDE), tokens, **choices)
+    assert other["budget"]["excess"] == 2.0
     assert 9.0 in [tried["excess"] for tried in report["budget"]["tried"]]
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import fails, tiny_model
+from safetensors.torch import load_file, save_file
 from test_compress import logits
 from test_offload import opened, stored
 
-from dotresize import compress, load, save
+from dotresize import checkpoint, compress, load, save
 from dotresize.accounting import count_parameters
 from dotresize.cli import main
 from dotresize.compression import make_options
@@ -83,9 +84,9 @@ def test_no_widths_fit():
     assert allocate(curves_of([[1.0, 0.5]] * 3), 2, [2, 2, 2], 1) is None
 
 
-@pytest.mark.parametrize("options", [{"ff_width": 3}, {"ff_width": 38, "multiple_of": 19}])
+@pytest.mark.parametrize("options", [{"ff_width": 8}, {"ff_width": 38, "multiple_of": 19}])
 def test_equal_widths_are_taken_where_nothing_is_better(options, tokens):
-    """Also where no other widths are to be had, and where their multiples cost too much."""
+    """Where no others are to be had, and where their multiples cost too much."""
     narrow, report = compress(tiny_model(), tokens, layer_widths=True, self_windows=0, **options)
     allocation = report["layer_widths"]
     assert allocation["predicted"] <= allocation["predicted_equal"]
@@ -268,7 +269,37 @@ def test_padding_alone_makes_it_plain(tokens, tmp_path):
     assert len(set(CausalLM.in_memory(narrow).inner_widths)) > 1
     padded, report = compress(narrow, tokens, ff_width=1.0, layer_widths=True, pad=True)
     assert report["plain_checkpoint"]
+    assert report["feed_forward"]["method"] is None  # nothing was eliminated
     assert len(set(CausalLM.in_memory(padded).inner_widths)) == 1
+
+
+def test_a_head_that_is_not_the_embedding_is_kept(tmp_path):
+    """Whatever the config says, as with layers of one width."""
+    tokens = torch.randint(0, 256, (6, 33))
+    narrow, _ = compress(tiny_model(tie_word_embeddings=True), tokens, **UNEVEN)
+    CausalLM.in_memory(narrow).save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = 2.0 * weights["model.embed_tokens.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    again = load(tmp_path)
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, weights["lm_head.weight"])
+    assert torch.allclose(logits(again, tokens), 2.0 * logits(narrow, tokens), rtol=1e-4)
+
+
+def test_from_the_hub_and_its_cache(tmp_path, monkeypatch):
+    """By an id, and by the folder that the hub's cache has."""
+    narrow, _ = uneven()
+    cached = tmp_path / "models--some--uneven" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    CausalLM.in_memory(narrow).save(cached)
+    kept = logits(narrow, torch.arange(20)[None])
+    assert torch.equal(
+        logits(load(tmp_path / "models--some--uneven"), torch.arange(20)[None]), kept
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(cached))
+    assert checkpoint._downloaded("some/uneven") == cached
 
 
 @pytest.mark.parametrize(
@@ -277,6 +308,7 @@ def test_padding_alone_makes_it_plain(tokens, tmp_path):
         ({"layer_widths": True, "width": 16}, "layer_widths: does nothing without ff_width"),
         ({"pad": True, "ff_width": 28}, "pad: does nothing without layer_widths"),
         ({"layer_widths": 1, "ff_width": 28}, "layer_widths is 1: must be True or False"),
+        ({"layer_widths": True, "ff_width": 3}, "in multiples of 8: 24 in all, and .* room for 9"),
     ],
 )
 def test_bad_options(options, message, tokens):

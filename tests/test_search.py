@@ -13,7 +13,7 @@ from test_compress import logits
 
 from dotresize import compress, load
 from dotresize.accounting import count_parameters
-from dotresize.cli import main
+from dotresize.cli import comparison, main
 from dotresize.compression import make_options
 from dotresize.models import architecture_of
 from dotresize.models.causal_lm import CausalLM
@@ -117,6 +117,7 @@ def test_a_shape_without_finite_predictions_is_never_taken(tokens, monkeypatch):
     assert torch.isfinite(logits(model, tokens)).all()
     _, report = compress(model, tokens, params=0.8, self_windows=0)
     assert report["layers"]["dropped"] not in ([4], [5])
+    json.dumps(report, allow_nan=False)
     monkeypatch.setattr(Judge, "_excess", lambda *_: math.inf)
     with pytest.raises(ValueError, match=r"params 0\.8: no shape that was tried has a finite"):
         compress(tiny_model(), tokens, params=0.8, self_windows=0)
@@ -214,6 +215,25 @@ def test_a_budget_is_compared_on_the_widths_that_can_change(
     heading = capsys.readouterr().out.splitlines()[0].split("  ")
     names = [name.strip() for name in heading if name.strip()]
     assert names[:-1] == ["dense", *expected]
+
+
+def test_what_cannot_be_compared_costs_its_row(arguments, tmp_path, monkeypatch, capsys, caplog):
+    """Not the result; and a choice of neurons is no choice of what narrows the residual."""
+    arguments[3:5] = ["--params", "0.9", "--ff-method", "nystrom"]
+    found = comparison.narrow_model
+
+    def fails_once(model, tokens, options, prepared):
+        if options.method.name == "dot" and options.params is None:
+            raise ValueError("its map collapsed")
+        return found(model, tokens, options, prepared)
+
+    monkeypatch.setattr(comparison, "narrow_model", fails_once)
+    assert main([*arguments, "--compare"]) == 0
+    heading = capsys.readouterr().out.splitlines()[0].split("  ")
+    names = [name.strip() for name in heading if name.strip()]
+    assert names[:-1] == ["dense", "feed-forward, magnitude", "magnitude"]
+    assert "to compare with, dot is left out: its map collapsed" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_nothing_is_compared_where_the_budget_is_everything(arguments, caplog, capsys):

@@ -90,26 +90,36 @@ class Study:
     def perplexities(self, model: CausalLM) -> dict[str, float]:
         return {name: perplexity(model, text, desc=name) for name, text in self.texts.items()}
 
-    def calibration(self, mixture: str, seed: int, own: bool) -> tuple[Tensor, Statistics]:
-        """Return windows and statistics of a mixture, kept until another one is asked for."""
-        key = (mixture, seed, own)
+    def given(self, mixture: str, seed: int) -> Tensor:
+        """Return windows of a mixture: the same number of tokens, however many sources share it."""
+        streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
+        return random_windows(streams, self.windows, WINDOW, seed, None, self._first)
+
+    def calibration(
+        self, mixture: str, seed: int, own: bool, narrows: bool
+    ) -> tuple[Tensor, Statistics]:
+        """Return windows and statistics of a mixture, kept until another one is asked for.
+
+        narrows: whether the residual will be narrowed, which is what statistics are of.
+        """
+        key = (mixture, seed, own, narrows)
         if self._calibration is None or self._calibration[0] != key:
             self._calibration = None
-            streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
-            # The same number of tokens, however many sources share them.
-            tokens = random_windows(streams, self.windows, WINDOW, seed, None, self._first)
+            tokens = self.given(mixture, seed)
             if own:
                 if seed not in self._own:
                     count = make_options().own_windows(self.windows)
                     self._own[seed] = sample(self.model, count, WINDOW, seed, self._first)
                 tokens = torch.cat([tokens, self._own[seed]])
-            statistics = collect(
-                self.model,
-                tokens,
-                apart=True,
-                fisher=self._gradients,
-                gradient_cost=self._gradients,
-            )
+            statistics = Statistics.none(tokens.numel(), self.model.width)
+            if narrows:
+                statistics = collect(
+                    self.model,
+                    tokens,
+                    apart=True,
+                    fisher=self._gradients,
+                    gradient_cost=self._gradients,
+                )
             statistics.own_windows = len(tokens) - self.windows
             self._calibration = (key, tokens, statistics)
         return self._calibration[1:]
@@ -124,11 +134,17 @@ class Study:
         return each * sum(report["feed_forward"]["new"] - width for width in own["widths"])
 
     def run(self, case: Case, mixture: str, seed: int) -> dict[str, Any]:
-        tokens, statistics = self.calibration(mixture, seed, case.own_text)
-        start = time.perf_counter()
         options = dict(case.options)
         if case.kept is not None:
             options["targets"] = partial(KEPT_SETS[case.kept], self.model.module)
+        start = time.perf_counter()
+        if "params" in options:  # what it needs hangs on what it chooses
+            tokens, statistics = self.given(mixture, seed), None
+            options |= {"seed": seed} | ({} if case.own_text else {"self_windows": 0})
+        else:
+            narrows = options.get("width") is not None
+            tokens, statistics = self.calibration(mixture, seed, case.own_text, narrows)
+            start = time.perf_counter()
         narrow, report = narrow_model(self.model, tokens, make_options(**options), statistics)
         seconds = time.perf_counter() - start
         found = self.perplexities(narrow)

@@ -76,7 +76,7 @@ def load_with_tokenizer(
     if widths is not None:
         with _one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-            model = load_uneven(Path(where), config, widths)
+            model = load_uneven(_downloaded(where), config, widths)
             model.module.to(device)
             return model, tokenizer
     with _one_line(source):
@@ -198,17 +198,26 @@ def load(folder: str | Path) -> Any:
     """
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder is {shown(folder)}: must be a directory's name")
-    own = _own_format(Path(folder))
+    found = snapshot(Path(folder))
+    own = _own_format(found)
     if own is not None:
         with _one_line(str(folder)):
-            return own(Path(folder)).module
-    if Path(folder).is_dir() and (Path(folder) / "config.json").is_file():
+            return own(found).module
+    if found.is_dir() and (found / "config.json").is_file():
         config = read_config(str(folder))
         widths = _inner_widths(str(folder), config)
         if widths is not None:
             with _one_line(str(folder)):
-                return load_uneven(Path(folder), config, widths).module
+                return load_uneven(found, config, widths).module
     raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
+
+
+def _downloaded(where: str) -> Path:
+    """Return a directory, or the one that holds what the hub has under an id."""
+    if Path(where).is_dir():
+        return Path(where)
+    hub: Any = importlib.import_module("huggingface_hub")  # transformers' own
+    return Path(hub.snapshot_download(where, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def _inner_widths(source: str, config: Any) -> list[int] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dotresize import checkpoint
+from dotresize.checkpoint.gguf_file import SHAPES
 from dotresize.checkpoint.origin import Origin, origin_of
 from dotresize.cli.report import inner_width, millions, quality_cells
 from dotresize.models.causal_lm import CausalLM
@@ -85,6 +86,11 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
         if report["plain_checkpoint"]
         else _loaded(report),
     ]
+    if report["plain_checkpoint"] and inner["layers"]:
+        lines.append(
+            "Feed-forwards narrower than the widest are filled up with zeros, which the count of "
+            "parameters includes."
+        )
     if report["model_type"]["new"] != report["model_type"]["old"]:
         old, new = report["model_type"]["old"], report["model_type"]["new"]
         lines.append(f"Saved as {new}, as {old} takes no such width: the same function.")
@@ -100,9 +106,12 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
 def _loaded(report: dict[str, Any]) -> str:
     """Return how a model is loaded that plain transformers does not load."""
     if report["scope"] == "global":
+        exported = ""
+        if report["model_type"]["new"] in SHAPES:
+            exported = ", and `dotresize export` writes it for llama.cpp"
         return (
             "Its layers have feed-forwards of different widths, which transformers does not load "
-            "yet: `dotresize.load` does, and `dotresize export` writes it for llama.cpp."
+            f"yet: `dotresize.load` does{exported}."
         )
     return "It has adapters on its residual connections: `dotresize.load` loads it."
 

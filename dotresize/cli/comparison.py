@@ -20,7 +20,7 @@ from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import differ
 from dotresize.narrow.budget import Budget
-from dotresize.narrow.choose_width import choose_inner_width, residual_stays
+from dotresize.narrow.choose_width import choose_inner_width, choose_widths, residual_stays
 from dotresize.narrow.options import Options
 from dotresize.narrow.pipeline import Prepared, narrow_model, prepare
 from dotresize.recovery import recover
@@ -99,9 +99,10 @@ def compared_at_budget(options: Options, model: CausalLM) -> list[Options]:
         largest = FF_METHODS["magnitude"]
         found.append(replace(selection, ff_width=inner, ff_method=largest))
     width = 0 if fixed else budget.width_alone()
-    if 0 < width < model.width:
+    if 1 < width < model.width:  # a width of 1 would be a share
         paper = replace(bare.with_method(METHODS["dot"]), steps=1.0, factor="qr", sensitivity=None)
-        found += [replace(own, width=width) for own in (selection, paper)]
+        whole = FF_METHODS["eliminate"]  # of neurons that all stay
+        found += [replace(own, width=width, ff_method=whole) for own in (selection, paper)]
     return found
 
 
@@ -131,6 +132,9 @@ def narrowed(
 ) -> tuple[CausalLM, list[dict[str, Any]]]:
     """Return the narrowed model, and the reports: dense, what is compared, and its own."""
     others = compared(options, model) if compare else []
+    for other in others:  # before anything takes long
+        other.check()
+        choose_widths(model, other)
     prepared = stages.calibration(lambda: prepare(model, tokens, options, *others), model.device)
     narrow, main = stages.model(
         "narrow", lambda: narrow_model(model, tokens, options, prepared), tokenizer, model.device
@@ -150,7 +154,12 @@ def narrowed(
     nothing = {"budget": 0.0, "layer widths": 0.0}  # others took no time to find the shape
     shared = replace(prepared.statistics, seconds=prepared.statistics.seconds | nothing)
     prepared = prepared._replace(statistics=shared)
-    rows = [evaluated(prepared, replace(other, **same_size), reference, dense) for other in others]
+    rows = []
+    for other in (replace(other, **same_size) for other in others):
+        try:
+            rows.append(evaluated(prepared, other, reference, dense))
+        except ValueError as error:  # it costs its row, and not the result
+            logger.warning("to compare with, %s is left out: %s", other.method.name, error)
     return narrow, [dense, *rows, main]
 
 

@@ -38,28 +38,31 @@ def alike(config: Any) -> bool:
     Not where layers differ by their number: llama.cpp has such patterns (of sliding windows, of
     layers without rotation) in its code, and GPT-2 can divide attention by it.
     """
-    layers = config.num_hidden_layers
-    lists = (value for value in vars(config).values() if isinstance(value, list))
-    mixed = any(len(value) == layers and len(set(map(str, value))) > 1 for value in lists)
+    lists = _by_layer(config).values()
+    mixed = any(len(set(map(str, value))) > 1 for value in lists)
     return not mixed and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
 
 
 def without_layers(config: Any, dropped: Collection[int]) -> Any:
     """Return a copy of a config without some layers; entries with a value for each lose theirs."""
     config = copy.deepcopy(config)
-    layers = config.num_hidden_layers
     if not dropped:
         return config
-    kept = kept_layers(layers, dropped)
-    by_layer = {
-        name: [value[i] for i in kept]
-        for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == layers
-    }
+    kept = kept_layers(config.num_hidden_layers, dropped)
+    by_layer = _by_layer(config)
     config.num_hidden_layers = len(kept)
     for name, value in by_layer.items():
-        setattr(config, name, value)
+        setattr(config, name, [value[i] for i in kept])
     return config
+
+
+def _by_layer(config: Any) -> dict[str, list[Any]]:
+    """Return the entries of a config that have a value for each layer (``layer_types``)."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and "layer" in name and len(value) == config.num_hidden_layers
+    }
 
 
 class SameParts:

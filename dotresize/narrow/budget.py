@@ -43,27 +43,35 @@ class Budget:
     @property
     def least(self) -> float:
         """The share of the parameters that the narrowest widths to be had would keep."""
-        width = 1 if not self._model.architecture.fixed_residual else self._model.width
-        step = residual_step(self._model, self._options)
-        least = self._parameters(max(width, step), min(LEAST_INNER, self._model.inner_width))
-        return least / self._parameters(self._model.width, self._model.inner_width)
+        model = self._model
+        inner = model.inner_width
+        if model.architecture.has_inner_width:
+            rounded = (self._rounded(room) for room in range(LEAST_INNER, inner))
+            inner = next(filter(None, rounded), inner)
+        width = model.width if model.architecture.fixed_residual else self.widths()[0]
+        least = self._parameters(width, inner) + self._head * width
+        return least / self._parameters(model.width, model.inner_width)
 
     def inner_at(self, width: int) -> int:
-        """Return the largest feed-forward width that fits beside a residual width; 0 for none.
-
-        It is one that hardware takes (narrow/round_width.py).
-        """
+        """Return the largest feed-forward width that fits beside a residual width; 0 for none."""
         inner, room = self._model.inner_width, self.allowed - self._head * width
         fitting = bisect_right(range(inner + 1), room, key=lambda m: self._parameters(width, m))
         if fitting > inner:
             return inner
-        room = fitting - 1
+        return self._rounded(fitting - 1)
+
+    def _rounded(self, room: int) -> int:
+        """Return the largest feed-forward width that hardware takes up to some number; 0 for none.
+
+        See narrow/round_width.py.
+        """
         options = self._options
         rule: dict[str, Any] = {
             "multiple_of": options.multiple_of,
             "times": options.tensor_parallel,
         }
-        found = round_width(room, inner, towards="down", **rule) if room > 0 else 0
+        full = self._model.inner_width
+        found = round_width(room, full, towards="down", **rule) if room > 0 else 0
         return found if LEAST_INNER <= found <= room else 0
 
     def neurons_at(self, width: int) -> int:

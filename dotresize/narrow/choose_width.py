@@ -14,6 +14,7 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import differ
 from dotresize.models.resized import becomes_mistral, has_biases, resized
+from dotresize.narrow.allocation import check_room, multiple_for
 from dotresize.narrow.options import OF_METHODS, Inner, Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS, round_width
 from dotresize.narrow.targets import check_kept
@@ -45,6 +46,10 @@ def choose_widths(model: CausalLM, options: Options) -> Widths:
     check_residual(model, options)
     check_parallel(model, options)
     inner = choose_inner_width(model, options)
+    if options.layer_widths and inner is not None:
+        full = model.inner_widths
+        total = sum(min(inner, width) for width in full)
+        check_room(full, total, multiple_for(full, options))
     if options.energy is not None or options.params is not None:
         return Widths(None, inner)
     width = choose_width(model, options)
@@ -255,7 +260,8 @@ def announce(model: CausalLM, widths: Widths, options: Options) -> None:
     if options.layer_widths and not options.pad:
         logger.info(
             "layer widths: transformers does not load feed-forwards of different widths yet; "
-            "dotresize.load does, llama.cpp after dotresize export, and everything with pad"
+            "dotresize.load does, so does llama.cpp where dotresize export takes the model's type, "
+            "and everything with pad"
         )
     for change in changes:
         logger.info("%s %d -> %d (asked for %g)", *change)

@@ -247,6 +247,7 @@ def _report(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     fixed, inner = model.architecture.fixed_residual, shape.inner
+    cut = inner is not None and list(inner) != widths_left(model, shape.dropped)
     # Layers with adapters, of maps for each location, are all of one width.
     made = narrow.inner_widths if options.method.plain else []
     return {
@@ -262,7 +263,7 @@ def _report(
             "layers": next(
                 (list(widths) for widths in (made, inner or ()) if differ(widths)), None
             ),
-            "method": None if inner is None else options.ff_method.name,
+            "method": options.ff_method.name if cut else None,
         },
         "layers": {
             "old": len(model.layers),

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dotresize import distributed
@@ -147,6 +148,8 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0
     inner = str(split.inner)
     if split.allocation is not None:
         inner = f"{min(split.allocation.widths)} to {inner}"
+    elif layer_widths:
+        inner = f"{inner} in every layer"
     logger.info(
         "params %g of %s: width %d -> %d, feed-forward width %d -> %s%s%s",
         options.params,
@@ -212,7 +215,7 @@ def _judge_middle(
     if not near and all(map(alone, ends)):
         return
     excess = judge.excess(middle)
-    margin = MARGIN * abs(best) if alone(end) else 0.0
+    margin = MARGIN * abs(best) if alone(end) and math.isfinite(best) else 0.0
     if excess < best - margin:
         judged.append((excess, middle))
 
@@ -338,13 +341,15 @@ class Judge:
 
     def _excess(self, shape: Shape, options: Options) -> float:
         model, cut = self._given.model, self._given.tokens
-        if model.architecture.fixed_residual:
-            narrow = narrow_feed_forwards(model, cut, shape, options).model
-        else:
-            narrow = options.method.probe(self._given, shape)
         try:
+            if model.architecture.fixed_residual:
+                narrow = narrow_feed_forwards(model, cut, shape, options).model
+            else:
+                narrow = options.method.probe(self._given, shape)
             found = perplexity(narrow, self._windows, desc="budget")
-        except ValueError:  # its loss is not finite: a shape that is never taken
+        # A map that collapses, or a loss that is not finite: a shape that is never taken.
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            logger.info("budget: %s", error)
             return math.inf
         return math.log(found) - self._dense
 

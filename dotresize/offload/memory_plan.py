@@ -44,6 +44,8 @@ from dotresize.models.causal_lm import CausalLM
 TABLE_ROWS = 8192
 # Decimal, as sizes of memory are quoted, and binary.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+# On which divergences are measured, at most (narrow/allocation.py).
+ALLOCATION_TOKENS = 8 * 128
 # Code and buffers that libraries load with their first use.
 _LATER = 100 * 10**6
 
@@ -110,8 +112,8 @@ def plan(
     if layer_widths:
         stages |= layer_widths_bytes(model, batch, length, c)
     kept = activation_bytes(model, tokens.numel(), width, c)
-    if layer_widths:  # two windows, in a stream for every layer
-        kept += 2 * len(model.layers) * length * model.width * c
+    if layer_widths:  # a stream for every layer
+        kept += len(model.layers) * ALLOCATION_TOKENS * model.width * c
     kept = max(kept, evaluated * (model.width + width) * c // distributed.size())
     device, base = model.device, _now() + _LATER
     most = max(stages.values())
