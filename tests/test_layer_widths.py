@@ -139,7 +139,7 @@ def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
             new[kept] = solved
             block.down_proj.weight.copy_(new.mT)
         narrowed = logits(other, tokens[4:]).log_softmax(-1)
-        divergence = (expected.exp() * (expected - narrowed)).sum(-1).mean()
+        divergence = (expected.exp() * (expected - narrowed)).sum(-1)[:, ::2].mean()
         assert found.divergence[i] == pytest.approx(float(divergence), rel=1e-3)
 
 

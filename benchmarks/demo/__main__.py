@@ -29,8 +29,8 @@ from .texts import model_file, write_texts
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"
 GGUF = FOLDER / "SmolLM2-135M-narrow-q8_0.gguf"
-WINDOWS = 18
-EVAL_WINDOWS = 4
+WINDOWS = 12
+EVAL_WINDOWS = 3
 
 # Runs in a process of its own, which never imports dotresize.
 GENERATE = """
@@ -39,15 +39,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-name, folder, *file = sys.argv[1:]
-of = {"gguf_file": file[0]} if file else {}
-model = AutoModelForCausalLM.from_pretrained(folder, **of)
-tokenizer = AutoTokenizer.from_pretrained(folder, **of)
-prompt = tokenizer("The history of the city begins", return_tensors="pt")
-tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
+folder, file, narrowed = sys.argv[1:]
+for name, where, of in (("dense", folder, {"gguf_file": file}), ("narrowed", narrowed, {})):
+    model = AutoModelForCausalLM.from_pretrained(where, **of)
+    tokenizer = AutoTokenizer.from_pretrained(where, **of)
+    prompt = tokenizer("The history of the city begins", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    print(f"{name}, in plain transformers: {' '.join(text.split())}", flush=True)
 assert "dotresize" not in sys.modules
-text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-print(f"{name}, in plain transformers: {' '.join(text.split())}")
 """
 
 
@@ -72,9 +72,10 @@ def export() -> int:
     return run("export", str(OUT), str(GGUF), "--type", "q8_0")
 
 
-def generate(name: str, *where: str) -> int:
-    """Have a model write a sentence. where: a folder, and the .gguf file in it, if it is one."""
-    command = [sys.executable, "-c", GENERATE, name, *where]
+def generate() -> int:
+    """Have the dense model and the result write a sentence each."""
+    dense = model_file()
+    command = [sys.executable, "-c", GENERATE, str(dense.parent), dense.name, str(OUT)]
     return subprocess.run(command, check=False).returncode
 
 
@@ -112,10 +113,8 @@ def main() -> int:
     code = compress(options)
     if code == 0 and args.out is not None:
         append_rows(args.out)
-    dense = model_file()
     code = code or export()
-    code = code or generate("dense", str(dense.parent), dense.name)
-    code = code or generate("narrowed", str(OUT))
+    code = code or generate()
     print(f"{time.perf_counter() - start:.0f} seconds on {device_name()}")
     return code
 

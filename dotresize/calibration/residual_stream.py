@@ -75,21 +75,23 @@ class Streams:
         """Let the streams go."""
         self.stream.close()
 
-    def logits(self, i: int, stream: Tensor | None = None, windows: slice = slice(None)) -> Tensor:
+    def logits(
+        self, i: int, stream: Tensor | None = None, windows: slice = slice(None), every: int = 1
+    ) -> Tensor:
         """Return the logits of batch i, from a stream that has passed all layers.
 
         The final norm and the head must be resident.
 
-        stream: another one than the batch's, of some of its windows.
+        stream: another one than the batch's, of some of its windows; every: one token of so many.
         """
         tables = [self._module.get_submodule(name) for name in self._architecture.tables]
-        stream = self.stream[i] if stream is None else stream
+        stream = (self.stream[i] if stream is None else stream)[:, ::every]
 
         def as_found(*_: Any, **__: Any) -> Tensor:
             return stream
 
         with _replaced(dict.fromkeys([*tables, *self._layers], as_found)):
-            ids = self.batches[i][windows].to(self._device)
+            ids = self.batches[i][windows, ::every].to(self._device)
             return self._module(input_ids=ids, use_cache=False).logits
 
     def _catcher(self, layer: nn.Module) -> Callable:

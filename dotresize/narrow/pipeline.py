@@ -162,10 +162,11 @@ def narrow_model(
     seconds = dict.fromkeys(STAGES, 0.0)
     if alone or widths.residual is None:
         announce_found(model, width, None if options.layer_widths else inner)
-    for name in ("self-generated text", "calibration"):
-        seconds[name] = statistics.seconds.get(name, 0.0)
+    seconds["self-generated text"] = statistics.seconds.get("self-generated text", 0.0)
     heeds = bool(options.meant("sensitivity")) and cut
-    asked_for = {"cost": "cost" in options.needs, "sensitivity": heeds}
+    of_statistics = cut or options.method.scope == "location"
+    asked_for = {"cost": cut and "cost" in options.needs, "sensitivity": heeds}
+    asked_for["calibration"] = of_statistics
     asked_for["budget"] = options.params is not None
     asked_for["layer widths"] = options.layer_widths
     seconds |= {name: statistics.seconds.get(name, 0.0) * on for name, on in asked_for.items()}

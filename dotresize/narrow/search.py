@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dotresize import distributed
@@ -341,15 +340,13 @@ class Judge:
 
     def _excess(self, shape: Shape, options: Options) -> float:
         model, cut = self._given.model, self._given.tokens
+        if model.architecture.fixed_residual:
+            narrow = narrow_feed_forwards(model, cut, shape, options).model
+        else:
+            narrow = options.method.probe(self._given, shape)
         try:
-            if model.architecture.fixed_residual:
-                narrow = narrow_feed_forwards(model, cut, shape, options).model
-            else:
-                narrow = options.method.probe(self._given, shape)
             found = perplexity(narrow, self._windows, desc="budget")
-        # A map that collapses, or a loss that is not finite: a shape that is never taken.
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            logger.info("budget: %s", error)
+        except ValueError:  # its loss is not finite: a shape that is never taken
             return math.inf
         return math.log(found) - self._dense
 
