@@ -94,7 +94,7 @@ def check_config(config: Any) -> None:
     if kind not in SHAPES:
         raise ValueError(
             f"model type {kind}: must be {', '.join(SHAPES)}; for others see llama.cpp's "
-            "convert_hf_to_gguf.py"
+            "convert_hf_to_gguf.py, which takes layers of one width (compress --pad)"
         )
     rope = dict(config.rope_parameters)
     scaling = rope.get("rope_type", "default")
