@@ -85,8 +85,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--params",
         type=float,
-        help="share of the parameters, kept by both widths or with a layer or two less, whatever "
-        "costs least (0.8 if no size is given)",
+        help="share of the parameters to keep: widths are cut, or a layer or two left out, "
+        "whatever loses least (0.8 if no size is given)",
     )
     size.add_argument(
         "--params-count",
@@ -109,14 +109,15 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--layer-widths",
         action="store_true",
-        help="give each layer a feed-forward width of its own, as many neurons in all: less is "
-        "lost, but plain transformers does not load it yet; dotresize.load and llama.cpp do",
+        help="give each layer a feed-forward width of its own, as many neurons in all as equal "
+        "widths would have: less is lost, but plain transformers does not load it yet; "
+        "dotresize.load and llama.cpp do",
     )
     groups["output"].add_argument(
         "--pad",
         action="store_true",
-        help="with --layer-widths: fill up with zeros, which --params does not count, to a larger "
-        "directory that everything loads",
+        help="with --layer-widths: fill all layers up with zeros to the widest, so that plain "
+        "transformers loads it; larger than --params asks for",
     )
     groups["output"].add_argument(
         "--compare",
@@ -184,7 +185,7 @@ def _add_narrowing(groups: _Groups) -> None:
     method.add_argument(
         "--steps",
         type=float,
-        help="of dot: transports in a row, or inf for their limit (inf; with --targets 1)",
+        help="of dot: transports in a row, or inf for their limit (inf; 1 if --targets is given)",
     )
     method.add_argument("--factor", help="of dot with a number of --steps: polar or qr (polar)")
     method.add_argument(
