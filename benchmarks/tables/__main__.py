@@ -132,7 +132,7 @@ def demo() -> str:
         name = label(row)
         name = f"**{name}**" if row.get("refit") else name
         widths = f"{row['width']['new']} / {row['feed_forward']['new']}"
-        layers = row.get("layers", {}).get("new", "-")
+        layers = row["layers"]["new"]
         lines.append(f"| {name} | {widths} | {layers} | {total:.1f} M | {figures} |")
     last = table[-1]
     seconds = sum(v for k, v in last["seconds"].items() if k != "evaluation")
@@ -140,6 +140,8 @@ def demo() -> str:
         "",
         "Residual and feed-forward width; perplexity on held-out text, lower is better. Every "
         "checkpoint is plain and tied.",
+        "All spend the same budget; `transport` is the paper's single one. Only the last row is "
+        "refitted.",
         f"Calibrated on {last['windows'] * last['window']} tokens of the three sources and text of "
         f"its own; the last row took {seconds:.0f} s on {last['device']}, {last['date']}.",
         f"Rows: `{RESULTS / 'demo.jsonl'}`.",
