@@ -147,8 +147,8 @@ def measured(
                 documents = [text for path in texts.values() for text in read_text(path)]
                 everything = torch.cat(list(windows.values()))
                 row["compared"] = compared(folder, opened, documents, everything)
-        row["widths"] = [config.hidden_size, config.intermediate_size]
         row["layer_widths"] = gguf_file.inner_widths(config)
+        row["widths"] = [config.hidden_size, max(row["layer_widths"])]
         row["model_type"] = config.model_type
         rows.append(row)
         print(json.dumps(row), flush=True)
