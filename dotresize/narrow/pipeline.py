@@ -64,8 +64,8 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
 
     tokens: int64 (windows, length). The first options say how much is written, and have the budget.
     """
-    options = default_size(model, wanted[0])
-    given = len(tokens)
+    sized = [default_size(model, one) for one in wanted]
+    options, given = sized[0], len(tokens)
     tokens, seconds = with_own_text(model, tokens, options)
     split = None
     if options.params is not None:
@@ -75,7 +75,7 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     if options.layer_widths and split is None:
         with stage("layer widths", seconds):
             allocation = _allocation(model, tokens, options)
-    narrowing = [one for one in wanted if _asks_for_statistics(model, split, one)]
+    narrowing = [one for one in sized if _asks_for_statistics(model, split, one)]
     if narrowing:
         with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
             statistics = collect_for(model, tokens, *narrowing)
