@@ -86,7 +86,7 @@ def test_no_widths_fit():
 
 @pytest.mark.parametrize("options", [{"ff_width": 8}, {"ff_width": 38, "multiple_of": 19}])
 def test_equal_widths_are_taken_where_nothing_is_better(options, tokens):
-    """Where no others are to be had, and where their multiples cost too much."""
+    """No others are to be had, or their multiples cost too much."""
     narrow, report = compress(tiny_model(), tokens, layer_widths=True, self_windows=0, **options)
     allocation = report["layer_widths"]
     assert allocation["predicted"] <= allocation["predicted_equal"]
@@ -274,7 +274,7 @@ def test_padding_alone_makes_it_plain(tokens, tmp_path):
 
 
 def test_a_head_that_is_not_the_embedding_is_kept(tmp_path):
-    """Whatever the config says, as with layers of one width."""
+    """Both weights are kept whatever the config says, as with layers of one width."""
     tokens = torch.randint(0, 256, (6, 33))
     narrow, _ = compress(tiny_model(tie_word_embeddings=True), tokens, **UNEVEN)
     CausalLM.in_memory(narrow).save(tmp_path)
@@ -289,7 +289,7 @@ def test_a_head_that_is_not_the_embedding_is_kept(tmp_path):
 
 
 def test_from_the_hub_and_its_cache(tmp_path, monkeypatch):
-    """By an id, and by the folder that the hub's cache has."""
+    """An uneven model loads from the folder of the hub's cache, and its files by their id."""
     narrow, _ = uneven()
     cached = tmp_path / "models--some--uneven" / "snapshots" / "abc"
     cached.mkdir(parents=True)

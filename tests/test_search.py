@@ -218,7 +218,7 @@ def test_a_budget_is_compared_on_the_widths_that_can_change(
 
 
 def test_what_cannot_be_compared_costs_its_row(arguments, tmp_path, monkeypatch, capsys, caplog):
-    """Not the result; and a choice of neurons is no choice of what narrows the residual."""
+    """The result is written; a choice of neurons is not handed to what narrows the residual."""
     arguments[3:5] = ["--params", "0.9", "--ff-method", "nystrom"]
     found = comparison.narrow_model
 

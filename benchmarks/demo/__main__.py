@@ -96,8 +96,7 @@ def append_rows(path: Path) -> None:
         "seed": settings["seed"],
     }
     kept = ("method", "refit", "width", "feed_forward", "layers", "tied", "plain_checkpoint")
-    kept += ("parameters",)
-    kept += ("map", "budget")
+    kept += ("parameters", "map", "budget")
     kept += ("recovery", "training_free", *FIGURES)
     with path.open("a", encoding="utf-8") as file:
         for row in [*report["compared"], report]:

@@ -137,14 +137,13 @@ class Study:
         options = dict(case.options)
         if case.kept is not None:
             options["targets"] = partial(KEPT_SETS[case.kept], self.model.module)
-        start = time.perf_counter()
         if "params" in options:  # what it needs hangs on what it chooses
             tokens, statistics = self.given(mixture, seed), None
             options |= {"seed": seed} | ({} if case.own_text else {"self_windows": 0})
         else:
             narrows = options.get("width") is not None
             tokens, statistics = self.calibration(mixture, seed, case.own_text, narrows)
-            start = time.perf_counter()
+        start = time.perf_counter()
         narrow, report = narrow_model(self.model, tokens, make_options(**options), statistics)
         seconds = time.perf_counter() - start
         found = self.perplexities(narrow)

@@ -132,8 +132,8 @@ def demo() -> str:
         name = label(row)
         name = f"**{name}**" if row.get("refit") else name
         widths = f"{row['width']['new']} / {row['feed_forward']['new']}"
-        layers = row["layers"]["new"]
-        lines.append(f"| {name} | {widths} | {layers} | {total:.1f} M | {figures} |")
+        depth = row["layers"]["new"]
+        lines.append(f"| {name} | {widths} | {depth} | {total:.1f} M | {figures} |")
     last = table[-1]
     seconds = sum(v for k, v in last["seconds"].items() if k != "evaluation")
     lines += [

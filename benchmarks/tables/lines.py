@@ -19,9 +19,10 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def millions(count: int) -> str:
-    """Return a count of parameters for people."""
-    return f"{count / 1e6:.1f} M"
+def span(widths: list[int]) -> str:
+    """Return one width, or the narrowest and the widest of several."""
+    least, most = min(widths), max(widths)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def average(row: Row) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .lines import span
+
 
 def llama_cpp(table: list[dict[str, Any]]) -> str:
     """Return size, perplexity and speed of every model in every type."""
@@ -49,11 +51,8 @@ def llama_cpp(table: list[dict[str, Any]]) -> str:
 
 def _widths(row: dict[str, Any]) -> str:
     """Return residual and feed-forward width, and how many layers of how many neurons."""
-    residual, widest = row["widths"]
-    layers = row.get("layer_widths", ())
-    if len(set(layers)) > 1:
-        return f"{residual} / {min(layers)} to {max(layers)}"
-    return f"{residual} / {widest}{f', {len(layers)} layers' if layers else ''}"
+    layers = row["layer_widths"]
+    return f"{row['widths'][0]} / {span(layers)}, {len(layers)} layers"
 
 
 def mean(row: dict[str, Any]) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dotresize.cli.report import millions
+
 from ..demo.texts import SOURCES
 from ..studies.quality_cases import AMOUNTS, HEADLINE, KEPT_SETS, MAPS, WINDOWS
-from .lines import Row, average, head, line, millions
+from .lines import Row, average, head, line
 
 Found = dict[tuple[str, str, int], Row]
 

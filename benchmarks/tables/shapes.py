@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dotresize.cli.report import millions
+
 from ..demo.texts import SOURCES
-from .lines import Row, average, head, line, millions
+from .lines import Row, average, head, line, span
 
 
 def layers(rows: list[Row]) -> str:
@@ -45,7 +47,7 @@ def layers(rows: list[Row]) -> str:
 def _shape(row: Row) -> str:
     """Return the feed-forward widths of a row, and how many layers went."""
     own, dropped = row["layer_widths"], row["layers"]["dropped"]
-    widths = f"{min(own['widths'])} to {max(own['widths'])}" if own else str(row["ff_width"])
+    widths = span(own["widths"] if own else [row["ff_width"]])
     return f"{widths}, {len(dropped)} layers less" if dropped else widths
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dotresize.models.causal_lm import CausalLM, is_tied
-from dotresize.models.given import causal_model, untied
+from dotresize.models.causal_lm import CausalLM
+from dotresize.models.given import causal_model
 from dotresize.offload.headers import check_stored, shards
-from dotresize.offload.offloaded_model import head_differs
+from dotresize.offload.offloaded_model import as_stored
 from dotresize.offload.skeleton import skeleton
 
 
@@ -24,8 +24,7 @@ def load_uneven(folder: Path, config: Any, widths: list[int]) -> CausalLM:
     """
     transformers: Any = importlib.import_module("transformers")
     check_stored(folder, config, widths)
-    if is_tied(config) and head_differs(folder, config):
-        config = untied(config)
+    config = as_stored(folder, config)
     device = torch.device("cpu")
     module = skeleton(transformers.AutoModelForCausalLM, config, device, widths)
     weights: dict[str, Tensor] = {}

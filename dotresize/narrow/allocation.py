@@ -39,6 +39,7 @@ from dotresize.narrow.calibrate import held_out, spread
 from dotresize.narrow.feed_forward import RIDGE, Elimination, elimination, recombined
 from dotresize.narrow.options import Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS
+from dotresize.offload.memory_plan import ALLOCATION_TOKENS
 
 # No width, of a layer or of all, is narrowed further than to this share.
 LEAST = 0.1
@@ -48,7 +49,7 @@ LEAST = 0.1
 # 0.341, 0.341, 0.347, and by what 12 of 512 predict 0.529, 0.514, 0.508, 0.498 (equal: 0.679).
 MEASURED = 8
 MEASURED_SHARE = 1 / 4
-MEASURED_TOKENS = 128
+MEASURED_TOKENS = ALLOCATION_TOKENS // MEASURED
 # Predictions are compared at every second token: neighbours say much the same, and the head is a
 # third of the time.
 EVERY = 2

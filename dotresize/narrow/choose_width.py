@@ -46,10 +46,10 @@ def choose_widths(model: CausalLM, options: Options) -> Widths:
     check_residual(model, options)
     check_parallel(model, options)
     inner = choose_inner_width(model, options)
-    if options.layer_widths and inner is not None:
+    equal = by_layer(model, inner)
+    if options.layer_widths and equal is not None:
         full = model.inner_widths
-        total = sum(min(inner, width) for width in full)
-        check_room(full, total, multiple_for(full, options))
+        check_room(full, sum(equal), multiple_for(full, options))
     if options.energy is not None or options.params is not None:
         return Widths(None, inner)
     width = choose_width(model, options)

@@ -152,7 +152,8 @@ def narrow_model(
     if options.params is not None and split is not None:
         width, inner = split.width, split.inner if split.inner < model.inner_width else None
     cut = width < model.width or options.energy is not None
-    if cut or options.method.scope == "location":
+    of_statistics = cut or options.method.scope == "location"
+    if of_statistics:
         _check_statistics(statistics, options)
     if options.energy is not None:
         width = width_for_energy(statistics, model, options)
@@ -164,7 +165,6 @@ def narrow_model(
         announce_found(model, width, None if options.layer_widths else inner)
     seconds["self-generated text"] = statistics.seconds.get("self-generated text", 0.0)
     heeds = bool(options.meant("sensitivity")) and cut
-    of_statistics = cut or options.method.scope == "location"
     asked_for = {"cost": cut and "cost" in options.needs, "sensitivity": heeds}
     asked_for["calibration"] = of_statistics
     asked_for["budget"] = options.params is not None

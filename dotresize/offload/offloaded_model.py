@@ -66,8 +66,7 @@ def open_model(
     if not shards(folder):
         raise ValueError("has no safetensors files")
     check_stored(folder, config, widths)
-    if is_tied(config) and head_differs(folder, config):
-        config = untied(config)
+    config = as_stored(folder, config)
     module = skeleton(transformers.AutoModelForCausalLM, config, device, widths)
     if (folder / "generation_config.json").is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -82,7 +81,12 @@ def open_model(
     return model
 
 
-def head_differs(folder: Path, config: Any) -> bool:
+def as_stored(folder: Path, config: Any) -> Any:
+    """Return the config; untied where the files hold a head that is not the embedding."""
+    return untied(config) if is_tied(config) and _head_differs(folder, config) else config
+
+
+def _head_differs(folder: Path, config: Any) -> bool:
     """Return whether files hold a head that is not the embedding; transformers then keeps both."""
     architecture = architecture_of(config)
     head, table = (f"{name}.weight" for name in (architecture.head, architecture.embedding))
