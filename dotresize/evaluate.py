@@ -133,8 +133,7 @@ class Predictions:
         self._streams = Streams(model, windows, batch_windows)
         for name in tqdm(model.layers, desc=f"evaluate {desc}", unit="layer", disable=None):
             with model.resident(name) as layer:
-                for i in range(len(self._streams)):
-                    self._streams.stream[i] = self._streams.run(layer, i)
+                self._streams.pass_layer(layer)
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the tokens and the logits of each batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from dotresize.cli import main
 from dotresize.compression import make_options
 from dotresize.models import architecture_of, supported
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.fewer_layers import SameParts
 from dotresize.models.layer_widths import set_inner_widths
-from dotresize.narrow.allocation import Allocation, Curves, allocate, measure
+from dotresize.narrow import allocation
+from dotresize.narrow.allocation import Allocation, allocate
+from dotresize.narrow.curves import Curves, measure
 from dotresize.narrow.feed_forward import Elimination, elimination
 from dotresize.narrow.pipeline import narrow_model, prepare
 
@@ -29,6 +33,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Multiples this fine leave room for widths that are better than equal ones.
 UNEVEN = {"ff_width": 28, "multiple_of": 4, "layer_widths": True}
+
+
+@pytest.fixture(autouse=True)
+def any_gain(monkeypatch):
+    """Random layers are much alike: without this most would keep equal widths."""
+    monkeypatch.setattr(allocation, "GAIN", 0.0)
 
 
 @pytest.fixture
@@ -115,6 +125,7 @@ def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
     found = measure(handle, tokens[:4], tokens[4:], 0.5, first=100.0, batch_windows=3)
     assert found.reference == [20, 20, 20]
     expected = logits(model, tokens[4:]).log_softmax(-1)
+    divergences = []
     for i, course in enumerate(found.eliminations):
         kept = course.kept(20, 40)
         other = handle.copied().module
@@ -139,8 +150,63 @@ def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
             new[kept] = solved
             block.down_proj.weight.copy_(new.mT)
         narrowed = logits(other, tokens[4:]).log_softmax(-1)
+        divergences.append((expected.exp() * (expected - narrowed)).sum(-1)[:, ::2].mean(1))
+    of_windows = torch.stack(divergences)  # which all count the same
+    sums = of_windows.sum(0)
+    scaled = (of_windows / sums * sums.mean()).mean(1)
+    assert found.divergence == pytest.approx(scaled.tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dearest", "stay_equal"), [(1.0, True), (1.1, True), (2.0, False)])
+def test_widths_stay_equal_where_little_is_to_be_won(monkeypatch, dearest, stay_equal):
+    monkeypatch.setattr(allocation, "GAIN", 0.1)
+    courses = [
+        Elimination(torch.arange(0), [(40, 0.0), (1, 39.0 * slope)])
+        for slope in (1.0, dearest, 1.0)
+    ]
+    curves = Curves([1] * 3, [39.0, 39.0 * dearest, 39.0], courses)
+    options = make_options(ff_width=28, layer_widths=True, multiple_of=4)
+    handle = CausalLM.in_memory(tiny_model())
+    found = allocation.allocation_of(curves, handle, [28] * 3, 84, options)
+    assert (found.widths == (28, 28, 28)) == stay_equal
+    assert sum(found.widths) <= 84
+
+
+@pytest.mark.parametrize("first", [1.0, 100.0])
+def test_curves_end_where_they_may(tokens, first):
+    """With as far to go as the divergence is measured at, what is above is the same."""
+    handle = CausalLM.in_memory(tiny_model())
+    whole = measure(handle, tokens[:4], tokens[4:], 0.6, first=first)
+    part = measure(handle, tokens[:4], tokens[4:], 0.6, first=first, least=0.6)
+    assert part.reference == whole.reference == [24] * 3
+    assert part.eliminations[0].lost[-1][0] == 24
+    assert part.predicted([24, 30, 38]) == pytest.approx(whole.predicted([24, 30, 38]))
+
+
+def test_few_layers_are_tried_without(tokens):
+    """Those that change the stream least; each divergence is that of a model without the layer."""
+    model = tiny_model(num_hidden_layers=6)
+    handle = CausalLM.in_memory(model)
+    found = measure(handle, tokens[:4], tokens[4:], 0.5, first=1.0, without=True)
+    finite = [i for i, lost in enumerate(found.without) if lost < math.inf]
+    assert len(finite) == 4
+    with torch.no_grad():
+        states = model(tokens[4:], output_hidden_states=True).hidden_states
+    # The last of them has passed the final norm.
+    changes = [
+        float(((b - a).square().sum(-1) / b.square().sum(-1)).mean())
+        for a, b in itertools.pairwise(states[:-1])
+    ]
+    assert set(sorted(range(5), key=changes.__getitem__)[:3]) <= set(finite)
+    expected = logits(model, tokens[4:]).log_softmax(-1)
+    ratios = []
+    for i in finite:
+        other = handle.derived(SameParts(handle, (i,))).module
+        narrowed = logits(other, tokens[4:]).log_softmax(-1)
         divergence = (expected.exp() * (expected - narrowed)).sum(-1)[:, ::2].mean()
-        assert found.divergence[i] == pytest.approx(float(divergence), rel=1e-3)
+        ratios.append(found.without[i] / float(divergence))
+    # Their windows are scaled as those of the narrowed ones are, which is much the same.
+    assert ratios == pytest.approx([1.0] * 4, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", supported(feed_forward=True))

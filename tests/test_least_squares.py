@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dotresize.least_squares import NormalEquations
+from dotresize.least_squares import NormalEquations, gram
 
 
 def solved(
@@ -87,3 +87,24 @@ def test_nothing_is_lost_of_nothing(problem):
     equations = NormalEquations(0 * prior)
     equations.add(u, 0 * v)
     assert equations.lost(equations.solve(0.1)) == 0
+
+
+def test_inputs_alone_are_met_by_what_the_prior_makes_of_them(problem):
+    u, _, prior = problem
+    given, alone = NormalEquations(prior), NormalEquations(prior)
+    given.add(u, u.double() @ prior, 3.0)
+    alone.add(u, None, 3.0)
+    for equations in (given, alone):
+        equations.total()
+    assert alone.tokens_per_input == given.tokens_per_input
+    torch.testing.assert_close(alone.cross, given.cross, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(alone.squares, given.squares, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 37, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gram_matrices_are_whole(width, dtype):
+    u = torch.randn(50, width).to(dtype)
+    found = gram(u)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), u.double().mT @ u.double(), rtol=1e-5, atol=1e-4)

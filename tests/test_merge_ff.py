@@ -212,7 +212,7 @@ def test_published_parameter_counts():
     import transformers
 
     from dotresize.merging.tie import tie
-    from dotresize.offload.skeleton import skeleton
+    from dotresize.models.skeleton import skeleton
 
     shapes = [
         (transformers.ViTForImageClassification, transformers.ViTConfig(num_labels=1000), 5, 0.218),

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 
 from dotresize.models.causal_lm import CausalLM
+from dotresize.models.skeleton import skeleton
 from dotresize.offload.headers import INDEX
-from dotresize.offload.skeleton import skeleton
 
 from ..rows import append, device_name, where
 from .large_counts import SHAPES, Shape, counts, gpu_bytes, measured_rates

@@ -109,6 +109,11 @@ class Streams:
     def __len__(self) -> int:
         return len(self.stream)
 
+    def pass_layer(self, layer: nn.Module) -> None:
+        """Move the stream past a layer."""
+        for i in range(len(self)):
+            self.stream[i] = self.run(layer, i)
+
     def run(self, layer: nn.Module, i: int, stream: Tensor | None = None) -> Tensor:
         """Return the layer's output for batch i, or for another stream of these tokens."""
         args, kwargs = self._arguments[layer][i]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
+from dotresize.models.skeleton import skeleton
 from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import as_stored
-from dotresize.offload.skeleton import skeleton
 
 
 def load_uneven(folder: Path, config: Any, widths: list[int]) -> CausalLM:

@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 from dotresize.models import Architecture, architecture_of
 from dotresize.models.layer_widths import (
-    differ,
     inner_widths,
-    set_inner_widths,
     written_config,
 )
 from dotresize.models.resized import class_for
+from dotresize.models.skeleton import skeleton
 
 
 class PartMaker(Protocol):
@@ -193,10 +192,7 @@ class InMemory:
         module = self._module
         architecture = architecture_of(module.config)
         kind = class_for(module, maker.config)
-        with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and then replaced
-            new = kind(maker.config)
-        if differ(maker.inner_widths):
-            set_inner_widths(architecture, new, maker.inner_widths)
+        new = skeleton(kind, maker.config, self.device, maker.inner_widths)
         weights: dict[str, Tensor] = {}
         parts = CausalLM.in_memory(new).parts
         for name in tqdm(parts, desc="absorb", unit="part", disable=None):
@@ -207,9 +203,9 @@ class InMemory:
         # Assigned, not copied: every weight keeps the dtype it has in the given model.
         new.load_state_dict(weights, assign=True)
         new.tie_weights()
-        new = new.to(self.device)
+        new.requires_grad_()
         new.generation_config = copy.deepcopy(module.generation_config)
-        return CausalLM.in_memory(new.eval())
+        return CausalLM.in_memory(new)
 
     def copied(self) -> CausalLM:
         return CausalLM.in_memory(copy.deepcopy(self._module))

@@ -27,6 +27,7 @@ from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import config_left, kept_layers, source_of, widths_left
 from dotresize.models.resized import resized
+from dotresize.narrow.maps import is_identity
 from dotresize.offload.memory_plan import TABLE_ROWS
 
 
@@ -80,6 +81,8 @@ class Absorption:
         self.architecture = model.architecture
         sublayers = 2 * len(model.layers)
         self._qs = [q] * (sublayers + 1) if isinstance(q, Tensor) else list(q)
+        # Products by an identity, as where the feed-forward alone is narrowed, are left out.
+        self._same = isinstance(q, Tensor) and is_identity(q)
         self.width, self.narrow = self._qs[0].shape
         self.tied = model.tied and not untie
         self._s = (self.narrow / self.width) ** 0.5
@@ -94,7 +97,8 @@ class Absorption:
         """Return the weights of a part, by their names in it, in the dtypes of the given model."""
         architecture = self.architecture
         if name == architecture.embedding:
-            return {"weight": self._multiplied(name, self._table * self._qs[0])}
+            with self.model.resident(name) as module:
+                return {"weight": self._read(module.weight, self._table, self._qs[0])}
         if name == architecture.final_norm:
             return self._final_norm()
         if name == architecture.head:
@@ -119,9 +123,10 @@ class Absorption:
         gain = self.architecture.gain(norm).to(read)
         for reader in part.readers:
             weight = layer.get_parameter(reader)
-            new[reader] = matmul_in_blocks(weight, gain[:, None] * read / self._s)
+            new[reader] = self._read(weight, gain[:, None] / self._s, read)
         weight = layer.get_parameter(part.writer)
-        new[part.writer] = _written(weight, self._stream * written.mT)
+        matrix = None if self._same else self._stream * written.mT
+        new[part.writer] = weight.clone() if matrix is None else _written(weight, matrix)
         bias = part.writer.removesuffix("weight") + "bias"
         if bias in layer.state_dict():
             vector = layer.get_parameter(bias)
@@ -148,16 +153,18 @@ class Absorption:
         last, head = self._qs[-1], self.architecture.head
         with self.model.resident(self.architecture.final_norm) as norm:
             scale = self.architecture.gain(norm).to(last)
-        new = {"weight": self._multiplied(head, scale[:, None] * last / self._s)}
         with self.model.resident(head) as module:
+            new = {"weight": self._read(module.weight, scale[:, None] / self._s, last)}
             if module.bias is not None:
                 new["bias"] = module.bias.detach().clone()
         return new
 
-    def _multiplied(self, name: str, matrix: Tensor) -> Tensor:
-        """Return a table's rows times a matrix, (D, k) float64."""
-        with self.model.resident(name) as module:
-            return matmul_in_blocks(module.weight, matrix)
+    def _read(self, weight: Tensor, scale: Tensor | float, q: Tensor) -> Tensor:
+        """Return rows (..., D) of a weight times ``scale * q``; scale: (D, 1) float64, or one."""
+        if not self._same:
+            return matmul_in_blocks(weight, scale * q)
+        each = scale[:, 0].float() if isinstance(scale, Tensor) else scale
+        return (weight.detach() * each).to(weight.dtype)
 
 
 def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ narrow/feed_forward.py for the target h W, or with refit for the target y:
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from dotresize.models.linear import linear_of, rows_of
 from dotresize.narrow.maps import WidthMap
 from dotresize.narrow.options import Narrowed, Options, Shape
 from dotresize.narrow.refit import FIRST_WEIGHT, add_windows, refit_writer
+from dotresize.offload.memory_plan import activation_place
 
 
 @torch.no_grad()
@@ -44,26 +45,29 @@ def narrow_feed_forwards(
     if inner is None and not (dropped and options.refit):
         return Narrowed(narrow, WidthMap.none(), [], lost)
     part = architecture.sublayers[-1]
-    with (
-        closing(Streams(model, tokens, options.batch_windows)) as dense_stream,
-        closing(Streams(narrow, tokens, options.batch_windows, dense_stream.place)) as stream,
-    ):
+    place = activation_place(model, tokens)
+    with ExitStack() as stack:
+        stream = Streams(narrow, tokens, options.batch_windows, place)
+        stack.enter_context(closing(stream))
+        dense_stream = None
+        if options.refit:
+            dense_stream = Streams(model, tokens, options.batch_windows, place)
+            stack.enter_context(closing(dense_stream))
         widths = [None] * len(narrow.layers) if inner is None else list(inner)
         left = iter(zip(narrow.layers, widths, strict=True))
         for i, name in enumerate(
             tqdm(model.layers, desc="inner width", unit="layer", disable=None)
         ):
             if i in dropped:
-                with model.resident(name) as dense_layer:
-                    for j in range(len(dense_stream)):
-                        dense_stream.stream[j] = dense_stream.run(dense_layer, j)
+                if dense_stream is not None:
+                    with model.resident(name) as dense_layer:
+                        dense_stream.pass_layer(dense_layer)
                 continue
             own_name, width = next(left)
             with model.resident(name) as dense_layer, narrow.resident(own_name) as layer:
                 equations = _equations(dense_layer, layer, part, dense_stream, stream)
                 lost.append(refit_writer(layer, part, equations, width, options, cut=False)[1])
-                for i in range(len(stream)):
-                    stream.stream[i] = stream.run(layer, i)
+                stream.pass_layer(layer)
                 if options.pad and inner is not None:
                     pad_layer(architecture, layer, max(inner))
     if inner is not None:
@@ -75,16 +79,22 @@ def _equations(
     dense: nn.Module,
     layer: nn.Module,
     part: Sublayer,
-    dense_stream: Streams,
+    dense_stream: Streams | None,
     stream: Streams,
 ) -> NormalEquations:
-    """Return those of one layer's writer; the dense stream is moved past it."""
+    """Return those of one layer's writer; the dense stream is moved past it.
+
+    dense_stream: None where the layer's own output is to be met.
+    """
     dense_writer, writer = (linear_of(x, part.writer) for x in (dense, layer))
     bias = 0.0 if writer.bias is None else writer.bias.float()
     equations = NormalEquations(rows_of(writer).to(FLOAT))
-    for i in range(len(dense_stream)):
-        with captured([dense_writer]) as written:
-            dense_stream.stream[i] = dense_stream.run(dense, i)
-        h, y = stream.until(layer, writer, i), written[0].float() - bias
+    for i in range(len(stream)):
+        y = None
+        if dense_stream is not None:
+            with captured([dense_writer]) as written:
+                dense_stream.stream[i] = dense_stream.run(dense, i)
+            y = written[0].float() - bias
+        h = stream.until(layer, writer, i)
         add_windows(equations, h, y, [1.0] * len(stream.batches[i]), FIRST_WEIGHT)
     return equations

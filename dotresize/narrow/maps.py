@@ -43,6 +43,12 @@ def level(q: Tensor) -> Tensor:
     return near @ (torch.eye(k, dtype=q.dtype, device=q.device) + turn + turn @ turn / (1 + cosine))
 
 
+def is_identity(q: Tensor) -> bool:
+    """Return whether a basis leaves all channels as they are."""
+    width, k = q.shape
+    return width == k and torch.equal(q, torch.eye(k, dtype=q.dtype, device=q.device))
+
+
 @dataclass
 class WidthMap:
     """A narrowing of the residual stream, however it was found.

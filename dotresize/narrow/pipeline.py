@@ -22,7 +22,7 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import widths_left
 from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
-from dotresize.narrow.allocation import Allocation, allocation_of, curves_of
+from dotresize.narrow.allocation import Allocation, allocation_of
 from dotresize.narrow.calibrate import collect_for, first_token, with_own_text
 from dotresize.narrow.choose_width import (
     announce_found,
@@ -33,6 +33,7 @@ from dotresize.narrow.choose_width import (
     residual_stays,
     width_for_energy,
 )
+from dotresize.narrow.curves import curves_of
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 from dotresize.narrow.options import Calibrated, Narrowed, Options, Shape
 from dotresize.narrow.refit import FIRST_WEIGHT, first_weight

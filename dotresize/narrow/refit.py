@@ -29,7 +29,7 @@ is read or written, and x has passed its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import closing
 
 import torch
@@ -45,8 +45,10 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import pad_layer
 from dotresize.models.linear import keep_outputs, linear_of, rows_of, set_rows
 from dotresize.narrow.absorb import matmul_in_blocks
+from dotresize.narrow.maps import is_identity
 from dotresize.narrow.norm_scales import scale_final_norm, scale_layer
 from dotresize.narrow.options import Inner, Options
+from dotresize.offload.memory_plan import activation_place
 
 # What the old weights weigh beside the tokens, as many tokens for each input of a solve: of a
 # stream that is narrower than it was, and of one that keeps its width, whose readers were right.
@@ -160,10 +162,13 @@ class _Refit:
         self.architecture = dense.architecture
         self.lost: list[float] = []  # by each feed-forward so far
         self._options, self.residual = options, residual
-        self._dense = Streams(dense, tokens, options.batch_windows)
-        place = self._dense.place
+        place = activation_place(dense, tokens)
         self._narrow = Streams(narrow, tokens, options.batch_windows, place)
-        count = len(self._dense)
+        # Where nothing is refitted, nothing is to be met but what the narrowed model does itself.
+        self._dense = None
+        if options.refit:
+            self._dense = Streams(dense, tokens, options.batch_windows, place)
+        count = len(self._narrow)
         # What the dense norms deliver, and what the narrowed stream lacks, per batch.
         self._delivered = [ActivationCache(count, place) for _ in self.architecture.sublayers]
         self._middle, self._inner = ActivationCache(count, place), ActivationCache(count, place)
@@ -177,8 +182,9 @@ class _Refit:
 
     def close(self) -> None:
         """Let everything that was kept between layers go."""
-        for streams in (self._dense, self._narrow):
-            streams.close()
+        self._narrow.close()
+        if self._dense is not None:
+            self._dense.close()
         for cache in (*self._delivered, self._middle, self._inner):
             cache.close()
 
@@ -210,8 +216,7 @@ class _Refit:
             _pairs(dense_layer, body, feed_forward.readers),
         )  # fmt: skip
         if feed_forward.experts:
-            for i in range(len(self._narrow)):
-                self._narrow.stream[i] = self._narrow.run(layer, i)
+            self._narrow.pass_layer(layer)
             return
         for i, x in enumerate(self._middle):
             self._inner[i] = inner_neurons(body, feed_forward, x)
@@ -229,6 +234,7 @@ class _Refit:
             dense.resident(*names) as (dense_norm, dense_head),
             narrow.resident(*names) as (norm, head),
         ):
+            assert self._dense is not None
             for i, x in enumerate(self._dense.stream):
                 self._delivered[0][i] = dense_norm(x)
             heads = _pairs(dense_head, head, ("weight",))
@@ -237,6 +243,8 @@ class _Refit:
             scale_final_norm(narrow)  # while they are held: what is let go is written
 
     def _run_dense(self, layer: nn.Module, norms: list[nn.Module]) -> None:
+        if self._dense is None:
+            return
         for i in range(len(self._dense)):
             with captured(norms) as seen:
                 self._dense.stream[i] = self._dense.run(layer, i)
@@ -271,17 +279,25 @@ class _Refit:
         if not self._options.refit and inner is None:
             return None
         writer = linear_of(layer, part.writer)
-        prior = rows_of(writer).to(FLOAT)
-        bias = 0.0 if writer.bias is None else writer.bias.float()
-        project = (self._stream_scale * q).float()
-        equations = NormalEquations(prior)
-        batches = zip(self._inner, self._middle, self._dense.stream, self._weights, strict=True)
-        for h, x, wanted, weights in batches:
-            missing = product(wanted.flatten(0, -2), project) - x.flatten(0, -2).float()
-            add_windows(equations, h, missing / self._multiplier - bias, weights, self._first)
+        equations = NormalEquations(rows_of(writer).to(FLOAT))
+        for h, missing, weights in zip(self._inner, self._missing(q), self._weights, strict=True):
+            if missing is not None and writer.bias is not None:
+                missing = missing - writer.bias.float()
+            add_windows(equations, h, missing, weights, self._first)
         kept, lost = refit_writer(layer, part, equations, inner, self._options, cut=self._cut)
         self.lost.append(lost)
         return kept
+
+    def _missing(self, q: Tensor) -> Iterator[Tensor | None]:
+        """Yield what each batch's writer should write, float32, bias and all; None for nothing."""
+        if self._dense is None:
+            yield from [None] * len(self._narrow)
+            return
+        project = None if is_identity(q) else (self._stream_scale * q).float()
+        for x, wanted in zip(self._middle, self._dense.stream, strict=True):
+            wanted = wanted.flatten(0, -2)
+            wanted = wanted.float() if project is None else product(wanted, project)
+            yield (wanted - x.flatten(0, -2).float()) / self._multiplier
 
 
 def first_weight(dense: CausalLM, narrow: CausalLM) -> float:
@@ -313,21 +329,23 @@ def window_weights(windows: int, own: int, batch_windows: int) -> list[list[floa
 
 
 def add_windows(
-    equations: NormalEquations, u: Tensor, v: Tensor, weights: list[float], first: float
+    equations: NormalEquations, u: Tensor, v: Tensor | None, weights: list[float], first: float
 ) -> None:
     """Add windows of tokens, each as often as its weight says, and its first token more often.
 
-    u: (..., inputs), v: (..., outputs), of as many windows as there are weights, one after the
-    other, those of one weight side by side; first: how often the first token of each counts beside
-    its others.
+    u: (..., inputs), v: (..., outputs) or None, of as many windows as there are weights, one after
+    the other, those of one weight side by side; first: how often the first token of each counts
+    beside its others.
     """
-    u, v = (x.reshape(len(weights), -1, x.shape[-1]) for x in (u, v))
+    u = u.reshape(len(weights), -1, u.shape[-1])
+    v = None if v is None else v.reshape(len(weights), -1, v.shape[-1])
     for weight in dict.fromkeys(weights):
         mine = [i for i, other in enumerate(weights) if other == weight]
         some = slice(mine[0], mine[-1] + 1)
-        equations.add(u[some], v[some], weight)
+        equations.add(u[some], None if v is None else v[some], weight)
         if first != 1.0:
-            equations.add(u[some, 0], v[some, 0], weight * (first - 1.0))
+            firsts = None if v is None else v[some, 0]
+            equations.add(u[some, 0], firsts, weight * (first - 1.0))
 
 
 def refit_writer(
@@ -350,9 +368,7 @@ def refit_writer(
     rows = equations.prior
     kept = None
     if inner is not None and inner < len(equations.gram):
-        gram = equations.gram
-        cross = equations.cross if options.refit else gram @ rows
-        kept, rows = options.ff_method.choose(gram, cross, rows, inner)
+        kept, rows = options.ff_method.choose(equations.gram, equations.cross, rows, inner)
         equations.restrict(kept, rows)
         for name in part.readers:
             keep_outputs(linear_of(layer, name), kept, part.stacked)

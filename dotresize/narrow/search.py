@@ -32,10 +32,11 @@ from dotresize.calibration.statistics import Statistics
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import alike, kept_layers, widths_left
-from dotresize.narrow.allocation import LEAST, Allocation, Curves, allocation_of, curves_of
+from dotresize.narrow.allocation import Allocation, allocation_of
 from dotresize.narrow.budget import Budget, check_budget
 from dotresize.narrow.calibrate import collect_for, held_out, spread
 from dotresize.narrow.choose_width import DEFAULT_SIZE, by_layer
+from dotresize.narrow.curves import LEAST, Curves, curves_of
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 from dotresize.narrow.options import Calibrated, Options, Shape
 from dotresize.narrow.refit import FIRST_WEIGHT
@@ -232,7 +233,10 @@ def _predicted(model: CausalLM, tokens: Tensor, options: Options) -> Iterator[Sp
     equal = by_layer(model, inner) if inner >= least else None
     share = DEFAULT_SIZE if equal is None else sum(equal) / sum(model.inner_widths)
     most = min(FEWER, layers // ONE_OF) if alike(model.config) else 0
-    curves = curves_of(model, tokens, share, options, first=FIRST_WEIGHT, without=most > 0)
+    # Equal widths are never narrower than those of all layers.
+    down_to = LEAST if options.layer_widths or equal is None else share
+    of_curves: dict[str, Any] = {"first": FIRST_WEIGHT, "least": down_to, "without": most > 0}
+    curves = curves_of(model, tokens, share, options, **of_curves)
     cheapest = sorted(range(layers), key=lambda i: curves.without[i]) if most else []
     for count in range(most + 1):
         dropped = tuple(sorted(cheapest[:count]))

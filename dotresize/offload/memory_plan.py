@@ -44,7 +44,7 @@ from dotresize.models.causal_lm import CausalLM
 TABLE_ROWS = 8192
 # Decimal, as sizes of memory are quoted, and binary.
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-# On which divergences are measured, at most (narrow/allocation.py).
+# On which divergences are measured, at most (narrow/curves.py).
 ALLOCATION_TOKENS = 8 * 128
 # Code and buffers that libraries load with their first use.
 _LATER = 100 * 10**6
@@ -99,7 +99,7 @@ def plan(
         budget: bytes of host memory.
         evaluated: tokens to evaluate on.
         sensitivity: whether a backward pass is made (calibration/gradients.py).
-        layer_widths: whether each layer is narrowed alone before (narrow/allocation.py).
+        layer_widths: whether each layer is narrowed alone before (narrow/curves.py).
 
     Raises ValueError where the budget is too small for any place.
     """

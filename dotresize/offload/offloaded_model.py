@@ -30,9 +30,9 @@ from dotresize.models.causal_lm import CausalLM, PartMaker, fill, is_tied, save_
 from dotresize.models.fewer_layers import SameParts
 from dotresize.models.given import NOT_TIED, same_weight, untied
 from dotresize.models.resized import class_for
+from dotresize.models.skeleton import skeleton
 from dotresize.offload.headers import INDEX, check_stored, shards
 from dotresize.offload.memory_plan import TABLE_ROWS
-from dotresize.offload.skeleton import empty, skeleton
 from dotresize.offload.stored_weights import StoredNames, StoredWeights
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -175,7 +175,7 @@ class Offloaded:
                 self._held[name] -= 1
                 if not self._held[name]:
                     self._release(name, part)
-                    empty(part)
+                    _empty(part)
             if not self._held.total():
                 self._module.tie_weights()  # a tied head has its own weight only while it is used
 
@@ -263,3 +263,8 @@ def _give_large_blocks_back() -> None:
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _empty(part: nn.Module) -> None:
+    """Leave the shapes of a part's parameters, without their memory."""
+    fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})

@@ -10,13 +10,7 @@ import torch
 from torch import nn
 
 from dotresize.models import architecture_of
-from dotresize.models.causal_lm import fill
 from dotresize.models.layer_widths import set_inner_widths
-
-
-def empty(part: nn.Module) -> None:
-    """Leave the shapes of a part's parameters, without their memory."""
-    fill(part, {name: weight.to("meta") for name, weight in part.named_parameters()})
 
 
 def skeleton(
