@@ -29,8 +29,8 @@ from .texts import model_file, write_texts
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"
 GGUF = FOLDER / "SmolLM2-135M-narrow-q8_0.gguf"
-WINDOWS = 12
-EVAL_WINDOWS = 3
+WINDOWS = 8
+EVAL_WINDOWS = 2
 
 # Runs in a process of its own, which never imports dotresize.
 GENERATE = """
@@ -39,14 +39,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-folder, file, narrowed = sys.argv[1:]
-for name, where, of in (("dense", folder, {"gguf_file": file}), ("narrowed", narrowed, {})):
-    model = AutoModelForCausalLM.from_pretrained(where, **of)
-    tokenizer = AutoTokenizer.from_pretrained(where, **of)
-    prompt = tokenizer("The history of the city begins", return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
-    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    print(f"{name}, in plain transformers: {' '.join(text.split())}", flush=True)
+name, folder, *file = sys.argv[1:]
+options = dict(zip(["gguf_file"], file))
+model = AutoModelForCausalLM.from_pretrained(folder, **options)
+tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+prompt = tokenizer("The history of the city begins", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.2)
+text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+print(f"{name}, in plain transformers: {' '.join(text.split())}")
 assert "dotresize" not in sys.modules
 """
 
@@ -72,11 +72,19 @@ def export() -> int:
     return run("export", str(OUT), str(GGUF), "--type", "q8_0")
 
 
-def generate() -> int:
-    """Have the dense model and the result write a sentence each."""
-    dense = model_file()
-    command = [sys.executable, "-c", GENERATE, str(dense.parent), dense.name, str(OUT)]
-    return subprocess.run(command, check=False).returncode
+def generate(name: str, *where: str) -> subprocess.Popen[str]:
+    """Begin to have a model write a sentence, which is piped; most of the time it is read.
+
+    where: a directory, and of a GGUF file its name in it.
+    """
+    command = [sys.executable, "-c", GENERATE, name, *where]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def shown(written: subprocess.Popen[str]) -> int:
+    """Print what a process writes; return its exit code."""
+    print(written.communicate()[0], end="", flush=True)
+    return written.returncode
 
 
 def append_rows(path: Path) -> None:
@@ -109,11 +117,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
     args, options = parser.parse_known_args()
     start = time.perf_counter()
-    code = compress(options)
-    if code == 0 and args.out is not None:
-        append_rows(args.out)
-    code = code or export()
-    code = code or generate()
+    dense = model_file()
+    with generate("dense", str(dense.parent), dense.name) as of_dense:
+        code = compress(options)
+        if code == 0 and args.out is not None:
+            append_rows(args.out)
+        if code:
+            of_dense.kill()
+        else:
+            with generate("narrowed", str(OUT)) as of_narrowed:
+                code = export()
+                code = code or shown(of_dense) or shown(of_narrowed)
     print(f"{time.perf_counter() - start:.0f} seconds on {device_name()}")
     return code
 

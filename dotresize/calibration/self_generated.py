@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dotresize.calibration.text import begun
+from dotresize.models.bfloat16 import in_bfloat16
 from dotresize.models.causal_lm import CausalLM
 
 # Windows written at a time: each keeps a cache, and all share one pass over the weights.
@@ -40,7 +41,10 @@ def sample(
     first = begun(drawn, begin)[:, :length]
 
     def draw(logits: Tensor) -> Tensor:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        # By the sums of probabilities: torch.multinomial takes forty times as long on a CPU.
+        sums = logits.softmax(-1).double().cumsum(-1)
+        drawn = torch.rand(len(sums), 1, generator=generator, dtype=sums.dtype, device="cpu")
+        return torch.searchsorted(sums, drawn * sums[:, -1:], right=True)
 
     return _continued(model, first, length - first.shape[1], draw, "write text")
 
@@ -60,8 +64,9 @@ def _continued(
 ) -> Tensor:
     """Return texts with ``count`` tokens more, which ``draw`` takes by logits (texts, vocabulary).
 
-    begun: int64 (texts, tokens).
+    begun: int64 (texts, tokens). Text is written in bfloat16 where that is faster.
     """
+    model = in_bfloat16(model)
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]

@@ -5,16 +5,14 @@ An output directory appears whole or not at all: it is written beside its final 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 from dotresize import distributed
 from dotresize.baselines.adapters import is_sliced, load_sliced
+from dotresize.checkpoint.source import config_of, first_line, locate, one_line, snapshot
 from dotresize.checkpoint.uneven import load_uneven
 from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of, supported
@@ -33,7 +32,6 @@ from dotresize.offload.headers import check_stored, shards
 from dotresize.offload.offloaded_model import open_model
 from dotresize.ops.arguments import shown
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Directories being written; beside the output, for the final rename to be one step.
 _PARTIAL = ".dotresize-partial-"
 
@@ -50,18 +48,18 @@ def load_with_tokenizer(
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning
-    where, options = _locate(source)
+    where, options = locate(source)
     own = None if to_narrow else _own_format(Path(where))
     if own is not None:
-        with _one_line(source):
+        with one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             model = own(Path(where))
             model.module.to(device)
             return model, tokenizer
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
         transformers.utils.logging.disable_progress_bar()
-    with _one_line(source):
-        config = transformers.AutoConfig.from_pretrained(where, **options)
+    with one_line(source):
+        config = config_of(where, options)
     if to_narrow:
         architecture_of(config)
     if getattr(config, "transformers_weights", None) is not None:
@@ -70,16 +68,16 @@ def load_with_tokenizer(
         )
     widths = _inner_widths(source, config)
     if work is not None:
-        with _one_line(source):
+        with one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             return open_model(Path(where), config, device, work, widths), tokenizer
     if widths is not None:
-        with _one_line(source):
+        with one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             model = load_uneven(_downloaded(where), config, widths)
             model.module.to(device)
             return model, tokenizer
-    with _one_line(source):
+    with one_line(source):
         is_gguf = "gguf_file" in options
         if not is_gguf and Path(where).is_dir():
             if to_narrow:
@@ -90,7 +88,7 @@ def load_with_tokenizer(
             {"dtype": torch.float32} if is_gguf else {"dtype": "auto", "use_safetensors": True}
         )
         module, problems = transformers.AutoModelForCausalLM.from_pretrained(
-            where, output_loading_info=True, **weights, **options
+            where, config=config, output_loading_info=True, **weights, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     damaged = {
@@ -112,7 +110,7 @@ def outline(source: str) -> CausalLM:
     weights are read. Raises ValueError as ``load_with_tokenizer`` does.
     """
     config = read_config(source)
-    where, _ = _locate(source)
+    where, _ = locate(source)
     widths = None if config is None else _inner_widths(source, config)
     if config is None:
         kind = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -120,11 +118,11 @@ def outline(source: str) -> CausalLM:
     architecture_of(config)
     transformers: Any = importlib.import_module("transformers")
     if (Path(where) / "config.json").is_file():
-        with _one_line(
+        with one_line(
             source
         ):  # a config of a million layers would take minutes even without memory
             check_stored(Path(where), config, widths)
-    with _one_line(source), torch.device("meta"):
+    with one_line(source), torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
         if widths is not None:
             set_inner_widths(architecture_of(config), module, widths)
@@ -137,22 +135,22 @@ def read_config(source: str) -> Any:
     """Return a model's config, its weights unread; None for a directory in a format of ours."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
-    where, options = _locate(source)
+    where, options = locate(source)
     if _own_format(Path(where)) is not None:
         return None
-    with _one_line(source):
-        return transformers.AutoConfig.from_pretrained(where, **options)
+    with one_line(source):
+        return config_of(where, options)
 
 
-def is_quantised(source: str) -> bool:
-    """Return whether a source's matrices are stored in fewer than 16 bits."""
-    where, options = _locate(source)
-    if "gguf_file" in options:
-        from gguf import GGUFReader
+def is_quantised(source: str, parameters: int) -> bool:
+    """Return whether a model's parameters are stored in fewer than 16 bits, most of them.
 
-        tensors = GGUFReader(Path(where) / options["gguf_file"]).tensors
-        whole = ("F32", "F16", "BF16", "F64")
-        return any(len(t.shape) > 1 and t.tensor_type.name not in whole for t in tensors)
+    parameters: how many it has.
+    """
+    where, options = locate(source)
+    if "gguf_file" in options:  # whose size says so at once: to parse it takes seconds
+        size = (Path(where) / options["gguf_file"]).stat().st_size
+        return size < 15 / 8 * parameters
     config = Path(where) / "config.json"
     try:
         return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
@@ -173,8 +171,8 @@ def parts_of(source: str) -> tuple[Path, Any, Any]:
     if config is None:
         raise ValueError(f"model {source}: is no plain checkpoint, which plain transformers loads")
     transformers: Any = importlib.import_module("transformers")
-    where, options = _locate(source)
-    with _one_line(source):
+    where, options = locate(source)
+    with one_line(source):
         if not shards(folder):
             raise ValueError("has no safetensors files")
         return folder, config, transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -201,13 +199,13 @@ def load(folder: str | Path) -> Any:
     found = snapshot(Path(folder))
     own = _own_format(found)
     if own is not None:
-        with _one_line(str(folder)):
+        with one_line(str(folder)):
             return own(found).module
     if found.is_dir() and (found / "config.json").is_file():
         config = read_config(str(folder))
         widths = _inner_widths(str(folder), config)
         if widths is not None:
-            with _one_line(str(folder)):
+            with one_line(str(folder)):
                 return load_uneven(found, config, widths).module
     raise ValueError(f"model {folder}: has no format of ours; plain transformers loads others")
 
@@ -224,7 +222,7 @@ def _inner_widths(source: str, config: Any) -> list[int] | None:
     """Take the feed-forward width of every layer off a config that names them; see there."""
     if not config.to_dict().get(ENTRY) or config.model_type not in supported():
         return None  # other families read the entry themselves
-    with _one_line(source):
+    with one_line(source):
         return take_inner_widths(architecture_of(config), config)
 
 
@@ -233,58 +231,6 @@ def _own_format(folder: Path) -> Callable[[Path], CausalLM] | None:
     if is_sliced(folder):
         return load_sliced
     return load_merged if is_merged(folder) else None
-
-
-@contextlib.contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Raise ValueError in one line for whatever a damaged file makes the readers raise."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"model {source}: {_first_line(error)}") from error
-
-
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    path = snapshot(Path(source))
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model {source}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if source and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model {source}: a directory without config.json is not a model")
-        return str(path), {"trust_remote_code": False}
-    if path.exists():
-        raise ValueError(f"model {source}: must be a directory, a .gguf file or a hub id")
-    if not _HUB_ID.fullmatch(source) or path.parent.is_dir():
-        raise ValueError(f"model {source}: no such directory, nor the form of a hub id")
-    return source, {"trust_remote_code": False}
-
-
-def snapshot(path: Path) -> Path:
-    """Return the model inside a folder of the hub's cache (``models--org--name``); others as is.
-
-    Of several snapshots the one that ``refs/main`` names is meant.
-    """
-    found = sorted((path / "snapshots").glob("*/config.json"))
-    if not found or (path / "config.json").exists():
-        return path
-    main = path / "refs" / "main"
-    if main.is_file():
-        named = path / "snapshots" / main.read_text(encoding="utf-8").strip()
-        if named / "config.json" in found:
-            return named
-    if len(found) > 1:
-        raise ValueError(
-            f"model {path}: holds {len(found)} snapshots; give one, such as {found[0].parent}"
-        )
-    return found[0].parent
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    # Some messages say nothing without the exception's name, such as a KeyError's.
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -393,4 +339,4 @@ def write_directory(model: CausalLM, tokenizer: Any, folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # the Rust writers report a full disk by errors of their own
-        raise OSError(_first_line(error)) from error
+        raise OSError(first_line(error)) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dotresize.checkpoint import snapshot
+from dotresize.checkpoint.source import snapshot
 
 # What a card's metadata say of a licence.
 _LICENCE = ("license", "license_name", "license_link")

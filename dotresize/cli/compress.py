@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dotresize import checkpoint, distributed
-from dotresize.accounting import check_weights, peak_memory, stage
+from dotresize.accounting import check_weights, count_parameters, peak_memory, stage
 from dotresize.cli import card, comparison, html_page, memory, report
 from dotresize.cli.checks import (
     check_positions,
@@ -121,7 +121,7 @@ def compress(args: argparse.Namespace) -> int:
         streams, tokens, texts = _inputs(fitted, model, tokenizer)
         if args.compare:
             _check_compared(texts)
-        quantised = checkpoint.is_quantised(args.model)
+        quantised = checkpoint.is_quantised(args.model, count_parameters(model)["total"])
         storage = Storage(args.dtype, quantised=quantised, texts=texts)
         plan = None
         if work is not None:

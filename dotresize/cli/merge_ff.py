@@ -17,6 +17,7 @@ from torch import Tensor
 from dotresize import checkpoint, distributed
 from dotresize.accounting import (
     check_weights,
+    count_parameters,
     peak_memory,
     stage,
     unique_parameters,
@@ -127,7 +128,7 @@ def merge_ff(args: argparse.Namespace) -> int:
         streams = calibration_streams(texts_of, model, tokenizer)
         tokens = calibration_windows(texts_of, streams, tokenizer)
         texts = evaluation_texts(texts_of, model, tokenizer, streams)
-        quantised = checkpoint.is_quantised(args.model)
+        quantised = checkpoint.is_quantised(args.model, count_parameters(model)["total"])
         storage = Storage(args.dtype, quantised=quantised, texts=texts)
         new = None
         if recovery.recover is not None:

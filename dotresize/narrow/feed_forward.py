@@ -97,7 +97,9 @@ def _eliminated(
     lam = ridge * gram.diagonal().mean()
     inverse = gram.clone()
     inverse.diagonal().add_(lam)
-    inverse = torch.linalg.inv(inverse)
+    factor, failed = torch.linalg.cholesky_ex(inverse)
+    # Its ridge makes up for what rounding leaves indefinite, but where that is next to none.
+    inverse = torch.linalg.inv(inverse) if failed else torch.cholesky_inverse(factor)
     solution = inverse @ cross
     dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     left = len(gram)

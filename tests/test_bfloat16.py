@@ -1,0 +1,66 @@
+"""Copies in bfloat16, which only CPUs with instructions for it compute faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_compress import logits
+
+from dotresize.calibration.self_generated import sample
+from dotresize.models.bfloat16 import in_bfloat16
+from dotresize.models.causal_lm import CausalLM
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """Return what gives this CPU instructions, or takes them away."""
+
+    def give(**found: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+
+    return give
+
+
+def test_a_copy_where_there_are_instructions(instructions):
+    instructions(avx512_bf16=True)
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    copy = in_bfloat16(CausalLM.in_memory(model)).module
+    assert {weight.dtype for weight in copy.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    tokens = torch.randint(0, 256, (2, 9))
+    difference = (logits(copy, tokens).float() - logits(model, tokens)).norm()
+    assert 0 < difference < 0.05 * logits(model, tokens).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_stay(instructions, dtype):
+    instructions(amx_bf16=True)
+    handle = CausalLM.in_memory(tiny_model(dtype=dtype))
+    assert in_bfloat16(handle) is handle
+
+
+def test_the_model_itself_where_there_are_none(instructions, monkeypatch):
+    handle = CausalLM.in_memory(tiny_model())
+    instructions(avx2=True, avx512_bf16=False)
+    assert in_bfloat16(handle) is handle
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert in_bfloat16(handle) is handle
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_text_is_drawn_by_the_model_s_probabilities(instructions, fast):
+    """The second token of many windows; the first ones are uniform."""
+    instructions(avx512_bf16=fast)
+    model = tiny_model(vocab_size=12, eos_token_id=3, pad_token_id=3)
+    count = 6000
+    windows = sample(CausalLM.in_memory(model), count, 2, seed=5).clone()
+    wanted = logits(model, windows[:, :1])[:, 0].double().clone()
+    wanted[:, 3] = -torch.inf
+    expected = wanted.softmax(-1).sum(0)
+    found = windows[:, 1].bincount(minlength=12).double()
+    assert found[3] == 0
+    spread = (wanted.softmax(-1) * (1 - wanted.softmax(-1))).sum(0).sqrt()
+    assert ((found - expected).abs() <= 4.5 * spread + 0.01 * expected).all()
