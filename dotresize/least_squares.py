@@ -28,33 +28,36 @@ from dotresize import distributed
 
 # Normal equations square the condition number.
 FLOAT = torch.float64
-# Of how many columns of blocks a Gram matrix is multiplied.
+# In how many columns of blocks a Gram matrix is multiplied.
 GRAM_BLOCKS = 4
 
 
 class NormalEquations:
     """Sums over tokens: products of a chunk in float32, added up in float64."""
 
-    def __init__(self, prior: Tensor) -> None:
-        """Begin with no token. prior: A0, (inputs, outputs) float64."""
+    def __init__(self, prior: Tensor, *, met_by_prior: bool = False) -> None:
+        """Begin with no token.
+
+        prior: A0, (inputs, outputs) float64; met_by_prior: whether u A0 is what is to be met, and
+        tokens are added without v.
+        """
         self.prior = prior
         self.gram = prior.new_zeros(len(prior), len(prior))
         self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
         self.squares = prior.new_zeros(())  # of what is to be met
-        self._alone = False  # whether inputs were added without what is to be met
+        self._met_by_prior = met_by_prior
         self._tokens = prior.new_zeros(())
         self._lam: Tensor | None = None  # what solving has added to the sums
 
     def add(self, u: Tensor, v: Tensor | None, weight: float = 1.0) -> None:
         """Add tokens: u (..., inputs), v (..., outputs), each of which counts ``weight`` times.
 
-        v: None, for all tokens, where u A0 is to be met.
+        v: None where u A0 is to be met.
         """
         u = u.flatten(0, -2)
         self.gram.add_(gram(u), alpha=weight)
         self._tokens += weight * len(u)
         if v is None:
-            self._alone = True
             return
         v = v.flatten(0, -2)
         self.cross.add_(over_tokens(u, v), alpha=weight)
@@ -63,7 +66,7 @@ class NormalEquations:
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
         distributed.total(self.gram, self.cross, self.squares, self._tokens)
-        if self._alone:
+        if self._met_by_prior:
             torch.matmul(self.gram, self.prior, out=self.cross)
             self.squares = (self.prior * self.cross).sum()
 

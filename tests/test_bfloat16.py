@@ -28,6 +28,11 @@ def test_a_copy_where_there_are_instructions(instructions):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     copy = in_bfloat16(CausalLM.in_memory(model)).module
     assert {weight.dtype for weight in copy.parameters()} == {torch.bfloat16}
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    # Rotary frequencies to 8 bits would turn the last positions by more than half a radian.
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert all(torch.equal(own, buffers[name]) for name, own in copy.named_buffers())
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     tokens = torch.randint(0, 256, (2, 9))

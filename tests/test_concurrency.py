@@ -7,10 +7,10 @@ import os
 
 import pytest
 import torch
-from conftest import ON_GPU, PATIENCE, device_of
+from conftest import ON_GPU, PATIENCE, device_of, tiny_model
 from torch.utils.data import DataLoader, Dataset
 
-from dotresize import assignment, l1_cost, sinkhorn
+from dotresize import assignment, compress, l1_cost, sinkhorn
 
 
 def work(seed: int, backend: str = "auto", neurons: int = 260) -> tuple[torch.Tensor, ...]:
@@ -75,3 +75,20 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def test_bare_fork_after_threads_have_run(run_python):
     done = run_python(FORKED)
     assert done.returncode == 0, done.stderr
+
+
+def test_models_narrowed_in_two_threads():
+    """Models are made whose parameters have no memory at first: no other thread's are."""
+    models, tokens = [tiny_model() for _ in range(2)], torch.randint(0, 256, (4, 33))
+
+    def narrowed(model):
+        return compress(model, tokens, ff_width=28, self_windows=0)[0].state_dict()
+
+    expected = [narrowed(model) for model in models]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(narrowed, model) for model in models * 3]
+        others = [pool.submit(torch.nn.Linear, 2, 2) for _ in range(200)]
+        assert not any(other.result().weight.is_meta for other in others)
+        for i, one in enumerate(made):
+            assert all(map(torch.equal, one.result().values(), expected[i % 2].values()))
+    assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -24,7 +24,7 @@ from dotresize.models.fewer_layers import SameParts
 from dotresize.models.layer_widths import set_inner_widths
 from dotresize.narrow import allocation
 from dotresize.narrow.allocation import Allocation, allocate
-from dotresize.narrow.curves import Curves, measure
+from dotresize.narrow.curves import ENDLESS, Curves, measure
 from dotresize.narrow.feed_forward import Elimination, elimination
 from dotresize.narrow.pipeline import narrow_model, prepare
 
@@ -155,6 +155,14 @@ def test_divergences_are_those_of_models_with_one_layer_narrowed(tokens):
     sums = of_windows.sum(0)
     scaled = (of_windows / sums * sums.mean()).mean(1)
     assert found.divergence == pytest.approx(scaled.tolist(), rel=1e-3)
+
+
+def test_what_is_not_finite_is_dearest(tokens):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    found = measure(CausalLM.in_memory(model), tokens[:4], tokens[4:], 0.5, first=1.0, without=True)
+    assert min(found.divergence + found.without) >= ENDLESS
 
 
 @pytest.mark.parametrize(("dearest", "stay_equal"), [(1.0, True), (1.1, True), (2.0, False)])

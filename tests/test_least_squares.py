@@ -91,7 +91,7 @@ def test_nothing_is_lost_of_nothing(problem):
 
 def test_inputs_alone_are_met_by_what_the_prior_makes_of_them(problem):
     u, _, prior = problem
-    given, alone = NormalEquations(prior), NormalEquations(prior)
+    given, alone = NormalEquations(prior), NormalEquations(prior, met_by_prior=True)
     given.add(u, u.double() @ prior, 3.0)
     alone.add(u, None, 3.0)
     for equations in (given, alone):

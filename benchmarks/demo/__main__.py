@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,12 +74,13 @@ def export() -> int:
 
 
 def generate(name: str, *where: str) -> subprocess.Popen[str]:
-    """Begin to have a model write a sentence, which is piped; most of the time it is read.
+    """Start a process in which a model writes a sentence, into a pipe.
 
-    where: a directory, and of a GGUF file its name in it.
+    where: a directory, and the name of a GGUF file in it.
     """
     command = [sys.executable, "-c", GENERATE, name, *where]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet)
 
 
 def shown(written: subprocess.Popen[str]) -> int:
@@ -127,7 +129,8 @@ def main() -> int:
         else:
             with generate("narrowed", str(OUT)) as of_narrowed:
                 code = export()
-                code = code or shown(of_dense) or shown(of_narrowed)
+                codes = [shown(of_dense), shown(of_narrowed)]
+                code = code or max(codes, key=abs)
     print(f"{time.perf_counter() - start:.0f} seconds on {device_name()}")
     return code
 

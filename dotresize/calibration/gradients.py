@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dotresize import distributed
 from dotresize.calibration.activation_cache import ActivationCache
 from dotresize.calibration.residual_stream import Streams, captured_inputs, norms_of
+from dotresize.calibration.self_generated import drawn_at
 from dotresize.models.causal_lm import CausalLM
 from dotresize.offload.memory_plan import layer_inputs_place
 
@@ -154,6 +155,5 @@ def _drawn(share: Tensor, seed: int, number: int) -> Tensor:
     uniform = torch.rand(len(share), 1, generator=generator, dtype=torch.float64, device="cpu")
     drawn = []
     for rows, heights in zip(share.split(ROWS), uniform.split(ROWS), strict=True):
-        total = rows.double().cumsum(-1)
-        drawn.append(torch.searchsorted(total, heights.to(total.device) * total[:, -1:])[:, 0])
-    return torch.cat(drawn).clamp_max(share.shape[-1] - 1)
+        drawn.append(drawn_at(rows, heights)[:, 0])
+    return torch.cat(drawn)

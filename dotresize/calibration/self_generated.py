@@ -31,7 +31,7 @@ def sample(
 
     The first token of each is uniform over the vocabulary, behind the token that texts ``begin``
     with, if there is one; an end of text is never drawn. The same seed gives the same windows on
-    the same device.
+    the same kind of device: CPUs with instructions for it write in bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(
@@ -41,12 +41,21 @@ def sample(
     first = begun(drawn, begin)[:, :length]
 
     def draw(logits: Tensor) -> Tensor:
-        # By the sums of probabilities: torch.multinomial takes forty times as long on a CPU.
-        sums = logits.softmax(-1).double().cumsum(-1)
-        drawn = torch.rand(len(sums), 1, generator=generator, dtype=sums.dtype, device="cpu")
-        return torch.searchsorted(sums, drawn * sums[:, -1:], right=True)
+        heights = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device="cpu")
+        return drawn_at(logits.softmax(-1), heights)
 
-    return _continued(model, first, length - first.shape[1], draw, "write text")
+    return _continued(in_bfloat16(model), first, length - first.shape[1], draw, "write text")
+
+
+def drawn_at(shares: Tensor, heights: Tensor) -> Tensor:
+    """Return an index for each row, drawn in proportion to its shares: int64 (rows, 1).
+
+    heights: float64 (rows, 1), uniform in [0, 1). On a CPU torch.multinomial takes forty times as
+    long for a vocabulary.
+    """
+    sums = shares.double().cumsum(-1)
+    found = torch.searchsorted(sums, heights.to(sums.device) * sums[:, -1:], right=True)
+    return found.clamp_max(shares.shape[-1] - 1)
 
 
 @torch.inference_mode()
@@ -64,9 +73,8 @@ def _continued(
 ) -> Tensor:
     """Return texts with ``count`` tokens more, which ``draw`` takes by logits (texts, vocabulary).
 
-    begun: int64 (texts, tokens). Text is written in bfloat16 where that is faster.
+    begun: int64 (texts, tokens).
     """
-    model = in_bfloat16(model)
     ends = getattr(model.module.generation_config, "eos_token_id", None)
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     ends = [end for end in ends if 0 <= end < model.config.vocab_size]

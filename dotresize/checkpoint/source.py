@@ -66,7 +66,7 @@ def config_of(where: str, options: dict[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _gguf_config(file: Path, changed: int) -> Any:
-    """Return the config that a file has, which takes seconds to parse: all of its vocabulary is.
+    """Return the config that a file has. That takes seconds: its vocabulary is parsed as well.
 
     changed: when the file was; a newer one is read anew.
     """

@@ -72,7 +72,8 @@ def write(
         parts += [
             "<h2>Lost by each feed-forward</h2>",
             '<p class="note">Share of the squares of what it should write on the calibration '
-            "tokens, so that the stream is the dense model's again; layer by layer.</p>",
+            "tokens, so that the stream is the dense model's again, or, without refit, of what it "
+            "wrote before; layer by layer.</p>",
             _svg(lambda figure: _bars(figure, lost, "layer"), height=3.0),
         ]
     allocation = rows[-1].get("layer_widths")

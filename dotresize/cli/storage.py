@@ -19,8 +19,8 @@ from dotresize.models.causal_lm import CausalLM
 logger = logging.getLogger("dotresize")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Mean KL between the predictions before and after rounding, in nats, on as many tokens of a text,
-# the first ones of a window: it is much the same on all.
+# Mean KL between the predictions before and after rounding, in nats, on this many tokens at the
+# beginning of each text: it is much the same on all.
 MOST_KL = 1e-3
 TOKENS = 256
 

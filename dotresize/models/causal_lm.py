@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dotresize.models import Architecture, architecture_of
-from dotresize.models.layer_widths import (
-    inner_widths,
-    written_config,
-)
+from dotresize.models.layer_widths import inner_widths, written_config
 from dotresize.models.resized import class_for
 from dotresize.models.skeleton import skeleton
 
@@ -203,7 +200,7 @@ class InMemory:
         # Assigned, not copied: every weight keeps the dtype it has in the given model.
         new.load_state_dict(weights, assign=True)
         new.tie_weights()
-        new.requires_grad_()
+        new.to(self.device).requires_grad_()
         new.generation_config = copy.deepcopy(module.generation_config)
         return CausalLM.in_memory(new)
 

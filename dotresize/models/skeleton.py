@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,17 +34,23 @@ def skeleton(
     return model.eval()
 
 
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    register = nn.Module.register_parameter
+    """Have modules that this thread makes during the block take parameters without memory."""
+    thread = threading.get_ident()
 
     def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and threading.get_ident() == thread:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _LOCK:  # one thread's replacement must not become what another one puts back
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

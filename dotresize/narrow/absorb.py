@@ -17,7 +17,7 @@ Q_r' Q_(r+1), which no plain checkpoint can hold (see baselines/adapters.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,8 +163,11 @@ class Absorption:
         """Return rows (..., D) of a weight times ``scale * q``; scale: (D, 1) float64, or one."""
         if not self._same:
             return matmul_in_blocks(weight, scale * q)
-        each = scale[:, 0].float() if isinstance(scale, Tensor) else scale
-        return (weight.detach() * each).to(weight.dtype)
+        new = torch.empty_like(weight)
+        each = scale[:, 0] if isinstance(scale, Tensor) else q.new_tensor([scale])
+        for old_rows, rows in _blocks(weight, new):
+            rows.copy_(old_rows * each)
+        return new
 
 
 def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
@@ -173,10 +176,15 @@ def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -
     table: (..., D); matrix: (D, k) float64; out: contiguous.
     """
     new = table.new_empty(*table.shape[:-1], matrix.shape[1]) if out is None else out
-    blocks = (x.view(-1, x.shape[-1]).split(TABLE_ROWS) for x in (table, new))
-    for old_rows, rows in zip(*blocks, strict=True):
+    for old_rows, rows in _blocks(table, new):
         rows.copy_(old_rows.to(matrix) @ matrix)
     return new
+
+
+def _blocks(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of rows of both, views of them."""
+    blocks = (x.view(-1, x.shape[-1]).split(TABLE_ROWS) for x in (old, new))
+    return zip(*blocks, strict=True)
 
 
 def _written(weight: Tensor, matrix: Tensor) -> Tensor:

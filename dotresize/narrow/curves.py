@@ -68,7 +68,8 @@ SOLVED = 12
 ENDLESS = 1e6
 # Less than any divergence, in nats: what is lost is divided by.
 TINY = 1e-12
-# A divergence is measured where a layer has lost this share of what it loses at ``LEAST``, or more.
+# A divergence is measured where a layer has lost this share of what it loses at the end of its
+# curve, or more.
 ENOUGH = 0.01
 
 
@@ -158,7 +159,7 @@ def measure(
     part = model.architecture.sublayers[-1]
     with (
         closing(Streams(model, solved, batch_windows)) as dense,
-        closing(_Narrowed(model, measured, batch_windows)) as narrowed,
+        closing(_Narrowed(model, measured, batch_windows, without=without)) as narrowed,
     ):
         layers = enumerate(tqdm(model.layers, desc="layer widths", unit="layer", disable=None))
         for number, name in layers:
@@ -166,14 +167,12 @@ def measure(
                 writer = linear_of(layer, part.writer)
                 sums = _gram(dense, layer, writer, first)
                 rows = rows_of(writer).to(FLOAT)
-                course = elimination(sums, sums @ rows, max(1, round(least * len(rows))))
+                course = elimination(sums, sums @ rows, max(1, int(least * len(rows))))
                 width = _reference(course, share * len(rows))
                 kept = course.kept(width, len(rows))
                 narrow = torch.zeros_like(rows)
                 narrow[kept] = recombined(sums, rows, kept, RIDGE)
-                narrowed.run(layer, part, narrow)
-                if without:
-                    narrowed.leave_out(number)
+                narrowed.run(layer, part, narrow, number)
             found.reference.append(width)
             found.eliminations.append(course)
         divergences = narrowed.divergences()
@@ -204,7 +203,8 @@ def _gram(streams: Streams, layer: nn.Module, writer: Any, first: float) -> Tens
         if total is None:
             total = torch.zeros(h.shape[-1], h.shape[-1], dtype=FLOAT, device=h.device)
         total += gram(h.flatten(0, -2))
-        total.add_(gram(h[:, 0]), alpha=first - 1.0)
+        if first != 1.0:
+            total.add_(gram(h[:, 0]), alpha=first - 1.0)
     if total is None:  # a process without windows
         width = len(rows_of(writer))
         total = torch.zeros(width, width, dtype=FLOAT, device=writer.weight.device)
@@ -219,30 +219,31 @@ class _Narrowed:
         left_out: by a layer's number: the stream that has not passed it.
     """
 
-    def __init__(self, model: CausalLM, tokens: Tensor, batch_windows: int) -> None:
-        self._model = model
+    def __init__(
+        self, model: CausalLM, tokens: Tensor, batch_windows: int, *, without: bool
+    ) -> None:
+        """Begin with the dense stream. without: whether layers are left out as well."""
+        self._model, self._without = model, without
         self._streams = Streams(model, tokens, batch_windows)
         self._narrowed: list[ActivationCache] = []
         self.left_out: dict[int, ActivationCache] = {}
-        # In front of the layer that was passed last; and by how much each changed the stream.
-        self._before = self._cache()
-        self._changes: dict[int, float] = {}
+        self._changes: dict[int, float] = {}  # of the stream, by these layers
         count = int(LEFT_OUT_SHARE * len(model.layers))
         self._most_left_out = max(LEFT_OUT, count)
 
     def close(self) -> None:
         """Let the streams go."""
         self._streams.close()
-        for cache in (*self._narrowed, *self.left_out.values(), self._before):
+        for cache in (*self._narrowed, *self.left_out.values()):
             cache.close()
 
     def _cache(self) -> ActivationCache:
         return ActivationCache(len(self._streams), self._streams.place)
 
-    def run(self, layer: nn.Module, part: Sublayer, narrow: Tensor) -> None:
+    def run(self, layer: nn.Module, part: Sublayer, narrow: Tensor, number: int) -> None:
         """Move all streams past a layer, and begin the one whose writer is ``narrow`` there.
 
-        narrow: (inputs, outputs) float64, zero for neurons that are gone.
+        narrow: (inputs, outputs) float64, zero for neurons that are gone; number: the layer's.
         """
         streams, new = self._streams, self._cache()
         for cache in (*self._narrowed, *self.left_out.values()):
@@ -251,21 +252,24 @@ class _Narrowed:
         with _replaced(linear_of(layer, part.writer), narrow):
             for i in range(len(streams)):
                 new[i] = streams.run(layer, i)
-        for i, stream in enumerate(streams.stream):
-            self._before[i] = stream
-        streams.pass_layer(layer)
         self._narrowed.append(new)
+        if self._without:
+            self._leave_out(layer, number)
+        else:
+            streams.pass_layer(layer)
 
-    def leave_out(self, number: int) -> None:
-        """Begin the stream that has not passed the last layer, if that changed little."""
+    def _leave_out(self, layer: nn.Module, number: int) -> None:
+        """Move the dense stream past a layer, and begin one that has not, if it changes little."""
+        streams, before = self._streams, self._cache()
         sums = torch.zeros(2, dtype=FLOAT, device=self._model.device)
-        for old, new in zip(self._before, self._streams.stream, strict=True):
-            old, new = old.float(), new.float()
-            share = (new - old).square().sum(-1) / new.square().sum(-1)
+        for i, old in enumerate(streams.stream):
+            before[i] = old
+            streams.stream[i] = new = streams.run(layer, i)
+            share = (new.float() - old.float()).square().sum(-1) / new.float().square().sum(-1)
             sums += torch.stack([share.sum(dtype=FLOAT), sums.new_tensor(share.numel())])
         distributed.total(sums)
         self._changes[number] = float((sums[0] / sums[1]).nan_to_num(math.inf, math.inf))
-        self.left_out[number], self._before = self._before, self._cache()
+        self.left_out[number] = before
         if len(self.left_out) > self._most_left_out:
             self.left_out.pop(max(self.left_out, key=self._changes.__getitem__)).close()
 
@@ -281,14 +285,14 @@ class _Narrowed:
         sums = torch.zeros(2 + len(changed), dtype=FLOAT, device=model.device)
         with model.resident(model.architecture.final_norm, model.architecture.head):
             for i in range(len(streams)):
-                for j in range(len(streams.stream[i])):
+                for j in range(len(streams.batches[i])):
                     one = slice(j, j + 1)
                     expected = streams.logits(i, streams.stream[i][one], one, EVERY)[0]
                     found = (streams.logits(i, cache[i][one], one, EVERY)[0] for cache in changed)
                     each = torch.stack([_divergence(expected, own) for own in found])
                     each = (each / len(expected)).clamp_min(0.0)
-                    lost = each[:narrowed].nan_to_num(0.0, 0.0).sum()
-                    shares = each.nan_to_num(ENDLESS, ENDLESS) / lost.clamp_min(TINY)
+                    lost = each[:narrowed].nan_to_num(0.0, 0.0).sum().clamp_min(TINY)
+                    shares = each.nan_to_num(ENDLESS, ENDLESS) / lost
                     sums += torch.cat([torch.stack([lost, torch.ones_like(lost)]), shares])
         distributed.total(sums)
         lost, windows, shares = sums[0], sums[1], sums[2:]

@@ -90,6 +90,12 @@ def elimination(gram: Tensor, cross: Tensor, count: int, *, ridge: float = RIDGE
     return Elimination(torch.cat(order) if order else cross.new_empty(0).long(), lost)
 
 
+def _inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric matrix, which rounding may have left indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
+
+
 def _eliminated(
     gram: Tensor, cross: Tensor, count: int, ridge: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,9 +103,7 @@ def _eliminated(
     lam = ridge * gram.diagonal().mean()
     inverse = gram.clone()
     inverse.diagonal().add_(lam)
-    factor, failed = torch.linalg.cholesky_ex(inverse)
-    # Its ridge makes up for what rounding leaves indefinite, but where that is next to none.
-    inverse = torch.linalg.inv(inverse) if failed else torch.cholesky_inverse(factor)
+    inverse = _inverse(inverse)
     solution = inverse @ cross
     dropped = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     left = len(gram)

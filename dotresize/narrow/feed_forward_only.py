@@ -88,7 +88,8 @@ def _equations(
     """
     dense_writer, writer = (linear_of(x, part.writer) for x in (dense, layer))
     bias = 0.0 if writer.bias is None else writer.bias.float()
-    equations = NormalEquations(rows_of(writer).to(FLOAT))
+    own = dense_stream is None
+    equations = NormalEquations(rows_of(writer).to(FLOAT), met_by_prior=own)
     for i in range(len(stream)):
         y = None
         if dense_stream is not None:

@@ -156,9 +156,9 @@ class Options:
             them. The largest mean magnitudes if not given.
         ff_width: inner width of the feed-forward blocks, as ``width``; unchanged if not given.
         layer_widths: give each layer a feed-forward width of its own, all together no larger than
-            ``ff_width`` or ``params`` would make them (narrow/allocation.py). The directory of
-            such a model, written by ``dotresize.save``, loads by ``dotresize.load``, and not in
-            plain transformers.
+            ``ff_width`` or ``params`` would make them; widths stay equal where little is predicted
+            to be won (narrow/allocation.py). The directory of such a model, written by
+            ``dotresize.save``, loads by ``dotresize.load``, and not in plain transformers.
         pad: fill the feed-forwards of such a model up with zeros, to the widest of them: the same
             function, larger, in a plain checkpoint.
         ff_method: how that is done: "eliminate" (narrow/feed_forward.py), or, to compare with,

@@ -101,8 +101,8 @@ def refit(
     Each layer's scales are then moved into its norms (narrow/norm_scales.py).
 
     Returns what each feed-forward misses of what its writer should write, as a share of its
-    squares on the tokens, which count as in ``add_windows``; of experts, and of those that are left
-    as they are, there is none.
+    squares on the tokens, which count as in ``add_windows``; without ``refit``, of what it wrote
+    before. Of experts, and of those that are left as they are, there is none.
 
     Args:
         dense: the original model.
@@ -126,8 +126,9 @@ def refit(
     with closing(run):
         for i, name in enumerate(tqdm(dense.layers, desc="refit", unit="layer", disable=None)):
             if i in dropped:
-                with dense.resident(name) as dense_layer:
-                    run.pass_dense(dense_layer)
+                if options.refit:
+                    with dense.resident(name) as dense_layer:
+                        run.pass_dense(dense_layer)
                 continue
             number, own_name = next(left)
             with dense.resident(name) as dense_layer, narrow.resident(own_name) as layer:
@@ -178,6 +179,7 @@ class _Refit:
         self._multiplier = self.architecture.multiplier(dense.config)
         self._stream_scale = self.architecture.stream_scale(dense.width, narrow.width, narrow.tied)
         locations = 2 * len(dense.layers) + 1
+        self._same = isinstance(q, Tensor) and is_identity(q)
         self.qs = [q.to(FLOAT)] * locations if isinstance(q, Tensor) else [x.to(FLOAT) for x in q]
 
     def close(self) -> None:
@@ -279,7 +281,8 @@ class _Refit:
         if not self._options.refit and inner is None:
             return None
         writer = linear_of(layer, part.writer)
-        equations = NormalEquations(rows_of(writer).to(FLOAT))
+        own = self._dense is None
+        equations = NormalEquations(rows_of(writer).to(FLOAT), met_by_prior=own)
         for h, missing, weights in zip(self._inner, self._missing(q), self._weights, strict=True):
             if missing is not None and writer.bias is not None:
                 missing = missing - writer.bias.float()
@@ -293,7 +296,7 @@ class _Refit:
         if self._dense is None:
             yield from [None] * len(self._narrow)
             return
-        project = None if is_identity(q) else (self._stream_scale * q).float()
+        project = None if self._same else (self._stream_scale * q).float()
         for x, wanted in zip(self._middle, self._dense.stream, strict=True):
             wanted = wanted.flatten(0, -2)
             wanted = wanted.float() if project is None else product(wanted, project)

@@ -1,6 +1,6 @@
 """The search for the shape that a parameter budget is spent on: both widths, and the layers.
 
-Shapes that keep the residual width are predicted first (narrow/allocation.py): equal feed-forwards,
+Shapes that keep the residual width are predicted first (narrow/curves.py): equal feed-forwards,
 one or two whole layers less and the rest wider, and, where they are asked for, a width for each
 layer. The best two are then narrowed, on fewer windows than the result, and judged by the loss on
 windows that neither map nor refit has seen. So is the shape that narrows the residual alone, and
@@ -234,10 +234,12 @@ def _predicted(model: CausalLM, tokens: Tensor, options: Options) -> Iterator[Sp
     equal = by_layer(model, inner) if inner >= least else None
     share = DEFAULT_SIZE if equal is None else sum(equal) / sum(model.inner_widths)
     most = min(FEWER, layers // ONE_OF) if alike(model.config) else 0
-    # Equal widths are never narrower than those of all layers.
-    down_to = LEAST if options.layer_widths or equal is None else share
-    of_curves: dict[str, Any] = {"first": FIRST_WEIGHT, "least": down_to, "without": most > 0}
-    curves = curves_of(model, tokens, share, options, **of_curves)
+    down_to = LEAST
+    if equal is not None and not options.layer_widths:  # with layers left out they are wider
+        down_to = min(m / own for m, own in zip(equal, model.inner_widths, strict=True))
+    curves = curves_of(
+        model, tokens, share, options, first=FIRST_WEIGHT, least=down_to, without=most > 0
+    )
     cheapest = sorted(range(layers), key=lambda i: curves.without[i]) if most else []
     for count in range(most + 1):
         dropped = tuple(sorted(cheapest[:count]))
