@@ -121,6 +121,19 @@ def test_full_width_is_the_identity(kind, tied, untie, method, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("untie", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_absorbing_an_identity_is_what_products_would_make(kind, untie, dtype, monkeypatch):
+    handle = CausalLM.in_memory(tiny_model(kind, dtype=dtype))
+    q = torch.eye(handle.width, dtype=torch.float64)
+    found = absorb(handle, q, untie=untie).module.state_dict()
+    monkeypatch.setattr("dotresize.narrow.absorb.is_identity", lambda _: False)
+    wanted = absorb(handle, q, untie=untie).module.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_loads_plainly_with_equal_logits(kind, tokens, tmp_path):
     import transformers
 

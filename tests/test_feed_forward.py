@@ -42,6 +42,16 @@ def test_elimination_drops_the_neuron_that_costs_least():
     assert kept.tolist() == best.tolist()
 
 
+def test_elimination_where_rounding_left_an_indefinite_matrix():
+    """As a Gram matrix of few tokens may be, with next to no ridge."""
+    h, w = inner(rank=5), torch.randn(12, 7, dtype=torch.float64)
+    gram = h.mT @ h
+    gram -= 1e-9 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(gram)[0] < 0
+    kept = eliminate(gram, gram @ w, 6, ridge=1e-12)
+    assert len(set(kept.tolist())) == 6
+
+
 def test_elimination_in_blocks_is_near_the_best_set():
     h, w = inner(), torch.randn(12, 7, dtype=torch.float64)
     gram = h.mT @ h

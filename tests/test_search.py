@@ -21,8 +21,10 @@ from dotresize.models.fewer_layers import SameParts
 from dotresize.models.layer_widths import set_inner_widths
 from dotresize.narrow.absorb import absorb
 from dotresize.narrow.calibrate import with_own_text
+from dotresize.narrow.curves import curves_of
 from dotresize.narrow.pipeline import prepare
-from dotresize.narrow.search import Judge, Split, Tried, shape_of, split_budget
+from dotresize.narrow.refit import FIRST_WEIGHT
+from dotresize.narrow.search import Judge, Split, Tried, _predicted, shape_of, split_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +43,19 @@ def with_idle_layers(kind: str, *numbers: int):
             if ".c_proj." in name or name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.data.zero_()
     return model
+
+
+def test_curves_go_as_far_as_the_narrowest_share(tokens):
+    """Of layers of different widths, the widest one keeps the least."""
+    model = tiny_model()
+    set_inner_widths(architecture_of(model.config), model, [40, 12, 16])
+    handle = CausalLM.in_memory(model)
+    options = make_options(params=0.9, params_count="non_embedding")
+    found = next(iter(_predicted(handle, tokens, options)))
+    equal = [min(found.inner, own) for own in handle.inner_widths]
+    assert found.inner < 40
+    whole = curves_of(handle, tokens, sum(equal) / 68, options, first=FIRST_WEIGHT)
+    assert found.tried[0].predicted == pytest.approx(whole.predicted(equal), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

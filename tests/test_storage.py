@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from conftest import fails, pieces_tokenizer, tiny_model
 from safetensors.torch import load_file
 
+from dotresize import checkpoint
+from dotresize.checkpoint.source import _gguf_config
 from dotresize.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +88,31 @@ def test_a_quantised_model_is_stored_in_bfloat16_if_that_changes_nothing(size, w
     assert small is (size == 1.0)
     assert stored["dtype"] == ("bfloat16" if small else "float32")
     assert types(words[2]) == {torch.bfloat16 if small else torch.float32}
+
+
+def test_a_file_s_size_says_whether_it_is_quantised(tmp_path):
+    """And its config is parsed once, for as long as the file is the same."""
+    pytest.importorskip("gguf")
+    folder, found = tmp_path / "wide", {}
+    model = tiny_model(hidden_size=64, intermediate_size=128, vocab_size=400)
+    model.save_pretrained(folder)
+    pieces_tokenizer().save_pretrained(folder)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    for kind in ("f32", "f16", "q8_0"):
+        path = tmp_path / f"{kind}.gguf"
+        assert main(["export", str(folder), str(path), "--type", kind, "--quiet"]) == 0
+        found[kind] = checkpoint.is_quantised(str(path), parameters)
+    assert found == {"f32": False, "f16": False, "q8_0": True}
+    first, second = (checkpoint.read_config(str(path)) for _ in range(2))
+    assert first is not second
+    assert first.to_dict() == second.to_dict()
+    assert _gguf_config.cache_info().hits >= 1
+    first.hidden_size = 1
+    assert checkpoint.read_config(str(path)).hidden_size == 64
+    misses = _gguf_config.cache_info().misses
+    os.utime(path, ns=(0, 0))
+    assert checkpoint.read_config(str(path)).hidden_size == 64
+    assert _gguf_config.cache_info().misses == misses + 1
 
 
 def test_numbers_too_large_for_float16(words, tmp_path, model_directory, caplog):
