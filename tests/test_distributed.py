@@ -46,12 +46,16 @@ def assert_close(one: Path, other: Path) -> None:
     [
         ["--memory", "4GB", "--ff-width", "30", "--eval-windows", "1"],
         ["--scope", "location"],
+        ["--params", "0.8", "--layer-widths", "--multiple-of", "4"],
     ],
     ids=str,
 )
 def test_same_as_one_process(choices, arguments, tmp_path, one_thread):
     # Not by PCA, whose kept axes are fewer in this process (conftest).
     choices = [*choices, "--method", "dot"]
+    if "--params" in choices:  # which decides the width
+        i = arguments.index("--width")
+        del arguments[i : i + 2]
     done = together([*arguments, *choices])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity, topics") == 1  # one process speaks
@@ -65,6 +69,8 @@ def test_same_as_one_process(choices, arguments, tmp_path, one_thread):
     )
     assert report["perplexity"] == pytest.approx(single["perplexity"], rel=1e-3)
     assert report["calibration"] == single["calibration"]
+    assert report["feed_forward"] == single["feed_forward"]
+    assert report["layers"] == single["layers"]
 
 
 def test_too_few_windows(arguments, capsys, monkeypatch):
