@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.budget --out FILE
 
-SmolLM2-135M, the texts of the demo, windows of 512 tokens and half as many of its own. A choice
+SmolLM2-135M, the texts of the demo, windows of 512 tokens and as many of its own. A choice
 that hangs on the windows is none.
 """
 

@@ -1,7 +1,7 @@
 """Calibration text that the model writes itself: one more source, which covers what it knows.
 
 A map calibrated on some kinds of text is worst on the kinds it has not seen. Text sampled from
-the model, each window from a first token drawn at random, is close to what it was trained on, needs
+the model, each text from a first token drawn at random, is close to what it was trained on, needs
 no data, and stands in for the kinds that nobody thought of (self-calibration: Williams et al.,
 arXiv 2410.17170, for quantisation and pruning).
 """
@@ -19,8 +19,13 @@ from dotresize.calibration.text import begun
 from dotresize.models.bfloat16 import in_bfloat16
 from dotresize.models.causal_lm import CausalLM
 
-# Windows written at a time: each keeps a cache, and all share one pass over the weights.
-BATCH = 32
+# Texts written at a time: each keeps a cache, and all share one pass over the weights.
+BATCH = 128
+# Texts in a window, one after the other: short ones say as much of what the model knows, about more
+# things, and take fewer passes. SmolLM2-135M, 1126 inner neurons, 24 given windows, two seeds: mean
+# excess 0.424 and 0.447 with 12 windows of one text each, 0.424 and 0.436 with 12 of four, 0.417
+# and 0.418 with 24 of four.
+TEXTS = 4
 
 
 @torch.inference_mode()
@@ -29,22 +34,28 @@ def sample(
 ) -> Tensor:
     """Return ``count`` windows sampled at temperature 1: int64 (count, length).
 
-    The first token of each is uniform over the vocabulary, behind the token that texts ``begin``
-    with, if there is one; an end of text is never drawn. The same seed gives the same windows on
-    the same kind of device: CPUs with instructions for it write in bfloat16.
+    Each is of ``TEXTS`` texts. The first token of a text is uniform over the vocabulary; all are
+    written behind the token that texts ``begin`` with, if there is one, with which a window begins.
+    An end of text is never drawn. The same seed gives the same windows on the same kind of device:
+    CPUs with instructions for it write in bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
+    room = length - (begin is not None)
+    texts = max(1, min(TEXTS, room))
+    each = -(-room // texts)
+    shape = count * texts, min(1, each)
     drawn = torch.randint(
-        model.config.vocab_size, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
+        model.config.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu"
     )
-
-    first = begun(drawn, begin)[:, :length]
 
     def draw(logits: Tensor) -> Tensor:
         heights = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device="cpu")
         return drawn_at(logits.softmax(-1), heights)
 
-    return _continued(in_bfloat16(model), first, length - first.shape[1], draw, "write text")
+    first = begun(drawn, begin)
+    written = _continued(in_bfloat16(model), first, each - drawn.shape[1], draw, "write text")
+    windows = written[:, -each:].reshape(count, texts * each)[:, :room] if each else drawn
+    return begun(windows, begin)
 
 
 def drawn_at(shares: Tensor, heights: Tensor) -> Tensor:

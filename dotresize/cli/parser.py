@@ -203,7 +203,7 @@ def _add_narrowing(groups: _Groups) -> None:
     groups["text"].add_argument(
         "--self-windows",
         type=int,
-        help="windows that the model writes itself, one more source (half of --windows)",
+        help="windows that the model writes itself, one more source (as many as --windows)",
     )
     groups["text"].add_argument(
         "--unseen",

@@ -181,8 +181,8 @@ class Options:
             narrow/sensitivity.py), by one backward pass over the tokens; if not given, on for the
             limit of transport alone.
         untie: give a tied head its own weights: exact, but adds vocabulary x width parameters.
-        self_windows: calibrate on so many windows more, which the model writes itself; half of
-            those given by default.
+        self_windows: calibrate on so many windows more, which the model writes itself; by
+            default as many as are given.
         seed: of those, and of the output that ``sensitivity`` draws.
         backend: of the solvers, see ``dotresize.backends``.
         batch_windows: windows per forward pass.
@@ -271,7 +271,7 @@ class Options:
 
     def own_windows(self, given: int) -> int:
         """Return how many windows the model writes itself, beside those given."""
-        return given // 2 if self.self_windows is None else self.self_windows
+        return given if self.self_windows is None else self.self_windows
 
     def check(self) -> None:
         """Raise ValueError for the first choice that would be refused whatever the model."""

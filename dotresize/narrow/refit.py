@@ -62,9 +62,9 @@ FIRST_WEIGHT = 100.0
 
 
 # How often a window that the model wrote itself counts where the residual is narrower, as long as
-# all of them count no more than all that were given: of the default's half as many windows, each
-# counts twice, and both kinds the same. They stand for kinds of text that nobody thought of, such
-# as documentation left out of 24 windows (SmolLM2-135M, 468 channels, two seeds): 12 windows of
+# all of them count no more than all that were given: of half as many windows, each counts twice,
+# and both kinds the same. They stand for kinds of text that nobody thought of, such as
+# documentation left out of 24 windows (SmolLM2-135M, 468 channels, two seeds): 12 windows of
 # the model's own lose 1.00 and 1.08 there, 8 that count twice 1.05 and 1.23, or three times 1.04
 # and 1.22. Where the residual keeps its width a window counts as any other: twice made 1152 inner
 # neurons by 6 windows as bad as no refit.
