@@ -30,7 +30,7 @@ from .texts import model_file, write_texts
 FOLDER = Path("demo-output")
 OUT = FOLDER / "SmolLM2-135M-narrow"
 GGUF = FOLDER / "SmolLM2-135M-narrow-q8_0.gguf"
-WINDOWS = 8
+WINDOWS = 5
 EVAL_WINDOWS = 2
 
 # Runs in a process of its own, which never imports dotresize.
