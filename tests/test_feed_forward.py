@@ -43,7 +43,7 @@ def test_elimination_drops_the_neuron_that_costs_least():
 
 
 def test_elimination_where_rounding_left_an_indefinite_matrix():
-    """As a Gram matrix of few tokens may be, with next to no ridge."""
+    """A Gram matrix of few tokens may be that, with next to no ridge."""
     h, w = inner(rank=5), torch.randn(12, 7, dtype=torch.float64)
     gram = h.mT @ h
     gram -= 1e-9 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)

@@ -192,7 +192,7 @@ def test_curves_end_where_they_may(tokens, first):
 
 
 def test_few_layers_are_tried_without(tokens):
-    """Those that change the stream least; each divergence is that of a model without the layer."""
+    """These change the stream least; each divergence is that of a model without the layer."""
     model = tiny_model(num_hidden_layers=6)
     handle = CausalLM.in_memory(model)
     found = measure(handle, tokens[:4], tokens[4:], 0.5, first=1.0, without=True)

@@ -46,7 +46,7 @@ def with_idle_layers(kind: str, *numbers: int):
 
 
 def test_curves_go_as_far_as_the_narrowest_share(tokens):
-    """Of layers of different widths, the widest one keeps the least."""
+    """The widest layer keeps the least share of its neurons."""
     model = tiny_model()
     set_inner_widths(architecture_of(model.config), model, [40, 12, 16])
     handle = CausalLM.in_memory(model)

@@ -125,8 +125,10 @@ class Absorption:
             weight = layer.get_parameter(reader)
             new[reader] = self._read(weight, gain[:, None] / self._s, read)
         weight = layer.get_parameter(part.writer)
-        matrix = None if self._same else self._stream * written.mT
-        new[part.writer] = weight.clone() if matrix is None else _written(weight, matrix)
+        if self._same:
+            new[part.writer] = weight.clone()
+        else:
+            new[part.writer] = _written(weight, self._stream * written.mT)
         bias = part.writer.removesuffix("weight") + "bias"
         if bias in layer.state_dict():
             vector = layer.get_parameter(bias)

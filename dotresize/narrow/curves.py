@@ -280,8 +280,7 @@ class _Narrowed:
         """
         model, streams = self._model, self._streams
         changed, narrowed = [*self._narrowed, *self.left_out.values()], len(self._narrowed)
-        # Of all windows: the sum of what is lost by the narrowed ones, their number, and the sums
-        # of each stream's share of that.
+        # All windows add what the narrowed streams lose, a one, and each stream's share of that.
         sums = torch.zeros(2 + len(changed), dtype=FLOAT, device=model.device)
         with model.resident(model.architecture.final_norm, model.architecture.head):
             for i in range(len(streams)):
