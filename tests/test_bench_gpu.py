@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from dotresize.benchmarks.gpu import __main__ as gpu
 from dotresize.benchmarks.gpu import correctness as gpu_checks
 from dotresize.benchmarks.rows import read
+from dotresize.kernels import cuda_graph
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs for real")
 
@@ -46,6 +48,24 @@ def test_a_wrong_result_is_a_row_and_an_exit_code(tmp_path, monkeypatch):
     model = [row for row in read(tmp_path / "gpu.jsonl") if row["section"] == "model"]
     assert all("TypeError" in row["failed"] for row in model)  # and the summary was written still
     assert (tmp_path / "gpu.md").exists()
+
+
+def test_both_counts_of_a_timing_differ_in_whole_graphs(monkeypatch):
+    """What is left of their difference is graphs alone, not a capture or single launches."""
+    captured, alone = [], []
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(cuda_graph, "_captured", lambda *given: captured.append(1) or graph)
+    on_gpu = SimpleNamespace(is_cuda=True, device=None)
+    watch = SimpleNamespace(status=on_gpu, stopped=lambda: False)
+    for shape, counts in gpu.SIZES["full"]["sinkhorn"]:
+        single = []
+        for count in counts:
+            captured.clear()
+            alone.clear()
+            cuda_graph.iterate(alone.append, count + 1, watch)  # and the sweep that looks at it
+            assert len(captured) == 1, (shape, count)
+            single.append(len(alone))
+        assert single[0] == single[1], (shape, counts)
 
 
 def test_it_says_that_there_is_no_gpu(tmp_path):
