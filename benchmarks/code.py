@@ -7,8 +7,10 @@ leaves comments, docstrings and empty lines out, which change no figure.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
+import os
 import re
 import subprocess
 import tokenize
@@ -37,14 +39,15 @@ AREAS = {
 }
 
 
-def measured_code() -> dict[str, object]:
+def measured_code(commit: str | None = None) -> dict[str, object]:
     """Return what a row says of the code: its commit, and the digest of each area.
 
-    Both are None for an installed package, which has no sources beside it.
+    Both are None for an installed package, which has no sources beside it. ``commit`` is what to
+    say where git knows none: the sources may have come without their history.
     """
     if not (ROOT / "csrc").is_dir():
         return {"commit": None, "code": None}
-    return {"commit": _commit(), "code": {area: digest(area) for area in AREAS}}
+    return {"commit": _commit() or commit, "code": {area: digest(area) for area in AREAS}}
 
 
 def digest(area: str) -> str:
@@ -61,14 +64,18 @@ def digest(area: str) -> str:
 
 def _commit() -> str | None:
     git = ["git", "-C", str(ROOT)]
+    # A repository that holds these sources in one of its folders knows another commit.
+    run = functools.partial(
+        subprocess.run,
+        env=os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=False
-        )
+        head = run([*git, "rev-parse", "--short=7", "HEAD"])
         # Rows that are being appended do not change what they measure.
-        clean = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False
-        )
+        clean = run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"])
     except OSError:
         return None
     commit = head.stdout.strip()

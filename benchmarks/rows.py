@@ -46,8 +46,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def where(threads: int) -> dict[str, Any]:
-    """Return the part of a row that says on what CPU operators were measured."""
+def where(threads: int, commit: str | None = None) -> dict[str, Any]:
+    """Return the part of a row that says on what CPU operators were measured.
+
+    ``commit`` as for ``measured_code``.
+    """
     cpp = dotresize.backends()["cpp"]
     return {
         "date": datetime.date.today().isoformat(),
@@ -55,7 +58,7 @@ def where(threads: int) -> dict[str, Any]:
         "device": f"{processor()}, {threads} threads",
         "simd": cpp.get("simd"),
         "versions": versions(),
-        **measured_code(),
+        **measured_code(commit),
     }
 
 

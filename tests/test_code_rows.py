@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,35 @@ def test_rows_carry_it(code):
     row = code.measured_code()
     assert set(row["code"]) == set(code.AREAS)
     assert all(len(digest) == 12 for digest in row["code"].values())
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_sources_without_history_name_the_given_commit(code, monkeypatch, tmp_path):
+    known = code.measured_code("fedcba9")["commit"]
+    if (ROOT / ".git").exists():
+        assert known != "fedcba9"  # git's word counts
+    inside = tmp_path / "repository" / "copy"
+    (inside / "csrc").mkdir(parents=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(inside.parent)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "another"], check=True)
+    monkeypatch.setattr(code, "ROOT", inside)
+    monkeypatch.setattr(code, "AREAS", {"gpu": ()})
+    assert code.measured_code()["commit"] is None  # not that of a repository around it
+    row = code.measured_code("fedcba9")
+    assert row["commit"] == "fedcba9"
+    assert len(row["code"]["gpu"]) == 12
+
+
+def test_gpu_rows_name_the_given_commit(code, monkeypatch, tmp_path):
+    from benchmarks.gpu import __main__ as gpu
+    from benchmarks.rows import read
+
+    monkeypatch.setattr(code, "_commit", lambda: None)
+    arguments = ["gpu", "--out", str(tmp_path), "--sections", "ceiling", "--commit"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "0123456789abcdef"])
+    assert gpu.main() == 0
+    assert {row["commit"] for row in read(tmp_path / "gpu.jsonl")} == {"0123456"}
+    monkeypatch.setattr(sys, "argv", [*arguments, "HEAD"])
+    with pytest.raises(SystemExit):
+        gpu.main()

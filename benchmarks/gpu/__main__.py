@@ -13,6 +13,7 @@ import functools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -98,9 +99,9 @@ class Report:
         print(f"{time.perf_counter() - start:7.1f} s  {state}  {section}: {case}", flush=True)
 
 
-def environment(device: torch.device) -> Row:
-    """Return the device, its clocks and what is installed."""
-    about = rows.where(torch.get_num_threads())
+def environment(device: torch.device, commit: str | None) -> Row:
+    """Return the device, its clocks, what is installed, and what is measured."""
+    about = rows.where(torch.get_num_threads(), commit)
     if device.type != "cuda":
         return about | {"device": f"{rows.processor()}, interpreter"}
     properties = torch.cuda.get_device_properties(device)
@@ -185,6 +186,7 @@ def run(
     peers: bool,
     sections: tuple[str, ...] = SECTIONS,
     seconds: float | None = None,
+    commit: str | None = None,
 ) -> int:
     on_gpu = torch.cuda.is_available()
     if seconds is None:
@@ -192,7 +194,7 @@ def run(
     device = torch.device("cuda" if on_gpu else "cpu")
     size = "full" if on_gpu else "tiny"
     sizes, clock = SIZES[size], gpu_times.Clock(device)
-    report = Report(out / "gpu.jsonl", environment(device), sections, seconds)
+    report = Report(out / "gpu.jsonl", environment(device, commit), sections, seconds)
     for name, rate in ceilings(device, clock.median).items():
         report.add("ceiling", name, lambda r=rate: {"per_s": r()})
     if "check" in sections:
@@ -252,6 +254,10 @@ def main() -> int:
         type=float,
         help=f"no case begins later (on a GPU {_BUDGET_S:g})",
     )
+    parser.add_argument(
+        "--commit",
+        help="commit that rows name where the sources came without their git history",
+    )
     parser.add_argument("--tiny-checks", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -260,11 +266,19 @@ def main() -> int:
         return tiny_checks()
     if arguments.out is None:
         parser.error("--out: a folder is needed")
+    if arguments.commit is not None and not re.fullmatch("[0-9a-f]{7,40}", arguments.commit):
+        parser.error(f"--commit {arguments.commit}: must be 7 to 40 hexadecimal digits")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {arguments.out}: cannot be made a folder ({error.strerror})")
-    return run(arguments.out, not arguments.no_peers, tuple(arguments.sections), arguments.seconds)
+    return run(
+        arguments.out,
+        not arguments.no_peers,
+        tuple(arguments.sections),
+        arguments.seconds,
+        arguments.commit and arguments.commit[:7],
+    )
 
 
 if __name__ == "__main__":
