@@ -84,7 +84,7 @@ def _score(kind: str, n: int) -> Tensor:
 
 def _ours(score: Tensor, backend: str) -> Competitor:
     try:
-        backend_for(backend, score.device)
+        backend_for(backend, score.device, score.shape[-1])
     except BackendError as error:
         raise NotHere(str(error)) from None
     return Competitor(lambda: assignment(score, backend=backend), accepted=EXACT)

@@ -32,6 +32,27 @@ def test_backends_by_name(monkeypatch):
         assignment(score, backend="cpp")
 
 
+def test_small_scores_on_a_gpu_are_solved_on_the_host(monkeypatch):
+    from dotresize.ops import backends
+
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    backend_for, limit = assignment_launch.backend_for, assignment_launch.ROWS_ON_GPU
+    assert limit == 4096
+    for rows, chosen in ((1, "cpp"), (limit - 1, "cpp"), (limit, "triton"), (10 * limit, "triton")):
+        assert backend_for("auto", cuda, rows) == chosen
+        assert backend_for("triton", cuda, rows) == "triton"
+        assert backend_for("auto", cpu, rows) == backend_for("cpp", cpu, rows) == "cpp"
+        with pytest.raises(BackendError, match="CPU tensors, not cuda"):
+            backend_for("cpp", cuda, rows)
+    monkeypatch.setattr(backends, "_why_no_cpp", lambda: "it is not built")
+    for rows in (1, limit):
+        assert backend_for("auto", cuda, rows) == "torch"
+        with pytest.raises(BackendError, match=r"finished by cpp: .* it is not built"):
+            backend_for("triton", cuda, rows)
+
+
 def test_the_finish_needs_no_good_duals():
     """Exact from duals that are right, rough, wrong, enormous, and of another problem."""
     score = torch.randint(0, 50, (2, 45, 45)).float()

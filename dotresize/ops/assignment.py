@@ -83,7 +83,9 @@ def assignment(
         certificate: also return the dual solution.
         backend: "auto", "triton", "cpp" or "torch". "cpp" solves one problem per thread and needs
             ``n^2 / 4`` bytes for each thread. "triton" solves a Sinkhorn problem on the GPU and
-            finishes from its potentials by "cpp" on the CPU; "torch" is scipy's solver.
+            finishes from its potentials by "cpp" on the CPU; "torch" is scipy's solver. "auto"
+            copies a score on a GPU to the CPU for "cpp" where it has fewer than 4096 rows, and
+            takes "triton" from there on.
 
     Returns:
         int64 ``(n,)`` or ``(B, n)``, the column of each row, on the score's device; with
@@ -106,7 +108,8 @@ def assignment(
         Assignment Problems, Computing 38, 1987.
     """
     check_tensor("score", score)
-    chosen = backend_for(backend, score.device)  # raises before anything is looked at
+    rows = score.shape[-1] if score.dim() else 0
+    chosen = backend_for(backend, score.device, rows)  # raises before anything is looked at
     check_dense("score", score)
     maximize = check_flag("maximize", maximize)
     certificate = check_flag("certificate", certificate)

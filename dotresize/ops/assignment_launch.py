@@ -19,21 +19,29 @@ SOLVED, INFEASIBLE, INVALID = range(3)
 # Of the Sinkhorn solve that precedes the exact one: reg as a share of the spread of the costs.
 SINKHORN_REG = 5e-3
 SINKHORN_ITERATIONS = 200
+# Rows from which "auto" solves on a GPU first. Below, the search on the host alone is the shorter
+# way, copy of the score included; ``benchmarks.gpu --sections assignment`` times both.
+ROWS_ON_GPU = 4096
 
 # (B, n) columns of each row; (B, n) float64 duals of the columns, None where a backend has none;
 # (B,) the codes above. All on the CPU.
 Solution = tuple[Tensor, Tensor | None, Tensor]
 
 
-def backend_for(backend: str, device: torch.device) -> str:
-    """Return the backend, as ``choose``.
+def backend_for(backend: str, device: torch.device, rows: int) -> str:
+    """Return the backend for scores of so many rows, as ``choose``.
 
-    A solve on a GPU also needs the C++ extension, for its exact finish.
+    A solve on a GPU also needs the C++ extension, for its exact finish. "auto" takes that extension
+    alone for a score of fewer than ROWS_ON_GPU rows, wherever the score lies.
     """
     chosen = choose(backend, device)
-    if chosen == "triton" and choose("auto", torch.device("cpu")) != "cpp":
-        if backend == "auto":
-            return "torch"
+    if chosen != "triton":
+        return chosen
+    finishes = choose("auto", torch.device("cpu")) == "cpp"
+    if backend == "auto":
+        on_gpu = "triton" if rows >= ROWS_ON_GPU else "cpp"
+        return on_gpu if finishes else "torch"
+    if not finishes:
         try:
             choose("cpp", torch.device("cpu"))
         except BackendError as error:
@@ -89,7 +97,10 @@ def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
 
 
 def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
-    """Return the exact solution by C++, from any finite column duals or from none."""
+    """Return the exact solution by C++, from any finite column duals or from none.
+
+    A score on a GPU is copied to the CPU first.
+    """
     batch, n, _ = score.shape
     work = score.detach().to("cpu", torch.float32 if score.dtype in _NARROW else torch.float64)
     work = work.resolve_neg()
