@@ -8,7 +8,7 @@ Peers get float64 costs, already negated, as they solve those fastest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from dotresize.ops.assignment_launch import backend_for
 from .workload import Case, Competitor, NotHere, Workload, need
 
 TOKENS, FACTORS = 2048, 256
+GPU_PEER = "torch-linear-assignment"
 EXACT = 1e-12  # relative to the optimum: float64's rounding of a sum
 
 
@@ -41,7 +42,9 @@ CASES = [
 
 def build(case: Case, *, peers: bool = True) -> Workload:
     torch.manual_seed(0)
-    score = torch.stack([_score(case.kind, case.sizes["n"]) for _ in range(case.sizes["problems"])])
+    score = torch.stack(
+        [score_of(case.kind, case.sizes["n"]) for _ in range(case.sizes["problems"])]
+    )
     costs = [(-problem).double().numpy() for problem in score]
     some = sorted({0, len(costs) // 2, len(costs) - 1})
     solve = need("scipy.optimize", "scipy").linear_sum_assignment
@@ -66,7 +69,8 @@ def build(case: Case, *, peers: bool = True) -> Workload:
     return work
 
 
-def _score(kind: str, n: int) -> Tensor:
+def score_of(kind: str, n: int) -> Tensor:
+    """Return an (n, n) score of a kind that CASES name."""
     if kind == "uniform":
         return torch.rand(n, n)
     if kind == "integers below 100":
@@ -108,8 +112,16 @@ def _lapx(costs: list[np.ndarray]) -> Competitor:
     return Competitor(lambda: [solve(cost, return_cost=False)[0] for cost in costs], accepted=EXACT)
 
 
+def _torch_linear_assignment(costs: Sequence[np.ndarray | Tensor]) -> Competitor:
+    """Call scipy on a CPU, and its own kernel on a GPU, one program for each problem."""
+    solve = need("torch_linear_assignment", "torch-linear-assignment").batch_linear_assignment
+    batch = torch.stack([torch.as_tensor(cost) for cost in costs])
+    return Competitor(lambda: solve(batch), accepted=EXACT)
+
+
 PEERS: dict[str, Callable[[list[np.ndarray]], Competitor]] = {
     "scipy": _scipy,
     "scipy, threads": _scipy_threads,
     "lapx lapjv": _lapx,
+    GPU_PEER: _torch_linear_assignment,
 }

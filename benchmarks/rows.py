@@ -18,6 +18,7 @@ from .code import measured_code
 _PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "lapx", "scikit-learn", "faiss-cpu", "POT", "geomloss"),
     *("jax", "jaxlib", "ott-jax", "pykeops", "flash-sinkhorn", "cupy-cuda13x", "cuvs-cu13"),
+    *("mdot-tnt", "torch-linear-assignment"),
 )
 
 

@@ -18,7 +18,7 @@ SINKHORN = Case("sinkhorn", {"problems": 1, "n": 40, "m": 30, "iterations": 50})
 NEURONS = Case("assignment", {"problems": 3, "n": 40, "m": 40}, "unrelated neurons")
 BATCH = Case("sinkhorn", {"problems": 3, "n": 40, "m": 30, "iterations": 50})
 # Compiling takes longer than everything else here; the others are in the test environment.
-QUICK = ("torch.cdist", "scipy", "logsumexp loop", "POT", "dotresize")
+QUICK = ("torch.cdist", "scipy", "logsumexp loop", "POT", "dotresize", "mdot", "torch-linear")
 
 
 @pytest.mark.parametrize(
