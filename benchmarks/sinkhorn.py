@@ -22,6 +22,7 @@ from .workload import Case, Competitor, NotHere, Workload, need, need_installed
 OURS = "dotresize cpp"
 SINGLES = "dotresize cpp, one call each"
 REG = 0.05
+POINT_DIMENSIONS = 64
 MDOT_TOLERANCE = 1e-5  # it counts no iterations, but stops by an error; 1e-4 is accepted of a plan
 
 
@@ -159,12 +160,14 @@ def _ott(cost: Tensor, iterations: int) -> Competitor:
 
 
 def mdot(cost: Tensor, reg: float) -> Callable[[float], tuple[int, Tensor, Tensor]]:
-    """Return a solve by mdot-tnt: from a tolerance to its passes over the cost, f and g.
+    """Return a solve by mdot-tnt: from a tolerance to its count of operations, f and g.
 
     Its tolerance follows from the last of its temperatures, gamma, and the exponent p, which its
     public functions fix: at their 1.5 it would be 2e-2 for reg 0.05 of the range. So p is chosen
-    here. Uniform marginals are not changed by the smoothing that takes the other half.
+    here. Uniform marginals are not changed by the smoothing that takes the other half. In float64:
+    in float32 a batch that reaches 1e-5 after 1e3 operations may take 8e4, for the same tolerance.
     """
+    cost = cost.double()
     solve = need("mdot_tnt.batched", "mdot-tnt")._batched_mdot
     a, b = (cost.new_full((len(cost), size), 1 / size) for size in cost.shape[1:])
     # Costs of at most 1, as it recommends; whole, as it waits for float32 to arrive there.
@@ -172,8 +175,8 @@ def mdot(cost: Tensor, reg: float) -> Callable[[float], tuple[int, Tensor, Tenso
 
     def run(tol: float) -> tuple[int, Tensor, Tensor]:
         p = math.log(math.log(min(cost.shape[1:])) / (2 * tol)) / math.log(gamma)
-        f, g, _, passes, _ = solve(a, b, cost / (reg * gamma), gamma, p=p)
-        return passes, f, g
+        f, g, _, count, _ = solve(a, b, cost / (reg * gamma), gamma, p=p)
+        return count, f, g
 
     return run
 
@@ -196,6 +199,30 @@ def _keops(cost: Tensor, iterations: int) -> Competitor:
 def _flash(cost: Tensor, iterations: int) -> Competitor:
     need_installed("flash-sinkhorn")
     raise NotHere("computes squared Euclidean costs from points on a GPU; no explicit cost")
+
+
+def flash_from_points(n: int, m: int, iterations: int, device: torch.device) -> Competitor:
+    """Return another problem than the others': squared Euclidean costs of points, on a GPU.
+
+    Compared with float64 here, as its truth is not the others'; no matrix is read or kept.
+    """
+    module = need("flash_sinkhorn.sinkhorn_solvers", "flash-sinkhorn")
+    x, y = (torch.randn(size, POINT_DIMENSIONS, device=device) for size in (n, m))
+    a, b = (torch.full((size,), 1 / size, device=device) for size in (n, m))
+    cost = torch.cdist(x.double(), y.double()).square()[None]
+    eps = REG * float(cost.mean())
+    call = functools.partial(
+        module.sinkhorn_flashstyle_alternating,
+        *(x, y, a, b),
+        **{"eps": eps, "n_iters": iterations, "allow_tf32": False},
+    )
+    f, g = call()
+    plan = ((f.double()[:, None] + g.double() - cost[0]) / eps).exp() / (n * m)
+    truth = plain(cost * (REG / eps), iterations)[0]
+    error = float((plan - truth).norm() / truth.norm())
+    if not error <= 0.1:  # as for all that end on another update
+        raise ArithmeticError(f"relative error {error:.1e}")
+    return Competitor(call, checked=False)
 
 
 PEERS: dict[str, Callable[[Tensor, int], Competitor]] = {
