@@ -15,16 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dotresize import L1CostAccumulator, l1_cost, sinkhorn
+from dotresize import L1CostAccumulator, assignment, l1_cost, sinkhorn
 
+from .. import assignment as matching
 from .. import l1
 from .. import sinkhorn as solver
-from ..workload import Competitor, Workload, one_line
+from ..workload import Competitor, NotHere, Workload, one_line
 from .correctness import ROWS, relative
 
 Row = dict[str, Any]
 ROUNDS = 7
 LIMIT_S = 1.0  # of a call; a slower peer is timed once
+FROM_POINTS = (1, 4096, 3072)  # the problem beside which one from points is timed
+# Rows up to which the assignment's peer runs: it gives a problem one warp, and nothing stops it.
+PEER_ROWS = 2048
 
 
 class Clock:
@@ -55,16 +59,23 @@ class Clock:
         call()
         return statistics.median(self(call) for _ in range(self.rounds))
 
-    def race(self, work: Workload) -> list[Row]:
-        """Check all competitors, then time them in turns; return their rows."""
-        rows = [{"name": name, "failed": why} for name, why in work.missing.items()]
+    def race(self, work: Workload, prepared: bool = False) -> list[Row]:
+        """Check all competitors, then time them in turns; return their rows.
+
+        The call that is checked is timed as well, for those slower than LIMIT_S, only where the
+        competitors are ``prepared``: have compiled what they need.
+        """
+        rows = [{"name": name, "missing": why} for name, why in work.missing.items()]
         times: dict[str, list[float]] = {}
         for name, competitor in work.competitors.items():
+            kept: list[Any] = []
             try:
-                error = work.error(competitor.call()) if competitor.checked else None
+                once = self(lambda c=competitor.call, k=kept: k.append(c()))
+                error = work.error(kept.pop()) if competitor.checked else None
                 if error is not None and not error <= competitor.accepted:
                     raise ArithmeticError(f"relative error {error:.1e}")
-                once = self(competitor.call)
+                if not prepared:
+                    once = self(competitor.call)
             except Exception as failure:  # a row, not the end
                 rows.append({"name": name, "failed": one_line(failure)})
                 self.tidy()
@@ -132,7 +143,11 @@ def sinkhorn_rows(
     for longer in many:
         if longer["name"] in shorter and "median_s" in longer:
             seconds = (longer["median_s"] - shorter[longer["name"]]) / (counts[1] - counts[0])
-            longer = longer | {"iterations": list(counts), "per_iteration_s": seconds}
+            longer = longer | {"iterations": list(counts)}
+            if seconds > 0:
+                longer["per_iteration_s"] = seconds
+            else:  # of a busy machine
+                longer["failed"] = f"{counts[1]} iterations took no longer than {counts[0]}"
         found.append(longer)
     return found
 
@@ -163,7 +178,43 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
             work.add(
                 name, lambda p=solver.PEERS[name]: dataclasses.replace(p(cost, count), accepted=0.1)
             )
+        if cost.shape == FROM_POINTS:
+            another = (
+                f"another problem: flash-sinkhorn, {solver.POINT_DIMENSIONS}-D points, squared"
+            )
+            sizes = (*FROM_POINTS[1:], count, cost.device)
+            work.add(another, lambda: solver.flash_from_points(*sizes))
     return work
+
+
+def assignment_rows(problems: int, n: int, kind: str, clock: Clock, peers: bool) -> list[Row]:
+    """Return seconds of both ways of a score on a GPU: by the host alone, and through Sinkhorn."""
+    score = torch.stack([matching.score_of(kind, n) for _ in range(problems)]).to(clock.device)
+    # What the certificate's duals prove to be the best, whoever found them.
+    _, proof = assignment(score.cpu(), certificate=True, backend="cpp")
+    best = (proof.u + proof.v).sum(1)
+
+    def error(columns: Tensor) -> float:
+        columns = columns.to(score.device)
+        if not (columns.sort(1).values == torch.arange(n, device=score.device)).all():
+            return math.inf
+        value = score.double().gather(2, columns[:, :, None]).sum((1, 2)).cpu()
+        return float(((value - best) / best).abs().max())
+
+    host = lambda: assignment(score.cpu(), backend="cpp").to(score.device)  # noqa: E731
+    through = functools.partial(assignment, score, backend="triton")
+    work = Workload(error)
+    work.add("dotresize cpp", lambda: Competitor(host, matching.EXACT))
+    work.add("dotresize triton", lambda: Competitor(through, matching.EXACT))
+
+    def peer() -> Competitor:
+        if n > PEER_ROWS:
+            raise NotHere(f"gives a problem one warp: not run above {PEER_ROWS} rows")
+        return matching.PEERS[matching.GPU_PEER](list(-score.double()))
+
+    if peers:
+        work.add(matching.GPU_PEER, peer)
+    return clock.race(work)
 
 
 def batch_rows(clock: Clock, problems: tuple[int, ...], n: int, m: int, count: int) -> list[Row]:

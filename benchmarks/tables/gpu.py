@@ -12,7 +12,20 @@ Row = dict[str, Any]
 MENDED = {
     "sinkhorn ragged, each stops by itself": ("tensors to be on the same device", "02a09cd"),
 }
-SECTIONS = ("ceiling", "check", "l1", "sinkhorn", "batch", "stopping", "model", "sanitizer")
+SECTIONS = (
+    *(
+        "ceiling",
+        "check",
+        "sinkhorn",
+        "tolerance",
+        "assignment",
+        "l1",
+        "batch",
+        "stopping",
+        "model",
+    ),
+    "sanitizer",
+)
 
 
 def summary(about: Row, found: list[Row]) -> str:
@@ -33,10 +46,12 @@ def details(about: Row, found: list[Row]) -> str:
         f"- {r['case']}: {r.get('failed') or r.get('missing') or 'clean'}" for r in of["sanitizer"]
     ]
     parts += ["", *l1_table(of["l1"], rates), "", *sinkhorn_table(of["sinkhorn"], rates), ""]
+    for section, table in (("tolerance", tolerance_table), ("assignment", assignment_table)):
+        parts += [*table(of[section]), ""] if of[section] else []
     parts += [
-        f"- {r['case']} {r.get('name', '')}: {r['failed'][:80]}"
-        for r in (*of["l1"], *of["sinkhorn"])
-        if "failed" in r
+        f"- {r['case']} {r.get('name', '')}: {(r.get('failed') or r['missing'])[:80]}"
+        for r in (*of["l1"], *of["sinkhorn"], *of["tolerance"], *of["assignment"])
+        if "failed" in r or "missing" in r
     ]
     for row in (*of["batch"], *of["stopping"], *of["model"]):
         named = about.keys() | {"section", "case", "name"}
@@ -99,6 +114,33 @@ def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
         ratio = _ratio(found, row, "dotresize exact", "per_iteration_s")
         lines.append(f"| {label} | {row['per_iteration_s'] * 1e6:.1f} us | {share} | {ratio} |")
     return lines
+
+
+def tolerance_table(found: list[Row]) -> list[str]:
+    """Return time of a whole solve, iterations, the error reached, and what each tolerance is."""
+    timed = [r for r in found if "median_s" in r]
+    lines = ["| Sinkhorn to a tolerance | time | iterations | marginal error | x ours |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in timed:
+        error = f"{row['error']:.1e}{'' if row['reached'] else ', not reached'}"
+        ratio = _ratio(found, row, "dotresize exact", "median_s")
+        lines.append(
+            f"| {row['case']} {row['name']}, {row['dtype']} | {row['median_s'] * 1e3:.2f} ms "
+            f"| {row['iterations']} | {error} | {ratio} |"
+        )
+    means = {row["name"]: row["means"] for row in timed}
+    return [*lines, "", *(f"- {name}: {text}." for name, text in means.items())]
+
+
+def assignment_table(found: list[Row]) -> list[str]:
+    """Return times of both of our ways, and times the one by the host alone."""
+    lines = ["| assignment | time | x host alone |", "|---|---|---|"]
+    return lines + [
+        f"| {row['case']} {row['name']} | {row['median_s'] * 1e3:.2f} ms "
+        f"| {_ratio(found, row, 'dotresize cpp', 'median_s')} |"
+        for row in found
+        if "median_s" in row
+    ]
 
 
 def read_bound(case: str, width: int, rates: dict[str, float]) -> float:
