@@ -139,10 +139,13 @@ def sinkhorn_rows(
     works = [_sinkhorn_work(cost, count, peers) for count in counts]
     few, many = (clock.race(work) for work in works)
     found = []
-    shorter = {row["name"]: row["median_s"] for row in few if "median_s" in row}
+    shorter = {row["name"]: row for row in few}
     for longer in many:
-        if longer["name"] in shorter and "median_s" in longer:
-            seconds = (longer["median_s"] - shorter[longer["name"]]) / (counts[1] - counts[0])
+        short = shorter[longer["name"]]
+        if "median_s" not in short:
+            longer = short
+        elif "median_s" in longer:
+            seconds = (longer["median_s"] - short["median_s"]) / (counts[1] - counts[0])
             longer = longer | {"iterations": list(counts)}
             if seconds > 0:
                 longer["per_iteration_s"] = seconds
