@@ -15,65 +15,70 @@ IN_GRAPH = 8
 FIRST = 2  # iterations before that, even too: they compile the kernels
 
 
-def iterate(step: Callable[[int], None], total: int, watch: Watch) -> None:
-    """Call ``step(0)``, ``step(1)``, ``step(0)``, ... ``total`` times, or until nothing runs."""
-    graph = None
-    done = 0
-    while done < total and not watch.stopped():
-        end = min(total, done + CHECK_EVERY)
-        while done < end:
-            if watch.status.is_cuda and done >= FIRST and total - done >= IN_GRAPH:
-                graph = graph or _captured(step, watch.status.device)
-                graph.replay()
+class Steps:
+    """``step(0)``, ``step(1)``, ``step(0)``, ... on the same memory, for one run after another.
+
+    What is captured in one run serves the next ones: steps must not depend on anything else.
+    """
+
+    def __init__(self, step: Callable[[int], None], status: Tensor) -> None:
+        self._step, self._status = step, status
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._looks: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def run(self, total: int, running: int) -> None:
+        """Do ``total`` steps, or fewer once no status is ``running``."""
+        done = looks = 0
+        while done < total:
+            if done and done % CHECK_EVERY == 0:
+                if self._stopped(looks, running):
+                    return
+                looks += 1
+            left = min(total - done, CHECK_EVERY - done % CHECK_EVERY)
+            ready = self._graph is not None or done >= FIRST
+            if self._status.is_cuda and ready and left >= IN_GRAPH and done % 2 == 0:
+                self._graph = self._graph or self._captured()
+                self._graph.replay()
                 done += IN_GRAPH
             else:
-                step(done % 2)
+                self._step(done % 2)
                 done += 1
 
-
-def _captured(step: Callable[[int], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    graph = torch.cuda.CUDAGraph()
-    # Memory that is freed during the capture could end it; to collect it first would take longer
-    # than many a solve.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for i in range(IN_GRAPH):
-                    step(i % 2)
-            finally:
-                graph.capture_end()
-    finally:
-        if collecting:
-            gc.enable()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph
-
-
-class Watch:
-    """Whether no status was ``running`` at the time of the call before, without a wait for now."""
-
-    def __init__(self, status: Tensor, running: int) -> None:
-        self.status, self.running = status, running
-        self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
-
-    def stopped(self) -> bool:
-        if not self.status.is_cuda:
-            return not bool((self.status == self.running).any())
-        copy = torch.empty(
-            self.status.shape, dtype=self.status.dtype, device="cpu", pin_memory=True
-        )
-        copy.copy_(self.status, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.status.device))
-        self._seen.append((copy, event))
-        if len(self._seen) == 1:
+    def _stopped(self, looks: int, running: int) -> bool:
+        """Return whether nothing ran at the look before, without a wait for now."""
+        if not self._status.is_cuda:
+            return not bool((self._status == running).any())
+        if looks == len(self._looks) < 2:
+            seen = torch.empty(self._status.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+            self._looks.append((seen, torch.cuda.Event()))
+        seen, ready = self._looks[looks % 2]
+        seen.copy_(self._status, non_blocking=True)
+        ready.record(torch.cuda.current_stream(self._status.device))
+        if looks == 0:
             return False
-        status, ready = self._seen[-2]
+        seen, ready = self._looks[(looks - 1) % 2]
         ready.synchronize()
-        self._seen = self._seen[-1:]
-        return not bool((status == self.running).any())
+        return not bool((seen == running).any())
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        device = self._status.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.CUDAGraph()
+        # Memory that is freed during the capture could end it; to collect it first would take
+        # longer than many a solve.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for i in range(IN_GRAPH):
+                        self._step(i % 2)
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return graph

@@ -11,9 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dotresize.kernels.sinkhorn_rules import KEPT_ONE
+
+# A row whose sum has left 2^LOW ... 2^HIGH is done again with its maximum taken out. What
+# underflows is then less than 2^-106 of its mass, far below sinkhorn_columns.TINY_COLUMN.
+LOW = tl.constexpr(-20.0)
+HIGH = tl.constexpr(60.0)
+
 
 @triton.jit
-def columns_of(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
+def is_far(b_log_a, b_log_s):
+    """Return which rows with mass have to be done again with their maximum."""
+    return (b_log_a > -float("inf")) & ~((b_log_s > LOW) & (b_log_s < HIGH))
+
+
+@triton.jit
+def column_vectors(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
     """Return g, -inf past the last column, and the column minima. [BC] each"""
     b_g = tl.load(p_g + o_c, mask=o_c < m, other=-float("inf"))
     b_cmin = b_g
@@ -23,7 +36,33 @@ def columns_of(p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _counted(b_c):
+def columns_of(
+    p_g, p_column_min, o_c, m, SHIFTED: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr
+):
+    """Return the vectors along each of three parts, or of one part three times."""
+    columns = column_vectors(p_g, p_column_min, o_c, m, SHIFTED)
+    columns1 = columns
+    columns2 = columns
+    if PARTS == 3:
+        columns1 = column_vectors(p_g, p_column_min, BC + o_c, m, SHIFTED)
+        columns2 = column_vectors(p_g, p_column_min, 2 * BC + o_c, m, SHIFTED)
+    return columns, columns1, columns2
+
+
+@triton.jit
+def kept_one(b_log_a):
+    """Return what rows of the plan are multiplied by in the kept plan; 0 for those without mass."""
+    return tl.where(b_log_a == -float("inf"), 0.0, tl.exp2(-b_log_a) * KEPT_ONE)
+
+
+@triton.jit
+def kept_weights(b_log_a, b_sums):
+    """Return a over the rows' sums; 0 for rows without mass, whose sums are 0."""
+    return tl.where(b_log_a == -float("inf"), 0.0, tl.exp2(b_log_a) / b_sums)
+
+
+@triton.jit
+def counted(b_c):
     """Return uint16 as float32 by its bits: conversions run at a quarter of the rate."""
     return (b_c.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
@@ -36,7 +75,7 @@ def exponents(b_c, columns, b_rmin, inv_reg, scale, SHIFTED: tl.constexpr):
     """
     b_g, b_cmin = columns
     if b_c.dtype == tl.uint16:
-        b_z = b_g[None, :] - _counted(b_c) * scale
+        b_z = b_g[None, :] - counted(b_c) * scale
     else:
         b_c = b_c - b_rmin[:, None]
         if SHIFTED:
@@ -119,6 +158,14 @@ def entries(b_z, b_z1, b_z2, b_shift, PARTS: tl.constexpr):
         b_e2 = tl.exp2(b_z2 + b_shift[:, None])
         b_all = b_e + b_e1 + b_e2
     return b_e, b_e1, b_e2, tl.sum(b_all, 1)
+
+
+@triton.jit
+def store_columns(p_part, b_sum, b_sum1, b_sum2, o_c, m, PARTS: tl.constexpr, BC: tl.constexpr):
+    tl.store(p_part + o_c, b_sum, mask=o_c < m)
+    if PARTS == 3:
+        tl.store(p_part + BC + o_c, b_sum1, mask=BC + o_c < m)
+        tl.store(p_part + 2 * BC + o_c, b_sum2, mask=2 * BC + o_c < m)
 
 
 @triton.jit

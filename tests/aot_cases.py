@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,17 @@ from dotresize.kernels import (
     l1_backward,
     l1_cost,
     sinkhorn_columns,
+    sinkhorn_finish,
     sinkhorn_prepare,
     sinkhorn_sweep,
 )
 from dotresize.kernels.l1_tile import l1_cost_kernel
-from dotresize.kernels.sinkhorn_tables import COLUMN_BLOCK, RUNNING, Tile
-from dotresize.ops.acceleration import far_potential
+from dotresize.kernels.resident import Division, choose
+from dotresize.kernels.resident_kernel import resident_kernel
+from dotresize.kernels.sinkhorn_device import Device
+from dotresize.kernels.sinkhorn_sheet import RUNNING, TOO_COARSE
+from dotresize.kernels.sinkhorn_tables import COLUMN_BLOCK, Tile
+from dotresize.ops.constants import far_potential
 from dotresize.ops.reference import TOKEN_BLOCK
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -33,6 +40,7 @@ class AotCase(NamedTuple):
     options: Callable[[int], dict[str, int]]  # what the compiler is told, likewise
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16
     elements: int = 0  # pairs or entries that one trip through the busiest loop does in a thread
+    kept_elements: int = 0  # entries of the kept plan, through its loop
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -49,6 +57,7 @@ def cases() -> Iterator[AotCase]:
     yield l1_backward_case()
     yield with_ones(l1_backward_case(), "tokens", "n", "m")
     yield from sinkhorn_cases()
+    yield from resident_cases()
 
 
 def l1_cases() -> Iterator[AotCase]:
@@ -124,6 +133,8 @@ def sinkhorn_cases() -> Iterator[AotCase]:
                 yield sweep_case(kind, columns, align, shifted=True)
             if kind == "fp32" and columns in (160, 3072, 11469, 40000):
                 yield sweep_case(kind, columns, 8, shifted=False, stored="u16")
+            if columns in (464, 2048, 11469, 40000):
+                yield minima_case(kind, columns, span=kind == "fp32" and columns != 464)
         for stored in (kind,) if kind == "fp64" else (kind, "u16"):
             yield column_case(kind, stored)
         if kind == "fp32":
@@ -131,10 +142,15 @@ def sinkhorn_cases() -> Iterator[AotCase]:
         yield from small_cases(kind)
 
 
+def blocks(columns: int) -> int:
+    return 1 << (-(-columns // COLUMN_BLOCK) - 1).bit_length()
+
+
 def sweep_case(
     kind: str, columns: int, align: int, *, shifted: bool, stored: str | None = None
 ) -> AotCase:
     tile = Tile(columns, DTYPES[kind], shifted=shifted, vector=8 if stored else None)
+    keep = stored is None and tile.keeps
     stored = stored or kind
     p = f"*{kind}"
     width = tile.parts * tile.block
@@ -142,19 +158,87 @@ def sweep_case(
     constants = RUN | {
         "CONVERGED": 0,
         "COLUMN_BLOCK": COLUMN_BLOCK,
-        "BLOCKS": 1 << (-(-columns // COLUMN_BLOCK) - 1).bit_length(),
+        "BLOCKS": blocks(columns),
         "ALIGN": align,
         "SHIFTED": shifted,
-        "RESIDENT": tile.resident,
+        "KEEP": keep,
+        "HELD": tile.held,
     }
     return AotCase(
-        name + ("" if tile.resident else "/streamed"),
+        name + ("" if tile.held else "/streamed"),
         sinkhorn_sweep.sinkhorn_sweep_kernel,
-        f"*{stored} *i64 *i64" + f" {p}" * 10 + " *i32 *i32" + f" {p} i32",
+        f"*{stored} *i64 *i64 *fp64 *fp64" + f" {p}" * 6 + f" *fp16 {p} {p} {p} {p} {p} *i32 i32",
+        lambda lanes: constants | tile.constants() | tile.kept_constants(),
+        tile.options,
+        elements=tile.rows * width // (32 * tile.warps),
+        kept_elements=math.prod(tile.kept) // (32 * tile.warps) if keep else 0,
+        targets=FEW if kind == "fp64" else AotCase._field_defaults["targets"],
+    )
+
+
+# Multiprocessors, and bytes of shared memory of one and of a program at most: A100, H200, B200.
+DEVICES = {
+    "sm_80": (108, 164 << 10, 163 << 10),
+    "sm_90": (132, 228 << 10, 227 << 10),
+    "sm_100": (148, 228 << 10, 227 << 10),
+}
+RESIDENT = ((1, 576, 464), (64, 576, 464), (1, 4096, 3072), (7, 300, 33), (2, 40, 12000))
+
+
+def device(target: str) -> Device:
+    processors, shared, of_program = DEVICES[target]
+    found = Device(torch.device("cuda"), processors=processors)
+    return replace(found, shared=shared, shared_program=of_program)
+
+
+def resident_cases() -> Iterator[AotCase]:
+    """What stays on a multiprocessor: every kind of storage, on every device that can."""
+    for target in DEVICES:
+        for storage in ("exact", "u16"):
+            for count, n, m in RESIDENT:
+                division = choose([(n, m)] * count, torch.float32, storage, device(target))
+                if division is not None:
+                    yield resident_case(target, f"{count}x{n}x{m}/{storage}", division)
+
+
+def resident_case(target: str, name: str, division: Division) -> AotCase:
+    store = ("exact", "levels", "kept")[division.store]
+    constants = {
+        "CONVERGED": 0,
+        "MAX_ITER": 1,
+        "INFEASIBLE": 2,
+        "INVALID": 3,
+        "TOO_COARSE": TOO_COARSE,
+        "COARSEST": 2621.4,
+        "FAR": far_potential(torch.float32),
+        "MOMENTUM": True,
+        "ALIGN": 4,
+    }
+    return AotCase(
+        f"resident/{name}/{store}/{target}",
+        resident_kernel,
+        "*fp32 *i64 *fp64 *fp64 *i32 *fp64 *fp64 *fp64" + " *fp32" * 10 + " *fp64 *fp64 i32 i32",
+        lambda lanes: constants | division.constants(),
+        lambda lanes: division.options(),
+        elements=division.rows * division.width // (32 * division.warps),
+        kept_elements=division.rows * division.width // (32 * division.warps),
+        targets=(target,),
+    )
+
+
+def minima_case(kind: str, columns: int, *, span: bool) -> AotCase:
+    tile = Tile(columns, DTYPES[kind])
+    p = f"*{kind}"
+    constants = {"INFEASIBLE": 2, "INVALID": 3, "SPAN": span, "HELD": tile.held}
+    constants["ALIGN"] = 16 // DTYPES[kind].itemsize
+    return AotCase(
+        f"minima/{kind}/{columns}" + ("/span" if span else "") + ("" if tile.held else "/streamed"),
+        sinkhorn_prepare.minima_kernel,
+        f"{p} *i64 *i64 *fp64 *fp64 {p} {p} {p} *i32 i32",
         lambda lanes: constants | tile.constants(),
         lambda lanes: {"num_warps": tile.num_warps(lanes)},
-        elements=tile.rows * width // (32 * tile.warps),
-        targets=FEW if kind == "fp64" else AotCase._field_defaults["targets"],
+        elements=tile.rows * tile.parts * tile.block // (32 * tile.warps),
+        targets=FEW,
     )
 
 
@@ -162,16 +246,16 @@ def column_case(kind: str, stored: str) -> AotCase:
     p = f"*{kind}"
     constants = RUN | {
         "BLOCKS": 128,
-        "TINY": sinkhorn_columns.TINY_COLUMN,
         "BP": sinkhorn_columns.PROGRAM_BLOCK,
         "BC": COLUMN_BLOCK,
         "MOMENTUM": True,
+        "KEEP": kind == stored == "fp32",
         "FAR": far_potential(DTYPES[kind]),
     }
     return AotCase(
         f"sinkhorn_column/{kind}/{stored}",
         sinkhorn_columns.sinkhorn_column_kernel,
-        f"*{stored} *i64 *i64" + f" {p}" * 17 + " *i32 i32",
+        f"*{stored} *i64 *i64 *fp64" + f" {p}" * 15 + " *i32 i32",
         lambda lanes: constants,
         four,
     )
@@ -180,28 +264,31 @@ def column_case(kind: str, stored: str) -> AotCase:
 def small_cases(kind: str) -> Iterator[AotCase]:
     p = f"*{kind}"
     codes = {"INFEASIBLE": 2, "INVALID": 3}
-    rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
-    long = {"STAGES": sinkhorn_prepare.STAGES}
-    long["BR"], long["BC"] = sinkhorn_prepare.row_block(4096, 4)
-    columns = {"BP": sinkhorn_columns.PROGRAM_BLOCK, "BC": COLUMN_BLOCK}
-    status = RUN | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK, "BLOCKS": 128}
+    many = {"BP": sinkhorn_prepare.MANY, "BC": COLUMN_BLOCK}
+    ends = RUN | codes | {"CONVERGED": 0, "MAX_ITER": 1, "COLUMN_BLOCK": COLUMN_BLOCK}
     kernels = [
-        ("row_minima", f"{p} *i64 *i64 {p} {p} {p} {p} *i32 i32", codes | long),
-        ("partial_minima", f"{p} *i64 *i64 {p} {p} {p} i32", rows),
         (
-            "column_minima",
-            f"*i64 *i64 {p} {p} {p} *i32 i32",
-            {"INFEASIBLE": 2} | columns,
+            sinkhorn_prepare.begin_kernel,
+            f"*i64 *i64 *i64 *fp64 *fp64 *i32 *fp64 *fp64 {p} {p} {p} {p} {p} *i32 i32 i32",
+            {"INFEASIBLE": 2, "SPAN": kind == "fp32"} | many,
+        ),
+        (
+            sinkhorn_prepare.start_kernel,
+            f"*i64 *i64 *fp64 *fp64 *fp64 {p} {p} {p} {p} {p}",
+            {"SHIFTED": True, "BC": COLUMN_BLOCK},
+        ),
+        (
+            sinkhorn_finish.finish_kernel,
+            f"*i64 *i64 *i64 *fp64 *fp64 *fp64 {p} {p} {p} {p} {p} *fp64 *fp64 *i32 i32 i32 i32",
+            ends | {"SHIFTED": True, "BLOCKS": 128, "BR": sinkhorn_prepare.MANY},
         ),
     ]
     if kind == "fp32":
-        kernels.append(("store_linear", f"{p} *i64 *u16 *i64 *i64 {p} {p} {p} i32", rows))
-    for name, types, constants in kernels:
-        function = getattr(sinkhorn_prepare, f"{name}_kernel")
+        rows = {"BR": sinkhorn_prepare.ROWS, "BC": sinkhorn_prepare.COLUMNS}
+        types = f"{p} *i64 *u16 *i64 {p} {p} *fp64 *fp64 {p} i32"
+        kernels.append((sinkhorn_prepare.store_linear_kernel, types, rows))
+    for function, types, constants in kernels:
+        name = function.fn.__name__.removesuffix("_kernel")
         yield AotCase(
             f"{name}/{kind}", function, types, lambda lanes, c=constants: c, four, targets=FEW
         )
-    function = sinkhorn_columns.sinkhorn_status_kernel
-    types = f"*i64 {p} {p} *i32 {p}"
-    name = f"sinkhorn_status/{kind}"
-    yield AotCase(name, function, types, lambda lanes: status, four, targets=FEW)

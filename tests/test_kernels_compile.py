@@ -60,15 +60,8 @@ def rows(script):
 
 
 def test_what_the_launchers_ask_for_compiles(script):
-    names = (
-        "column_minima",
-        "l1_backward",
-        "l1_cost",
-        "partial_minima",
-        "row_minima",
-        "sinkhorn_column",
-    )
-    names += ("sinkhorn_status", "sinkhorn_sweep", "store_linear")
+    names = ("begin", "finish", "l1_backward", "l1_cost", "minima", "resident")
+    names += ("sinkhorn_column", "sinkhorn_sweep", "start", "store_linear")
     assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
 
@@ -77,7 +70,7 @@ def test_every_configuration_compiles_without_spills(rows):
     assert {row["target"] for row in rows} == set(os.environ.get("AOT_TARGETS", USUAL).split(","))
     assert [row for row in rows if "error" in row] == []
     # A few loads in a loop of hundreds of instructions do not show; on AMD, registers in all.
-    spilled = [r for r in rows if r["spilled"] > 0.03 * sum(r.get("loop", {}).values())]
+    spilled = [r for r in rows if r["spilled"] > 0.035 * sum(r.get("loop", {}).values())]
     assert spilled == []
     assert all(0 < row["registers"] <= 512 for row in rows)
     assert [row for row in rows if row["shared"] > SHARED[row["target"]]] == []
@@ -127,6 +120,38 @@ def test_packed_l1_takes_one_instruction_a_pair(rows):
         assert count(row, "HADD2", "HFMA2") - sums == row["elements"] - 32, row
         assert sum(row["loop"].values()) <= 1.2 * row["elements"], row
         assert count(row, "LDS.128") == row["elements"] // 64 * 2, row
+
+
+def test_a_kept_plan_takes_few_instructions_an_entry(rows):
+    """Loads of 16 bytes, conversions and two multiply-adds, and little else beside memory's time.
+
+    Where rows are short, their sums across threads weigh more.
+    """
+    launched = of(rows, "sinkhorn_sweep/fp32", "sm_80", "sm_90", "sm_100")
+    launched = [r for r in launched if not r["kernel"].endswith(("/u16", "40000/fp32/streamed"))]
+    assert len(launched) >= 8
+    for row in launched:
+        most = 6.5 if "/11469/" in row["kernel"] else 12.5
+        loop = row["kept"][0]
+        assert sum(loop.values()) <= most * row["kept_elements"], row
+        assert loop["LDG.E.128"] == row["kept_elements"] // 8, row
+        assert loop["HADD2.F32"] == row["kept_elements"], row
+    resident = [r for r in of(rows, "resident/", "sm_80", "sm_90", "sm_100") if "kept" in r]
+    assert {r["kernel"].split("/")[1] for r in resident} >= {"64x576x464", "1x4096x3072"}
+    for row in resident:
+        loop = row["kept"][-1]
+        assert sum(loop.values()) <= 7.5 * row["kept_elements"], row
+        assert loop["LDS.128"] == row["kept_elements"] // 8, row
+        assert sum(n for name, n in loop.items() if name.startswith("LDG")) <= 8, row
+
+
+def test_minima_read_a_cost_once(rows):
+    """And take fewer instructions than its bytes take time: 9 at the rate of memory."""
+    held = [r for r in of(rows, "minima/fp32", "sm_90") if "streamed" not in r["kernel"]]
+    for row in held:
+        assert count(row, "LDG.E.128") == row["elements"] // 4, row
+        if "/11469" in row["kernel"]:
+            assert sum(row["loop"].values()) <= 9 * row["elements"], row
 
 
 def test_sinkhorn_takes_one_exponential_an_entry_and_reads_16_bytes(rows):

@@ -8,9 +8,26 @@ from conftest import device_of
 from test_sinkhorn import INF, l1, problem
 
 from dotresize import BackendError, sinkhorn
+from dotresize.kernels import sinkhorn as kernel
 from dotresize.kernels import sinkhorn_tables as tables
 
 DEVICE = device_of("triton")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_solvers():
+    """What one test changed of how rows are held is not what another one expects."""
+    kernel.SWEPT.clear()
+    yield
+    kernel.SWEPT.clear()
+
+
+@pytest.fixture(params=["exact", "kept"])
+def launched(request, monkeypatch) -> float:
+    """Every iteration a launch, however small the problem; how far a plan may be off then."""
+    monkeypatch.setattr(kernel, "choose", lambda *problem: None)
+    monkeypatch.setitem(kernel.sinkhorn.__kwdefaults__, "keep", request.param == "kept")
+    return 1e-4 if request.param == "kept" else 1e-6
 
 
 def truth_of(cost, reg, a=None, b=None, **settings):
@@ -18,7 +35,7 @@ def truth_of(cost, reg, a=None, b=None, **settings):
     return sinkhorn(cost.double().cpu(), reg, *vectors, backend="torch", **settings)
 
 
-def test_long_rows_are_streamed(monkeypatch):
+def test_long_rows_are_streamed(launched, monkeypatch):
     """Rows that do not fit in registers, at a size the interpreter can do."""
     monkeypatch.setattr(tables, "MAX_WARPS", {torch.float32: 0})
     monkeypatch.setattr(tables, "STREAMED_COLUMNS", 16)
@@ -30,26 +47,28 @@ def test_long_rows_are_streamed(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [96, 97, 128, 129, 190, 193])
-def test_rows_of_one_and_of_three_parts(columns):
+def test_rows_of_one_and_of_three_parts(launched, columns):
     tile = tables.Tile(columns, torch.float32)
     assert tile.block * tile.parts >= columns > tile.block * (tile.parts - 1)
     cost = torch.rand(5, columns, device=DEVICE)
     settings = {"tol": 0, "max_iter": 3}
     result = sinkhorn(cost, 0.1, backend="triton", **settings)
-    assert l1(result.plan, truth_of(cost, 0.1, **settings).plan) < 1e-6
+    assert l1(result.plan, truth_of(cost, 0.1, **settings).plan) < launched
 
 
 def test_every_width_has_a_tile():
     for dtype in (torch.float32, torch.float64):
         for columns in range(1, 20_000, 7):
             tile = tables.Tile(columns, dtype)
-            if tile.resident:
+            # Nothing that fits is read twice: one part of the next power of two at worst.
+            assert tile.held or columns > (12288 if dtype == torch.float32 else 2048)
+            if tile.held:
                 assert tile.block * tile.parts >= columns > tile.block * (tile.parts - 1)
                 assert tile.block & (tile.block - 1) == 0
                 entries = tile.rows * tile.block * tile.parts / (32 * tile.warps)
                 assert entries <= tables.THREAD_ENTRIES[dtype]
             assert 1 <= tile.num_warps(64) <= tile.num_warps(32) <= 16
-    assert tables.Tile(11469, torch.float32).resident
+    assert tables.Tile(11469, torch.float32).held
 
 
 def test_programs_fill_the_device():
@@ -63,7 +82,7 @@ def test_programs_fill_the_device():
         assert waves * count <= max(1.3 * sum(rows) / slots, max(min(rows), 8))
 
 
-def test_mixed_shapes_and_memory_in_one_call():
+def test_mixed_shapes_and_memory_in_one_call(launched):
     """Views with row strides, other allocations, rows of every kind; each its own reg and tol."""
     wide = torch.rand(40, 300, device=DEVICE)
     costs = [wide[:9, :130], torch.rand(12, 7, device=DEVICE), wide[9:30, 2:31], wide.T[:5, ::2]]
@@ -73,7 +92,8 @@ def test_mixed_shapes_and_memory_in_one_call():
     assert result.n_iter[2] == 60
     for i, cost in enumerate(costs):
         truth = truth_of(cost, float(reg[i]), tol=float(tol[i]), max_iter=60)
-        assert abs(int(result.n_iter[i]) - truth.n_iter) <= 1
+        # Near the tolerance a kept plan asks for an exact sweep, and goes on until then.
+        assert abs(int(result.n_iter[i]) - truth.n_iter) <= (1 if launched < 1e-5 else 3)
         assert l1(result.plan[i], truth.plan) < max(2e-5, 2 * float(tol[i]))
 
 
@@ -103,7 +123,7 @@ def test_rows_are_copied_only_where_they_do_not_lie_at_16_bytes():
 
 
 @pytest.mark.parametrize("far", [-3000.0, 90.0, 3000.0])
-def test_rows_far_from_their_last_potential_are_done_again(far):
+def test_rows_far_from_their_last_potential_are_done_again(launched, far):
     """A start that lets every exponential overflow, or underflow, unless the maximum is out."""
     cost, a, b = (v.to(DEVICE) for v in problem(9, 33))
     a[4] = 0.0
@@ -116,7 +136,7 @@ def test_rows_far_from_their_last_potential_are_done_again(far):
     assert l1(result.plan, truth.plan) < 1e-3
 
 
-def test_far_columns_keep_their_digits():
+def test_far_columns_keep_their_digits(launched):
     """Column minima of hundreds of reg: taken out entry by entry, in a tile of its own."""
     cost = torch.rand(30, 97, device=DEVICE)
     cost[:, 20:23] += 40.0

@@ -5,6 +5,7 @@ The kernels import this module and nothing else of the package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ GROUP = 16
 # Bytes of copied activations at a time.
 CHUNK_BYTES = 1 << 28
 
+# Kernels take powers of two.
+LOG2E = math.log2(math.e)
 # How a Sinkhorn problem ended.
 CONVERGED, MAX_ITER, INFEASIBLE, INVALID = range(4)
 # What follows a column update.

@@ -1,0 +1,50 @@
+"""Solvers that wait for the next problems of their shapes.
+
+Tables, buffers and captured graphs take longer to make than a small problem takes to solve. So a
+solver goes back into the pool when it is done, and serves the next batch of the same shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+# Solvers that wait at most, and how much memory each may have to be kept.
+MOST = 8
+MOST_BYTES = 64 << 20
+
+
+class Sized(Protocol):
+    @property
+    def bytes(self) -> int: ...
+
+
+_S = TypeVar("_S", bound=Sized)
+
+
+class Pool(Generic[_S]):
+    """The last few solvers by what they are for; each serves one thread at a time."""
+
+    def __init__(self) -> None:
+        self._idle: OrderedDict[Hashable, _S] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self, key: Hashable, make: Callable[[], _S]) -> Iterator[_S]:
+        """Lend a solver that waits, or a new one; one that fails does not come back."""
+        with self._lock:
+            solver = self._idle.pop(key, None)
+        solver = make() if solver is None else solver
+        yield solver
+        if solver.bytes <= MOST_BYTES:
+            with self._lock:
+                self._idle[key] = solver
+                while len(self._idle) > MOST:
+                    self._idle.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._idle.clear()
