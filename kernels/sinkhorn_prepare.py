@@ -153,10 +153,11 @@ def minima_kernel(
                 b_t2 = open_entries(b_c2, b_closed2)
                 b_all = tl.minimum(b_t, tl.minimum(b_t1, b_t2))
             if SPAN:
-                b_high = largest(b_c, o_c < m)
+                b_high = tl.where((o_c < m)[None, :], b_c, -float("inf"))
                 if PARTS == 3:
-                    b_high = tl.maximum(b_high, largest(b_c1, BC + o_c < m))
-                    b_high = tl.maximum(b_high, largest(b_c2, 2 * BC + o_c < m))
+                    b_last = tl.where((2 * BC + o_c < m)[None, :], b_c2, -float("inf"))
+                    b_high = tl.maximum(b_high, tl.maximum(b_c1, b_last))
+                b_high = tl.max(b_high, 1)
             # The next rows are on their way while these are compared.
             p_r = p_cost + tl.minimum(row + BR + o_b, last - 1).to(tl.int64)[:, None] * stride
             b_c, b_c1, b_c2 = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)

@@ -34,8 +34,9 @@ from dotresize.ops import constants
 EXACT, KEEPING, CHEAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What 1 is in E: entries above 2^-28 of their row keep all digits, above 2^-38 some.
 KEPT_ONE = tl.constexpr(2.0**14)
-# Powers of two that a column may move from its reference.
-DRIFT = tl.constexpr(8.0)
+# Powers of two that a column may move from its reference: on real costs, 12 takes a fifth fewer
+# sweeps of the cost than 8, and as many iterations.
+DRIFT = tl.constexpr(12.0)
 # E represents a column of at least this share of all mass: an entry is off by 2^-12 of itself or by
 # 2^-39 of its row, so that a column's sum is off by an eighth of this at most.
 LOST = tl.constexpr(2.0**-36)

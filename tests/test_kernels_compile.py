@@ -146,12 +146,12 @@ def test_a_kept_plan_takes_few_instructions_an_entry(rows):
 
 
 def test_minima_read_a_cost_once(rows):
-    """And take fewer instructions than its bytes take time: 9 at the rate of memory."""
+    """And take a third of the time that its bytes take: 30 instructions an entry would take it."""
     held = [r for r in of(rows, "minima/fp32", "sm_90") if "streamed" not in r["kernel"]]
     for row in held:
         assert count(row, "LDG.E.128") == row["elements"] // 4, row
-        if "/11469" in row["kernel"]:
-            assert sum(row["loop"].values()) <= 9 * row["elements"], row
+        if row["kernel"].endswith("/11469"):
+            assert sum(row["loop"].values()) <= 10 * row["elements"], row
 
 
 def test_sinkhorn_takes_one_exponential_an_entry_and_reads_16_bytes(rows):

@@ -36,12 +36,17 @@ MAX_ITER = 3000
 Solver = Callable[[float, float], tuple[int, Tensor]]
 
 
-def real_costs() -> tuple[Tensor, Tensor]:
-    """Return float64 costs: (576, 468), the mean over all norms, and (2, 576, 468) of two norms."""
+def location_costs() -> Tensor:
+    """Return the float32 costs of all norms, (L, 576, 468), between all and the largest neurons."""
     streams = [x / x.square().mean(1, keepdim=True).sqrt() for x in real_activations()]
     importance = torch.stack([x.abs().mean(0) for x in streams]).mean(0)
     kept = importance.topk(KEPT).indices.sort().values
-    costs = torch.stack([l1_cost(x, targets=kept).double() for x in streams])
+    return torch.stack([l1_cost(x, targets=kept) for x in streams])
+
+
+def real_costs() -> tuple[Tensor, Tensor]:
+    """Return float64 costs: (576, 468), the mean over all norms, and (2, 576, 468) of two norms."""
+    costs = location_costs().double()
     middle = len(costs) // 2
     return costs.mean(0), costs[middle : middle + 2]
 
