@@ -14,20 +14,26 @@ def patch_once() -> None:
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang
-    if hasattr(patch, "once"):
+    if isinstance(patch, _Once):
         return
-    within: list[Any] = []
+    interpreter._patch_lang = _Once(patch, (interpreter.tl, interpreter.tl.core))
 
-    class Scope:
-        def __init__(self, function: Any) -> None:
-            self.first = not within
-            self.inner = patch(function) if self.first else None
-            within.append(self)
 
-        def restore(self) -> None:
-            if self.inner is not None:
-                self.inner.restore()
-                within.clear()
+class _Once:
+    """Takes the place of what replaces the words that a function sees."""
 
-    Scope.once = True  # type: ignore[attr-defined]
-    interpreter._patch_lang = Scope
+    def __init__(self, patch: Any, languages: tuple[Any, ...]) -> None:
+        self.patch, self.languages = patch, languages
+        self.scopes: dict[tuple[bool, ...], Any] = {}  # of the launch that runs
+
+    def __call__(self, function: Any) -> _Once:
+        seen = {id(value) for value in function.__globals__.values()}
+        key = tuple(id(language) in seen for language in self.languages)
+        if key not in self.scopes:
+            self.scopes[key] = self.patch(function)
+        return self
+
+    def restore(self) -> None:
+        """Undo all of it, the last first, at the end of the launch: the calls within do not."""
+        while self.scopes:
+            self.scopes.popitem()[1].restore()

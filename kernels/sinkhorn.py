@@ -29,19 +29,22 @@ _STALLED = (
 )
 
 
-def sinkhorn(batch: SinkhornBatch, storage: str, *, keep: bool = True) -> SinkhornSolution:
+def sinkhorn(
+    batch: SinkhornBatch, storage: str, *, stay: bool = True, keep: bool = True
+) -> SinkhornSolution:
     """Solve problems of any shapes together, in the costs' type; numbers are on the CPU.
 
     Problems are grouped by how the sweep holds a row. storage: "exact" or "u16", see
-    ``dotresize.sinkhorn``. keep: whether a plan is kept in 16 bits between exact sweeps.
+    ``dotresize.sinkhorn``. stay: whether problems that fit stay on the multiprocessors. keep:
+    whether others keep a plan in 16 bits between exact sweeps. Both are for comparison.
     """
     groups: dict[tuple[bool, int, int], list[int]] = {}
     for i, cost in enumerate(batch.costs):
         groups.setdefault(Tile(cost.shape[1], cost.dtype).key, []).append(i)
     if len(groups) == 1:
-        f, g, outcome = _solve(batch, storage, keep)
+        f, g, outcome = _solve(batch, storage, stay, keep)
     else:
-        f, g, outcome = _solve_groups(batch, list(groups.values()), storage, keep)
+        f, g, outcome = _solve_groups(batch, list(groups.values()), storage, stay, keep)
     numbers = torch.from_numpy(outcome)
     return SinkhornSolution(
         f,
@@ -52,13 +55,15 @@ def sinkhorn(batch: SinkhornBatch, storage: str, *, keep: bool = True) -> Sinkho
     )
 
 
-def _solve(batch: SinkhornBatch, storage: str, keep: bool) -> tuple[Tensor, Tensor, np.ndarray]:
+def _solve(
+    batch: SinkhornBatch, storage: str, stay: bool, keep: bool
+) -> tuple[Tensor, Tensor, np.ndarray]:
     first = batch.costs[0]
     device = device_of(first.device)
     shapes = tuple(tuple(cost.shape) for cost in batch.costs)
-    momentum = bool((batch.acceleration == MOMENTUM).any())
+    momentum = bool((batch.acceleration.numpy() == MOMENTUM).any())
     potentials = torch.empty_like(batch.a), torch.empty_like(batch.b)
-    division = choose(shapes, first.dtype, storage, device)
+    division = choose(shapes, first.dtype, storage, device) if stay else None
     if division is not None:
         key = (shapes, first.device, division, momentum)
         resident = functools.partial(Resident, shapes, device, division, momentum=momentum)
@@ -77,12 +82,12 @@ def _solve(batch: SinkhornBatch, storage: str, keep: bool) -> tuple[Tensor, Tens
 
 
 def _solve_groups(
-    batch: SinkhornBatch, groups: Sequence[list[int]], storage: str, keep: bool
+    batch: SinkhornBatch, groups: Sequence[list[int]], storage: str, stay: bool, keep: bool
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     outcomes: dict[int, np.ndarray] = {}
     for members in groups:
-        f, g, outcome = _solve(batch.part(members), storage, keep)
+        f, g, outcome = _solve(batch.part(members), storage, stay, keep)
         rows, columns = ([batch.costs[i].shape[axis] for i in members] for axis in (0, 1))
         vectors = zip(f.split(rows), g.split(columns), strict=True)
         parts.update(zip(members, vectors, strict=True))

@@ -24,6 +24,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from dotresize.benchmarks.interpreter import patch_once
+
+    patch_once()
+
 BACKENDS = ("torch", "cpp", "triton")
 
 

@@ -104,18 +104,19 @@ def test_solves_to_a_tolerance_are_checked_and_the_missing_named(monkeypatch):
 
 def test_both_counts_of_a_timing_differ_in_whole_graphs(monkeypatch):
     """What is left of their difference is graphs alone, not a capture or single launches."""
-    captured, alone = [], []
-    graph = SimpleNamespace(replay=lambda: None)
-    monkeypatch.setattr(cuda_graph, "_captured", lambda *given: captured.append(1) or graph)
-    on_gpu = SimpleNamespace(is_cuda=True, device=None)
-    watch = SimpleNamespace(status=on_gpu, stopped=lambda: False)
+    replayed, alone = [], []
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    monkeypatch.setattr(cuda_graph.Steps, "_captured", lambda steps: graph)
+    monkeypatch.setattr(cuda_graph.Steps, "_stopped", lambda steps, looks, running: False)
     for shape, counts in gpu.SIZES["full"]["sinkhorn"]:
+        steps = cuda_graph.Steps(alone.append, SimpleNamespace(is_cuda=True))
+        steps.run(40, -1)  # captures
         single = []
         for count in counts:
-            captured.clear()
+            replayed.clear()
             alone.clear()
-            cuda_graph.iterate(alone.append, count + 1, watch)  # and the sweep that looks at it
-            assert len(captured) == 1, (shape, count)
+            steps.run(count + 1, -1)  # and the sweep that looks at it
+            assert len(alone) + cuda_graph.IN_GRAPH * len(replayed) == count + 1
             single.append(len(alone))
         assert single[0] == single[1], (shape, counts)
 

@@ -25,8 +25,8 @@ def no_waiting_solvers():
 @pytest.fixture(params=["exact", "kept"])
 def launched(request, monkeypatch) -> float:
     """Every iteration a launch, however small the problem; how far a plan may be off then."""
-    monkeypatch.setattr(kernel, "choose", lambda *problem: None)
-    monkeypatch.setitem(kernel.sinkhorn.__kwdefaults__, "keep", request.param == "kept")
+    ways = {"stay": False, "keep": request.param == "kept"}
+    monkeypatch.setattr(kernel.sinkhorn, "__kwdefaults__", ways)
     return 1e-4 if request.param == "kept" else 1e-6
 
 

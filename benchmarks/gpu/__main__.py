@@ -36,7 +36,7 @@ from ..workload import one_line
 from . import correctness as gpu_checks
 from . import times as gpu_times
 from . import tolerance
-from .ceilings import ceilings
+from .ceilings import ceilings, waits
 
 Row = dict[str, Any]
 _SANITIZERS = ("memcheck", "racecheck")
@@ -214,7 +214,8 @@ def run(
     size = "full" if on_gpu else "tiny"
     sizes, clock = SIZES[size], gpu_times.Clock(device)
     report = Report(out / "gpu.jsonl", environment(device, commit), sections, seconds)
-    for name, rate in ceilings(device, clock.median).items():
+    rates = waits(device, clock.median) | ceilings(device, clock.median)
+    for name, rate in rates.items():
         report.add("ceiling", name, lambda r=rate: {"per_s": r()})
     if "check" in sections:
         for name, result in checked(size, device):

@@ -1,6 +1,8 @@
-"""What the device can do at most: additions, exponentials and copied bytes per second, measured.
+"""What the device can do at most, measured: arithmetic, bytes, and what iterations wait for.
 
-Each kernel does one thing from registers, with sixteen independent chains in a thread.
+Each kernel of arithmetic does one thing from registers, with sixteen independent chains in a
+thread. An iteration of a small problem waits for meetings of its programs, for the cache that they
+exchange sums through, and, where it is launched, for the next launch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from dotresize.kernels.gluon_compat import gl, jit
+from dotresize.kernels.resident_kernel import meet
 
 THREADS = 128
 BLOCK = 16 * THREADS
@@ -59,6 +64,75 @@ def exponentials_kernel(p_out, steps, BLOCK: tl.constexpr, UNROLL: tl.constexpr)
         for _ in tl.static_range(UNROLL):
             b_x = tl.exp2(-b_x)
     tl.store(p_out + tl.arange(0, BLOCK), b_x)
+
+
+@jit
+def meetings_kernel(p_count, steps, LONE: tl.constexpr):
+    """Have all programs of the launch meet so many times."""
+    alive = steps > 0
+    for i in range(steps):
+        alive = meet(p_count, (i + 1) * gl.num_programs(0), alive, LONE)
+
+
+@triton.jit
+def cached_kernel(p_in, p_out, chunks, steps, BLOCK: tl.constexpr):
+    """Read chunks of a memory that the second cache holds, each program its own way round."""
+    b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    chunk = tl.program_id(0)
+    for _ in range(steps):
+        chunk = (chunk + 127) % chunks
+        b_sum += tl.load(p_in + chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(p_out + tl.program_id(0), tl.sum(b_sum, 0))
+
+
+@triton.jit
+def nothing_kernel(p_out):
+    tl.store(p_out, 1.0)
+
+
+def waits(
+    device: torch.device, seconds: Callable[[Callable[[], Any]], float]
+) -> dict[str, Callable[[], float]]:
+    """Return functions that measure meetings, cached bytes and launches of a graph per second."""
+    on_gpu = device.type == "cuda"
+    steps, launches = (2000, 64) if on_gpu else (2, 2)
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    out = torch.empty(4096, device=device)
+
+    def meetings(programs: int) -> float:
+        def launch() -> None:
+            counter.zero_()
+            options = {"num_warps": 8, "launch_cooperative_grid": True}
+            meetings_kernel[(programs,)](counter, steps, LONE=programs == 1, **options)
+
+        return steps / seconds(launch)
+
+    def cached() -> float:
+        programs, chunks, block = (512, 6144, 1024) if on_gpu else (2, 4, 32)
+        cache = torch.ones(chunks * block, device=device)  # 24 MB
+        launch = functools.partial(
+            cached_kernel[(programs,)], cache, out, chunks, steps, BLOCK=block
+        )
+        return programs * steps * block * 4 / seconds(launch)
+
+    def launched() -> float:
+        def several() -> None:
+            for _ in range(launches):
+                nothing_kernel[(1,)](out)
+
+        several()
+        if not on_gpu:
+            return launches / seconds(several)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        return launches / seconds(graph.replay)
+
+    sizes = (9, 18, 128, 132) if on_gpu else (1,)
+    found: dict[str, Callable[[], float]] = {
+        f"meetings of {n} programs": functools.partial(meetings, n) for n in sizes
+    }
+    return found | {"bytes read, second cache": cached, "launches in a graph": launched}
 
 
 def ceilings(

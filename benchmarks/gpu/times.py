@@ -21,7 +21,7 @@ from .. import assignment as matching
 from .. import l1
 from .. import sinkhorn as solver
 from ..workload import Competitor, NotHere, Workload, one_line
-from .correctness import ROWS, relative
+from .correctness import ROWS, WAYS, relative, solved_by
 
 Row = dict[str, Any]
 ROUNDS = 7
@@ -166,10 +166,9 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
         return relative(result.reshape(-1, *cost.shape[-2:])[:1], truth)
 
     work = Workload(error)
-    for storage, accepted in (("exact", 1e-4), ("u16", 5e-3)):
-        options: dict[str, Any] = {"tol": 0, "max_iter": count, "storage": storage}
-        call = lambda o=options: sinkhorn(cost, solver.REG, backend="triton", **o)  # noqa: E731
-        work.add(f"dotresize {storage}", lambda c=call, a=accepted: Competitor(c, a))
+    for name, storage, given, _, accepted in WAYS:
+        call = functools.partial(_solved, cost, count, storage, given)
+        work.add(f"dotresize {name}", lambda c=call, a=accepted: Competitor(c, max(a, 5e-3)))
     if peers:
         reference = functools.partial(
             sinkhorn, cost, solver.REG, tol=0, max_iter=count, backend="torch"
@@ -188,6 +187,11 @@ def _sinkhorn_work(cost: Tensor, count: int, peers: bool) -> Workload:
             sizes = (*FROM_POINTS[1:], count, cost.device)
             work.add(another, lambda: solver.flash_from_points(*sizes))
     return work
+
+
+def _solved(cost: Tensor, count: int, storage: str, given: dict[str, bool]) -> Any:
+    with solved_by(**given):
+        return sinkhorn(cost, solver.REG, tol=0, max_iter=count, storage=storage, backend="triton")
 
 
 def assignment_rows(problems: int, n: int, kind: str, clock: Clock, peers: bool) -> list[Row]:

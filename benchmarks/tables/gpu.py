@@ -12,6 +12,14 @@ Row = dict[str, Any]
 MENDED = {
     "sinkhorn ragged, each stops by itself": ("tensors to be on the same device", "02a09cd"),
 }
+# Bytes of an entry that an iteration has to read at least, unless the problem stays on the device.
+BYTES_READ = {
+    "dotresize exact": 4,
+    "dotresize exact, launched": 2,
+    "dotresize exact, launched, of the cost": 4,
+    "dotresize u16": 2,
+    "dotresize u16, launched": 2,
+}
 SECTIONS = (
     *(
         "ceiling",
@@ -107,7 +115,7 @@ def sinkhorn_table(found: list[Row], rates: dict[str, float]) -> list[str]:
         if "per_iteration_s" not in row:
             continue
         share = ""
-        width = {"dotresize exact": 4, "dotresize u16": 2}.get(row["name"])
+        width = BYTES_READ.get(row["name"])
         if width and "bytes copied" in rates:
             bound = read_bound(row["case"], width, rates)
             share = f"{bound / row['per_iteration_s']:.0%}"

@@ -122,7 +122,9 @@ def _batch(
     if a is not None or b is not None:  # uniform ones have mass 1, and a look would wait for a GPU
         columns = _check_masses(rows, columns, labels)
     start = _check_init(init, len(costs), m, like)
-    own = {name: getattr(settings, name)[list(labels)] for name in ("reg", "tol", "acceleration")}
+    own = {name: getattr(settings, name) for name in ("reg", "tol", "acceleration")}
+    if len(labels) < len(settings.reg):  # else they are all, in order
+        own = {name: values[list(labels)] for name, values in own.items()}
     return SinkhornBatch(
         labels=labels,
         costs=list(costs),

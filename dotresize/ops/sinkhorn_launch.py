@@ -24,7 +24,7 @@ def solve(batch: SinkhornBatch, *, storage: str, backend: str) -> list[SolvedPro
         raise BackendError(f"storage {storage!r} is built for triton, not for {chosen}")
     if storage != "exact" and batch.costs[0].dtype == torch.float64:
         raise ValueError(f"storage {storage!r}: the cost is float64, which this would not keep")
-    if chosen != "torch" and (batch.acceleration == ANDERSON).any():
+    if chosen != "torch" and (batch.acceleration.numpy() == ANDERSON).any():
         raise BackendError(f"acceleration 'anderson' is built for torch, not for {chosen}")
     prepared = batch._replace(
         costs=[_solved_as(cost.detach()) for cost in batch.costs],
