@@ -18,7 +18,7 @@ from ..code import digest
 from ..rows import read
 from . import checks
 from .api import api
-from .gpu import ceilings, details, peers_table
+from .gpu import ceilings, details, kept_plan, peers_table
 from .llama_cpp import llama_cpp
 from .models import families, first_token, large, merging, projected
 from .quality import amounts, headline, map_time, maps, multiple_choice, recovered, speed, study
@@ -173,6 +173,11 @@ def gpu() -> str:
     last = _gpu_rows()
     about = f"{last[-1]['device']}, {last[-1]['date']}; torch {last[-1]['versions']['torch']}, "
     about += f"triton {last[-1]['versions']['triton']}. [More of it](docs/gpu.md)."
+    if any(row["section"] == "sinkhorn" and "commit" not in row for row in last):
+        about += (
+            " The Sinkhorn rows are of commit 4748ba7, whose every iteration was two launches that "
+            "read the cost; what has taken their place has not run on a GPU."
+        )
     return "\n".join([*peers_table(last, ceilings(last), PEERS), "", about])
 
 
@@ -264,7 +269,10 @@ TABLES = {
     },
     "docs/maps.md": {"map_time": lambda: map_time(rows("map_time.jsonl"))},
     "docs/merge-ff.md": {"merging": lambda: merging(rows("merging.jsonl"))},
-    "docs/sinkhorn.md": {"acceleration": acceleration},
+    "docs/sinkhorn.md": {
+        "acceleration": acceleration,
+        "kept_plan": lambda: kept_plan(rows("kept_plan.jsonl")),
+    },
     "docs/ot.md": {"pot": pot},
 }
 
@@ -273,6 +281,7 @@ TABLES = {
 SOURCES = {
     "solvers": ("cpu.jsonl", "cpu"),
     "acceleration": ("acceleration.jsonl", "cpu"),
+    "kept_plan": ("kept_plan.jsonl", "gpu"),
     "peers": ("peer_tests.jsonl", "cpu"),
     "gradient": ("gradient.jsonl", "cpu"),
     "types": ("fuzz_types.jsonl", "compressor"),

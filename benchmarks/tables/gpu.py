@@ -190,3 +190,40 @@ def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]
             )
             lines.append(f"| {work} | {time} | {share:.0%} | {', '.join(ratios)} |")
     return lines
+
+
+def kept_plan(rows: list[Row]) -> str:
+    """Return iterations with the cost and with the kept plan, over all norms, by reg."""
+    lines = [
+        "| reg over the mean cost | norms that converge | iterations | with the kept plan | of them, "
+        "reading the cost | largest error of a plan's columns | plans apart, at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for ratio in sorted({row["reg_over_mean"] for row in rows}):
+        found = [row for row in rows if row["reg_over_mean"] == ratio]
+        done = [row for row in found if row["exact_converged"] and row["kept_converged"]]
+        total = {
+            name: sum(row[name] for row in found) / len(found)
+            for name in ("exact_iterations", "kept_iterations", "kept_sweeps_of_the_cost")
+        }
+        errors = [max(row[f"{name}_true_errors"][1] for row in found) for name in ("exact", "kept")]
+        both = (sum(row[f"{name}_converged"] for row in found) for name in ("exact", "kept"))
+        lines.append(
+            f"| {ratio:g} | {' / '.join(map(str, both))} of {len(found)} "
+            f"| {total['exact_iterations']:.1f} | {total['kept_iterations']:.1f} "
+            f"| {total['kept_sweeps_of_the_cost'] - 1:.1f} | {errors[0]:.1e} / {errors[1]:.1e} "
+            f"| {max((row['apart'] for row in done), default=float('nan')):.1e} |"
+        )
+    row = rows[-1]
+    place = f"{row['device']}{', interpreter' if row['interpreter'] else ''}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Costs of every norm of SmolLM2-135M, {row['n']} x {row['m']}, float32, with momentum, "
+            f"to marginal error {row['tol']:g} or",
+            f"{row['max_iter']} iterations; means over the norms. {place}, {row['date']}. Rows: "
+            "`benchmarks/results/kept_plan.jsonl`,",
+            "by `python -m benchmarks.studies.kept_plan`.",
+        ]
+    )

@@ -80,7 +80,10 @@ def sinkhorn(
             iterations.
         storage: "exact", or "u16" (triton): iterations read the cost as 65536 levels, half the
             bytes of float32. An exponent is then off by up to ``range / (131070 reg)``, where the
-            range is the largest cost above its row's minimum; more than 0.02 is refused.
+            range is the largest cost above its row's minimum; more than 0.02 is refused. ``tol``
+            and ``marginal_error`` are then of the cost in levels. With "exact" they are of the cost
+            itself, although on a GPU iterations of large float32 problems may work on a plan in 16
+            bits: their first and last sweeps, and some between, read the cost.
         backend: "auto", "triton", "cpp" or "torch".
 
     Returns:
