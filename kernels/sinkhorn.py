@@ -67,7 +67,7 @@ def _solve(
     if division is not None:
         key = (shapes, first.device, division, momentum)
         resident = functools.partial(Resident, shapes, device, division, momentum=momentum)
-        with RESIDENT.borrow(key, resident) as solver:
+        with RESIDENT.borrow(key, resident, device.to_keep) as solver:
             outcome = solver.solve(batch, potentials)
         if outcome is not None and not (outcome[:, O_STATUS.value] == STALLED).any():
             return *potentials, outcome
@@ -77,7 +77,7 @@ def _solve(
     swept = functools.partial(
         Swept, shapes, first.dtype, device, storage=storage, keep=keep, momentum=momentum
     )
-    with SWEPT.borrow(key, swept) as sweeps:
+    with SWEPT.borrow(key, swept, device.to_keep) as sweeps:
         return *potentials, sweeps.solve(batch, potentials)
 
 

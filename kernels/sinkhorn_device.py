@@ -22,6 +22,12 @@ class Device:
     threads: int = 2048
     # Whether all programs of a launch can be asked to run at once, and wait for each other.
     cooperative: bool = True
+    memory: int = 1 << 32
+
+    @property
+    def to_keep(self) -> int:
+        """Bytes that solvers may hold while they wait for the next problems."""
+        return self.memory // 64
 
     def together(self, warps: int, registers: int, shared: int) -> int:
         """Return how many programs of this kind a multiprocessor runs at once.
@@ -48,4 +54,5 @@ def device_of(place: torch.device) -> Device:
         registers=getattr(found, "regs_per_multiprocessor", 0),
         threads=found.max_threads_per_multi_processor,
         cooperative=nvidia and found.major >= 8,
+        memory=found.total_memory,
     )

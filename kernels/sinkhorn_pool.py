@@ -12,9 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
-# Solvers that wait at most, and how much memory each may have to be kept.
-MOST = 8
-MOST_BYTES = 64 << 20
+MOST = 8  # solvers that wait
 
 
 class Sized(Protocol):
@@ -33,17 +31,22 @@ class Pool(Generic[_S]):
         self._lock = threading.Lock()
 
     @contextmanager
-    def borrow(self, key: Hashable, make: Callable[[], _S]) -> Iterator[_S]:
-        """Lend a solver that waits, or a new one; one that fails does not come back."""
+    def borrow(self, key: Hashable, make: Callable[[], _S], most_bytes: int) -> Iterator[_S]:
+        """Lend a solver that waits, or a new one; one that fails does not come back.
+
+        most_bytes: what all that wait may hold of memory; the oldest leave first.
+        """
         with self._lock:
             solver = self._idle.pop(key, None)
         solver = make() if solver is None else solver
         yield solver
-        if solver.bytes <= MOST_BYTES:
-            with self._lock:
-                self._idle[key] = solver
-                while len(self._idle) > MOST:
-                    self._idle.popitem(last=False)
+        with self._lock:
+            self._idle[key] = solver
+            while len(self._idle) > MOST or self._held() > most_bytes:
+                self._idle.popitem(last=False)
+
+    def _held(self) -> int:
+        return sum(solver.bytes for solver in self._idle.values())
 
     def clear(self) -> None:
         with self._lock:

@@ -91,8 +91,8 @@ class Tile:
 
     def options(self, lanes: int = 32) -> dict[str, int]:
         """Return what the compiler is told of a sweep."""
-        few = {"maxnreg": MOST_REGISTERS} if lanes == 32 and self.keeps and self.warps <= 4 else {}
-        return {"num_warps": self.num_warps(lanes)} | few
+        few = self.keeps and self.warps <= 4 and lanes == 32 and torch.version.hip is None
+        return {"num_warps": self.num_warps(lanes)} | ({"maxnreg": MOST_REGISTERS} if few else {})
 
     @property
     def key(self) -> tuple[bool, int, int]:

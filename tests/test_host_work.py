@@ -17,6 +17,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from dotresize import sinkhorn
 from dotresize.kernels import sinkhorn as kernel
+from dotresize.kernels.sinkhorn_pool import Pool
 from dotresize.kernels.sinkhorn_sheet import Sheet
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="counts in the interpreter")
@@ -125,3 +126,24 @@ def test_solvers_of_the_same_shapes_are_used_again(monkeypatch):
         sinkhorn(torch.rand(12, 20) * 1e6, 0.1, storage="u16", backend="triton")
     result = sinkhorn(torch.rand(12, 20), 0.1, backend="triton")
     assert result.converged
+
+
+def test_solvers_that_wait_hold_little_memory():
+    class Solver:
+        def __init__(self, size):
+            self.bytes = size
+
+    pool = Pool()
+    for key, size in (("small", 10), ("large", 80), ("middle", 30)):
+        with pool.borrow(key, lambda s=size: Solver(s), 100):
+            pass
+    found = {}
+    for key in ("small", "large", "middle"):
+        with pool.borrow(key, lambda: Solver(0), 100) as solver:
+            found[key] = solver.bytes
+    # The oldest two had to leave for the third.
+    assert found == {"small": 0, "large": 0, "middle": 30}
+    with pytest.raises(RuntimeError), pool.borrow("middle", lambda: Solver(5), 100):
+        raise RuntimeError
+    with pool.borrow("middle", lambda: Solver(5), 100) as solver:
+        assert solver.bytes == 5

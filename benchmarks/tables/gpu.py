@@ -195,8 +195,8 @@ def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]
 def kept_plan(rows: list[Row]) -> str:
     """Return iterations with the cost and with the kept plan, over all norms, by reg."""
     lines = [
-        "| reg over the mean cost | norms that converge | iterations | with the kept plan | of them, "
-        "reading the cost | largest error of a plan's columns | plans apart, at most |",
+        "| reg over the mean cost | norms that converge | iterations | with the kept plan "
+        "| of them, reading the cost | largest error of a plan's columns | plans apart, at most |",
         "|---|---|---|---|---|---|---|",
     ]
     for ratio in sorted({row["reg_over_mean"] for row in rows}):
@@ -220,8 +220,8 @@ def kept_plan(rows: list[Row]) -> str:
         [
             *lines,
             "",
-            f"Costs of every norm of SmolLM2-135M, {row['n']} x {row['m']}, float32, with momentum, "
-            f"to marginal error {row['tol']:g} or",
+            f"Costs of every norm of SmolLM2-135M, {row['n']} x {row['m']}, float32, with "
+            f"momentum, to marginal error {row['tol']:g} or",
             f"{row['max_iter']} iterations; means over the norms. {place}, {row['date']}. Rows: "
             "`benchmarks/results/kept_plan.jsonl`,",
             "by `python -m benchmarks.studies.kept_plan`.",
