@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,19 @@ class Device:
 
 @functools.cache
 def device_of(place: torch.device) -> Device:
+    """Return what a tensor's device can do."""
     if place.type != "cuda":
         return Device(place)
     found = torch.cuda.get_device_properties(place)
+    limits = triton.runtime.driver.active.utils.get_device_properties(place.index)
     nvidia = torch.version.hip is None
     return Device(
         place,
         processors=found.multi_processor_count,
         lanes=found.warp_size,
         shared=found.shared_memory_per_multiprocessor,
-        shared_program=getattr(found, "shared_memory_per_block_optin", 0),
-        registers=getattr(found, "regs_per_multiprocessor", 0),
+        shared_program=limits["max_shared_mem"],
+        registers=getattr(found, "regs_per_multiprocessor", 1 << 16),
         threads=found.max_threads_per_multi_processor,
         cooperative=nvidia and found.major >= 8,
         memory=found.total_memory,
