@@ -29,14 +29,14 @@ class Steps:
     def run(self, total: int, running: int) -> None:
         """Do ``total`` steps, or fewer once no status is ``running``."""
         done = looks = 0
+        next_look = CHECK_EVERY
         while done < total:
-            if done and done % CHECK_EVERY == 0:
+            if done >= next_look:
                 if self._stopped(looks, running):
                     return
-                looks += 1
-            left = min(total - done, CHECK_EVERY - done % CHECK_EVERY)
+                looks, next_look = looks + 1, done + CHECK_EVERY
             ready = self._graph is not None or done >= FIRST
-            if self._status.is_cuda and ready and left >= IN_GRAPH and done % 2 == 0:
+            if self._status.is_cuda and ready and total - done >= IN_GRAPH and done % 2 == 0:
                 self._graph = self._graph or self._captured()
                 self._graph.replay()
                 done += IN_GRAPH

@@ -21,7 +21,7 @@ from dotresize.kernels.sinkhorn_sheet import (
     O_STATUS,
     TOO_COARSE,
     Sheet,
-    refuse_coarse,
+    refuse,
 )
 from dotresize.kernels.sinkhorn_sheet import (
     LEVELS as STEPS,
@@ -51,7 +51,7 @@ _SCRATCH, _MOST_SCRATCH, _RESERVED = 9 << 10, 20 << 10, 1 << 10
 
 @dataclass(frozen=True)
 class Division:
-    """How the problems of a batch are divided over programs, and those over the device."""
+    """Says how the problems of a batch are divided over programs, and those over the device."""
 
     store: int
     programs: int  # of a group, which holds one problem at a time
@@ -158,7 +158,7 @@ def choose(
 
 
 class Resident:
-    """Buffers and tables for problems of certain shapes, to be used again for others like them."""
+    """Solves problems of certain shapes by one launch, and has what that needs for the next."""
 
     def __init__(
         self,
@@ -169,11 +169,12 @@ class Resident:
         momentum: bool,
     ) -> None:
         self.device, self.division, self.momentum = device, division, momentum
-        self.tables = t = Tables(shapes, max(n for n, _ in shapes), device.torch)
+        t = Tables(shapes, max(n for n, _ in shapes), device.torch)
         self.sheet = Sheet(len(shapes), 1 + 2 * division.groups, device.torch)
         self.sheet.host_lines[:] = t.lines
-        self.row_vectors = self._empty(4, t.rows_total)
-        self.column_vectors = self._empty(4, t.columns_total)
+        # All begin at multiples of 64 bytes: else they were more kernels to the compiler.
+        self.row_vectors = self._empty(4, -(-t.rows_total // 16) * 16)
+        self.column_vectors = self._empty(4, -(-t.columns_total // 16) * 16)
         sums = division.groups * division.programs * division.width
         kept = division.store == KEPT_PLAN.value
         self.partial = self._empty(sums)
@@ -234,7 +235,7 @@ class Resident:
             p_potential_f=potentials[0],
             p_potential_g=potentials[1],
             problems=len(costs),
-            columns=self.tables.columns_total,
+            columns=columns.shape[1],
             CONVERGED=CONVERGED,
             MAX_ITER=MAX_ITER,
             INFEASIBLE=INFEASIBLE,
@@ -253,9 +254,14 @@ class Resident:
             if self._groups == 0:
                 return None
             self.sheet.send(batch, costs, self.base)
-            resident_kernel[(self._groups * division.programs,)](**arguments)
+            try:
+                resident_kernel[(self._groups * division.programs,)](**arguments)
+            except RuntimeError as error:
+                if "cooperative" not in str(error):
+                    raise
+                self._groups = 0  # this process has only a part of the device
+                return None
             self.sheet.receive()
         outcome = self.sheet.host_outcome.copy()
-        if (outcome[:, O_STATUS.value] == TOO_COARSE).any():
-            refuse_coarse(outcome, batch)
+        refuse(outcome[:, O_STATUS.value] == TOO_COARSE, outcome, batch)
         return outcome

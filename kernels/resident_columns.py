@@ -170,10 +170,10 @@ def update_columns(
             total = tl.sum(b_s, 0)
         else:
             b_reference = b_g
+            misfits = misfits_of(b_s, b_b, mass)
             if sweep == KEEPING:
                 b_r = _sums(p_rounded, o_o, m, G, BP, OWN, WIDTH, LP)
                 b_gamma = tl.where(used, b_s / b_r, 0.0)
-                misfits = misfits_of(b_s, b_b, mass)
     error = tl.sum(tl.abs(b_s * share - b_b), 0)
     b_tiny = (b_s < TINY_COLUMN) & used & (sweep != CHEAP)
     b_lse = tl.log2(tl.where(b_tiny, 1.0, b_s)) - b_g

@@ -99,19 +99,24 @@ def meet(p_count, target, alive, LONE: tl.constexpr):
     barrier()  # every thread's stores before the arrival of one
     met = alive
     if not LONE:
-        gl.atomic_add(p_count, 1, sem="release", scope="gpu")
-        seen = gl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
+        if alive:
+            gl.atomic_add(p_count, 1, sem="release", scope="gpu")
+        # By their difference, which may pass the largest integer.
+        missing = target - gl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
         looks = 0
-        while (seen < target) & (looks < PATIENCE) & alive:
+        while (missing > 0) & (looks < PATIENCE) & alive:
             wait_for_others()
-            seen = gl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
+            missing = target - gl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
             looks += 1
-        met = alive & (seen >= target)
+        met = alive & (missing <= 0)
+        if alive & (missing > 0):
+            # Nobody is to go on with what this program has not done: far fewer have come, then.
+            gl.atomic_add(p_count, -(1 << 22), sem="relaxed", scope="gpu")
         barrier()
     return met
 
 
-@jit
+@jit(do_not_specialize=["problems", "columns"])
 def resident_kernel(
     p_cost,
     p_problem,

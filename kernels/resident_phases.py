@@ -24,10 +24,12 @@ from dotresize.kernels.sinkhorn_prepare import (
     row_minima,
 )
 from dotresize.kernels.sinkhorn_rows import (
-    column_vectors,
-    counted,
+    columns_of,
+    entries,
+    exponents,
     finite,
     is_far,
+    kept_correction,
     kept_one,
     kept_weights,
     row_vectors,
@@ -194,13 +196,11 @@ def keep_costs(
 @jit
 def _exponents(b_k, columns, b_rmin, per_reg, scale, STORE: tl.constexpr):
     """Return z of a block, from what is kept or, for a plan to be kept, from the cost."""
-    b_g, b_cmin = columns
     if STORE == EXACT_COST:
+        b_g, _ = columns
         b_z = b_g[None, :] - b_k
-    elif STORE == LEVELS:
-        b_z = b_g[None, :] - counted(b_k) * scale
     else:
-        b_z = b_g[None, :] - (b_k - b_rmin[:, None] - b_cmin[None, :]) * per_reg
+        b_z = exponents(b_k, columns, b_rmin, per_reg, scale, True)
     return b_z
 
 
@@ -233,12 +233,7 @@ def sweep_exact(
     o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, L))
     o_b = gl.arange(0, BR, layout=gl.SliceLayout(1, L))
     GLOBAL: tl.constexpr = STORE == KEPT_PLAN
-    columns = column_vectors(p_g, p_column_min, o_c, m, GLOBAL)
-    columns1 = columns
-    columns2 = columns
-    if PARTS == 3:
-        columns1 = column_vectors(p_g, p_column_min, BC + o_c, m, GLOBAL)
-        columns2 = column_vectors(p_g, p_column_min, 2 * BC + o_c, m, GLOBAL)
+    columns, columns1, columns2 = columns_of(p_g, p_column_min, o_c, m, GLOBAL, PARTS, BC)
     # Sums of each thread's own rows; over threads once a sweep.
     b_sum = gl.full([BR, BC], 0.0, gl.float32, layout=L)
     b_sum1 = b_sum
@@ -256,32 +251,21 @@ def sweep_exact(
                 b_k1 = kept.index(i * PARTS + 1).load(L)
                 b_k2 = kept.index(i * PARTS + 2).load(L)
         b_z = _exponents(b_k, columns, b_rmin, per_reg, scale, STORE)
-        b_e = tl.exp2(b_z + b_shift[:, None])
-        b_all = b_e
         b_z1 = b_z
         b_z2 = b_z
-        b_e1 = b_e
-        b_e2 = b_e
         if PARTS == 3:
             b_z1 = _exponents(b_k1, columns1, b_rmin, per_reg, scale, STORE)
             b_z2 = _exponents(b_k2, columns2, b_rmin, per_reg, scale, STORE)
-            b_e1 = tl.exp2(b_z1 + b_shift[:, None])
-            b_e2 = tl.exp2(b_z2 + b_shift[:, None])
-            b_all = b_e + b_e1 + b_e2
-        b_log_s = tl.log2(tl.sum(b_all, 1))
+        b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
+        b_log_s = tl.log2(b_s)
         b_far = is_far(b_log_a, b_log_s)
         if tl.max(b_far.to(tl.int32), 0) > 0:
             b_top = b_z
             if PARTS == 3:
                 b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
             b_shift = tl.where(b_far, -finite(tl.max(b_top, 1)), b_shift)
-            b_e = tl.exp2(b_z + b_shift[:, None])
-            b_all = b_e
-            if PARTS == 3:
-                b_e1 = tl.exp2(b_z1 + b_shift[:, None])
-                b_e2 = tl.exp2(b_z2 + b_shift[:, None])
-                b_all = b_e + b_e1 + b_e2
-            b_log_s = tl.log2(tl.sum(b_all, 1))
+            b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
+            b_log_s = tl.log2(b_s)
         b_log_w = b_log_a - tl.where(b_log_a == -float("inf"), 0.0, b_log_s)
         tl.store(p_f + o_r, b_log_w + b_shift, mask=o_r < n)
         b_w = tl.exp2(b_log_w)[:, None]
@@ -331,13 +315,18 @@ def sweep_kept(
     BC: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Find sums by columns of E scaled to row sums a, as sinkhorn_kept.sweep_kept does."""
+    """Find sums by columns of E scaled to row sums a; gamma and v follow in the update.
+
+    FIRST: of a plan that was just stored, at the reference itself, into p_rounded; and rho.
+    """
     o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, L))
     o_b = gl.arange(0, BR, layout=gl.SliceLayout(1, L))
-    b_v = tl.load(p_v + o_c, mask=o_c < m, other=0.0)
+    b_v = o_c.to(tl.float32)
+    if not FIRST:
+        b_v = tl.load(p_v + o_c, mask=o_c < m, other=0.0)
     b_v1 = b_v
     b_v2 = b_v
-    if PARTS == 3:
+    if PARTS == 3 and not FIRST:
         b_v1 = tl.load(p_v + BC + o_c, mask=BC + o_c < m, other=0.0)
         b_v2 = tl.load(p_v + 2 * BC + o_c, mask=2 * BC + o_c < m, other=0.0)
     b_sum = gl.full([BR, BC], 0.0, gl.float32, layout=L)
@@ -363,9 +352,8 @@ def sweep_kept(
                 b_t += b_e2 * b_v2[None, :]
         b_s = tl.sum(b_t, 1)
         if FIRST:
-            # Rows without mass have a sum of 0.
-            b_rho = tl.where(b_log_a == -float("inf"), 1.0, (1.0 / b_s) * KEPT_ONE)
-            tl.store(p_rho + o_r, b_rho, mask=o_r < n)
+            tl.store(p_rho + o_r, kept_correction(b_s), mask=o_r < n)
+            # At the reference a row's weight is a_i over its corrected sum, KEPT_ONE.
             b_w = kept_weights(b_log_a, KEPT_ONE)[:, None]
         else:
             b_rho = tl.load(p_rho + o_r, mask=o_r < n, other=1.0)

@@ -23,9 +23,11 @@ from dotresize.ops.constants import MOMENTUM, SinkhornBatch, SinkhornSolution
 
 RESIDENT: Pool[Resident] = Pool()
 SWEPT: Pool[Swept] = Pool()
+# Devices whose programs did not meet: to find that out takes seconds.
+STALLING: set[torch.device] = set()
 _STALLED = (
-    "programs of one launch waited for each other too long, so the problems are solved by many "
-    "launches; is the GPU shared with a debugger, or emulated?"
+    "programs of one launch waited for each other too long, so that this process solves problems "
+    "on this device by many launches from now on; is the GPU shared with a debugger, or emulated?"
 )
 
 
@@ -63,6 +65,7 @@ def _solve(
     shapes = tuple(tuple(cost.shape) for cost in batch.costs)
     momentum = bool((batch.acceleration.numpy() == MOMENTUM).any())
     potentials = torch.empty_like(batch.a), torch.empty_like(batch.b)
+    stay = stay and first.device not in STALLING
     division = choose(shapes, first.dtype, storage, device) if stay else None
     if division is not None:
         key = (shapes, first.device, division, momentum)
@@ -72,6 +75,7 @@ def _solve(
         if outcome is not None and not (outcome[:, O_STATUS.value] == STALLED).any():
             return *potentials, outcome
         if outcome is not None:
+            STALLING.add(first.device)
             warnings.warn(_STALLED, RuntimeWarning, stacklevel=2)
     key = (shapes, first.dtype, first.device, storage, keep, momentum)
     swept = functools.partial(

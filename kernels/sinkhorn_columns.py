@@ -202,9 +202,9 @@ def sinkhorn_column_kernel(
             else:
                 tl.store(p_ref, tl.where(b_b > 0, b_g, 0.0), mask=m_c)
                 since = -1.0
+                misfits = misfits_of(b_s, b_b, mass)
                 if sweep == KEEPING:
                     tl.store(p_gam, b_s, mask=m_c)
-                    misfits = misfits_of(b_s, b_b, mass)
                     since = 0.0
         error = tl.sum(tl.abs(b_s * share - b_b), 0)
         # Cheap sweeps leave no row potentials to redo a column from, and have no such column.

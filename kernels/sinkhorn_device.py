@@ -11,7 +11,7 @@ import triton
 
 @dataclass(frozen=True)
 class Device:
-    """A device's resources; of the interpreter, one multiprocessor that holds small problems."""
+    """Holds a device's resources; the interpreter is one multiprocessor for small problems."""
 
     torch: torch.device
     processors: int = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dotresize.kernels.sinkhorn_rows import kept_weights, store_columns
+from dotresize.kernels.sinkhorn_rows import kept_correction, kept_weights, store_columns
 from dotresize.kernels.sinkhorn_rules import KEPT_ONE
 
 
@@ -89,8 +89,7 @@ def sweep_kept(
         b_k, b_k1, b_k2 = _read(p_r + o_c[None, :], m_last, PARTS, BC)
         b_log_a = tl.load(p_log_a + o_r, mask=o_r < last, other=-float("inf"))
         if FIRST:
-            # Rows without mass have a sum of 0.
-            b_rho = tl.where(b_log_a == -float("inf"), 1.0, (1.0 / tl.sum(b_all, 1)) * KEPT_ONE)
+            b_rho = kept_correction(tl.sum(b_all, 1))
             tl.store(p_rho + o_r, b_rho, mask=o_r < last)
             # At the reference a row's weight is a_i over its corrected sum, KEPT_ONE.
             b_w = kept_weights(b_log_a, KEPT_ONE)[:, None]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 MOST = 8  # solvers that wait
 
 
@@ -24,7 +26,7 @@ _S = TypeVar("_S", bound=Sized)
 
 
 class Pool(Generic[_S]):
-    """The last few solvers by what they are for; each serves one thread at a time."""
+    """Holds the last few solvers by what they are for; each serves one thread at a time."""
 
     def __init__(self) -> None:
         self._idle: OrderedDict[Hashable, _S] = OrderedDict()
@@ -38,7 +40,12 @@ class Pool(Generic[_S]):
         """
         with self._lock:
             solver = self._idle.pop(key, None)
-        solver = make() if solver is None else solver
+        if solver is None:
+            try:
+                solver = make()
+            except torch.OutOfMemoryError:  # of which those that wait may have the rest
+                self.clear()
+                solver = make()
         yield solver
         with self._lock:
             self._idle[key] = solver

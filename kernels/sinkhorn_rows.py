@@ -51,14 +51,23 @@ def columns_of(
 
 @triton.jit
 def kept_one(b_log_a):
-    """Return what rows of the plan are multiplied by in the kept plan; 0 for those without mass."""
-    return tl.where(b_log_a == -float("inf"), 0.0, tl.exp2(-b_log_a) * KEPT_ONE)
+    """Return what rows of the plan are multiplied by in the kept plan: KEPT_ONE / a.
+
+    Rows of a mass below 2^-106 are there with less than KEPT_ONE, which rho heeds.
+    """
+    return tl.exp2(tl.minimum(-b_log_a, 106.0)) * KEPT_ONE
 
 
 @triton.jit
 def kept_weights(b_log_a, b_sums):
-    """Return a over the rows' sums; 0 for rows without mass, whose sums are 0."""
-    return tl.where(b_log_a == -float("inf"), 0.0, tl.exp2(b_log_a) / b_sums)
+    """Return a over the rows' sums; 0 for rows that the kept plan has lost, or without mass."""
+    return tl.where(b_sums > 0, tl.exp2(b_log_a) / b_sums, 0.0)
+
+
+@triton.jit
+def kept_correction(b_sums):
+    """Return rho of rows by the sums of their entries, 1 for rows that have none."""
+    return tl.where(b_sums > 0, (1.0 / b_sums) * KEPT_ONE, 1.0)
 
 
 @triton.jit

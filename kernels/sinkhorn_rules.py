@@ -13,9 +13,10 @@ v_j = 2^(g_j - reference_j):
 
     s_i = rho_i sum_j E_ij v_j,      c_j = gamma_j v_j sum_i (a_i / s_i) E_ij.
 
-rho and gamma are the sums of the exact rows and columns over those of the rounded ones, which the
-first cheap sweep finds: without them the rounding, 2^-12 an entry, leaves a marginal error of 1e-5
-that no iteration takes away.
+rho and gamma are the sums of the exact rows and columns over those of the rounded ones: without
+them the rounding, 2^-12 an entry, leaves a marginal error of 1e-5 that no iteration takes away.
+Launched, the first cheap sweep finds them, as there is no room for two sums of every column in a
+sweep with exponentials; resident, the keeping sweep does, from shared memory.
 As they do not keep the mass to second order, the columns are compared with b after a division by
 their own total. The last sweep is always exact, so that the potentials and the error that are
 returned are those of the cost.
@@ -52,14 +53,15 @@ def next_sweep(error, last_error, drift, fits, since, iteration, max_iter, tol, 
     """Return how the next sweep is done, by what the last one left.
 
     error, last_error: of the last two sweeps. drift: the largest |g - reference|, in powers of two,
-    where an exact sweep is its own reference. fits: 1 if E represents every column. since: sweeps
-    after the one that stored E, -1 without one. iteration: the number of the next sweep.
+    where an exact sweep is its own reference. fits: whether 16 bits represent every column of the
+    last exact sweep. since: sweeps after the one that stored E, -1 without one. iteration: the
+    number of the next sweep.
     """
     sweep = EXACT
     if KEEP:
         near = (since > 0) & (error <= tol * NEAR)
-        goes_on = (iteration < max_iter) & (drift <= DRIFT) & ~near
-        cheap = goes_on & (since >= 0) & (since < SERVES) & (fits > 0)
+        goes_on = (iteration < max_iter) & (drift <= DRIFT) & (fits > 0) & ~near
+        cheap = goes_on & (since >= 0) & (since < SERVES)
         # What three more sweeps will end is not worth storing; of the first, nothing is known.
         rate = error / last_error
         keeping = goes_on & ~(error * rate * rate * rate <= tol)

@@ -40,7 +40,7 @@ LEVELS, COARSEST = 65535, 0.02
 
 
 class Sheet:
-    """The block, on the host (pinned, beside a GPU) and on the device; views of both.
+    """Holds the block, on the host (pinned, beside a GPU) and on the device; views of both.
 
     ``lines`` int64 (B, LINE), ``numbers`` float64 (B, NUMBERS), ``outcome`` float64 (B, OUTCOME),
     ``status`` int32 (B,): RUNNING, or what ended it early; ``counters`` int32. Those of the host
@@ -91,12 +91,17 @@ class Sheet:
             torch.cuda.current_stream(self._device.device).synchronize()
 
 
-def refuse_coarse(outcome: np.ndarray, batch: SinkhornBatch) -> None:
-    """Raise ValueError for costs that 16 bits would change by too much."""
-    spans, reg = outcome[:, O_SPAN.value], batch.reg.numpy()
-    error = spans / (2 * LEVELS * reg)
-    worst = int(error.argmax())
-    if not error[worst] <= COARSEST:
+def are_coarse(outcome: np.ndarray, batch: SinkhornBatch) -> np.ndarray:
+    """Return which costs 16 bits would change by too much."""
+    return ~(outcome[:, O_SPAN.value] / (2 * LEVELS * batch.reg.numpy()) <= COARSEST)
+
+
+def refuse(coarse: np.ndarray, outcome: np.ndarray, batch: SinkhornBatch) -> None:
+    """Raise ValueError with the worst of those problems, if there are any."""
+    if coarse.any():
+        spans = outcome[:, O_SPAN.value]
+        error = spans / (2 * LEVELS * batch.reg.numpy())
+        worst = int(np.where(coarse, error, -np.inf).argmax())
         raise ValueError(
             f"storage 'u16' would change cost / reg of problem {batch.labels[worst]} by up to "
             f"{error[worst]:.2g}: accepted is {COARSEST}; use storage 'exact', or a reg of at "

@@ -84,14 +84,16 @@ def _goes_on(
 
     Every program of the problem comes to the same answer by itself, so none waits for another. The
     leading one writes; whether its CONVERGED is seen in this launch or RUNNING still must not
-    matter to any warp, so both look at the errors, which stay as they are.
+    matter to any warp, so both look at the errors, which stay as they are, and neither goes on.
     """
-    running = (tl.load(p_status + i_b) == RUNNING) | (tl.load(p_status + i_b) == CONVERGED)
+    status = tl.load(p_status + i_b)
+    running = (status == RUNNING) | (status == CONVERGED)
     if running:
         error = tl.sum(all_of(p_state, L_ERROR, o_q, m_q), 0)
         tol = tl.load(p_numbers + i_b * NUMBERS + N_TOL)
-        running = ~has_converged(error, tl.load(p_state + L_SINCE), tol)
-        if leads & ~running:
+        met = has_converged(error, tl.load(p_state + L_SINCE), tol)
+        running = (status == RUNNING) & ~met
+        if leads & met & (status == RUNNING):
             tl.store(p_status + i_b, CONVERGED)
             p_own = p_outcome + i_b * OUTCOME
             tl.store(p_own + O_ERROR, error.to(tl.float64))

@@ -31,7 +31,7 @@ from dotresize.kernels import sinkhorn_prepare as prepare
 from dotresize.kernels.cuda_graph import Steps
 from dotresize.kernels.sinkhorn_device import Device
 from dotresize.kernels.sinkhorn_finish import finish_kernel
-from dotresize.kernels.sinkhorn_sheet import RUNNING, Sheet, refuse_coarse
+from dotresize.kernels.sinkhorn_sheet import RUNNING, Sheet, are_coarse, refuse
 from dotresize.kernels.sinkhorn_sweep import sinkhorn_sweep_kernel
 from dotresize.kernels.sinkhorn_tables import (
     COLUMN_BLOCK,
@@ -54,7 +54,7 @@ _WARPS_RESIDENT = 12
 
 
 class Swept:
-    """Buffers and tables for problems of certain shapes, to be used again for others like them."""
+    """Solves problems of certain shapes by launches, and has what these need for the next."""
 
     def __init__(
         self,
@@ -80,7 +80,8 @@ class Swept:
         self.programs, self.blocks = len(t.program), len(t.block)
         empty = self._empty
         self.row_min, self.log_a, self.f, self.rho = (empty(t.rows_total) for _ in range(4))
-        self.g = empty(2, t.columns_total)
+        # Both buffers at multiples of 64 bytes: else they were two kernels to the compiler.
+        self.g = empty(2, -(-t.columns_total // 16) * 16)
         self.b, self.column_min, self.before, self.v, self.gamma, self.reference = (
             empty(t.columns_total) for _ in range(6)
         )
@@ -172,7 +173,8 @@ class Swept:
 
     def _store_linear(self, batch: SinkhornBatch) -> None:
         """Store 16-bit copies of the costs less their minima; ValueError if that is too coarse."""
-        refuse_coarse(self.sheet.host_outcome, batch)
+        outcome = self.sheet.host_outcome
+        refuse(are_coarse(outcome, batch), outcome, batch)
         prepare.store_linear_kernel[(self.programs,)](
             p_cost=self.base,
             p_problem=self.sheet.lines,
@@ -276,7 +278,7 @@ class Swept:
             p_potential_f=potentials[0],
             p_potential_g=potentials[1],
             p_status=sheet.status,
-            columns=t.columns_total,
+            columns=self.g.shape[1],
             rows_per_program=self.rows,
             programs=self.programs,
             RUNNING=RUNNING,

@@ -109,16 +109,19 @@ def test_both_counts_of_a_timing_differ_in_whole_graphs(monkeypatch):
     monkeypatch.setattr(cuda_graph.Steps, "_captured", lambda steps: graph)
     monkeypatch.setattr(cuda_graph.Steps, "_stopped", lambda steps, looks, running: False)
     for shape, counts in gpu.SIZES["full"]["sinkhorn"]:
-        steps = cuda_graph.Steps(alone.append, SimpleNamespace(is_cuda=True))
-        steps.run(40, -1)  # captures
-        single = []
-        for count in counts:
-            replayed.clear()
-            alone.clear()
-            steps.run(count + 1, -1)  # and the sweep that looks at it
-            assert len(alone) + cuda_graph.IN_GRAPH * len(replayed) == count + 1
-            single.append(len(alone))
-        assert single[0] == single[1], (shape, counts)
+        kept = cuda_graph.Steps(alone.append, SimpleNamespace(is_cuda=True))
+        kept.run(40, -1)  # captures
+        for fresh in (False, True):
+            single = []
+            for count in counts:
+                replayed.clear()
+                alone.clear()
+                new = cuda_graph.Steps(alone.append, SimpleNamespace(is_cuda=True))
+                (new if fresh else kept).run(count + 1, -1)  # and the sweep that looks at it
+                assert len(alone) + cuda_graph.IN_GRAPH * len(replayed) == count + 1
+                assert replayed
+                single.append(len(alone))
+            assert single == [2, 2], (shape, counts)
 
 
 def test_it_says_that_there_is_no_gpu(tmp_path):

@@ -100,13 +100,14 @@ def test_more_problems_than_groups_wait_in_a_queue(launch, store):
 
 
 def test_hard_costs(launch, store):
-    """Far columns, forbidden pairs, rows and columns without mass, a start that underflows."""
+    """Far columns, forbidden pairs, rows with hardly any mass or none, a start that underflows."""
     cost, a, b = problem(26, 39)
     if store != "levels":
         cost[:, 3] += 60.0
         cost[2, :9] = INF
     a[5:9] = 0
     b[10] = 0
+    a[11], a[12] = 1e-36, 1e-44
     a, b = a / a.sum(), b / b.sum()
     start = torch.linspace(-400, 400, 39, dtype=torch.float64)
     settings = {"tol": 1e-6, "max_iter": 2000}
@@ -126,11 +127,31 @@ def test_levels_that_are_too_coarse_are_refused(launch):
 def test_a_program_that_does_not_come_ends_the_launch(launch, monkeypatch):
     """As when a GPU does not run all of them at once: the problem is then solved otherwise."""
     monkeypatch.setattr(resident_kernel, "PATIENCE", 40)
+    monkeypatch.setattr(kernel, "STALLING", set())
     cost, a, b = problem(30, 45)
     with pytest.warns(RuntimeWarning, match="waited for each other too long"):
         result = launch(cost, 0.1, a, b, tol=1e-6, absent=(1,))
     assert result.converged
     assert l1(result.plan, truth_of(cost, 0.1, a, b, tol=1e-9).plan) < 2e-5
+    again = sinkhorn(cost, 0.1, a, b, tol=1e-6, backend="triton")  # without another wait
+    assert torch.equal(again.plan, result.plan)
+
+
+def test_a_device_that_refuses_the_launch_is_asked_otherwise(monkeypatch):
+    """As a process that was given a part of the multiprocessors only."""
+
+    class Refusing:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+            return launch
+
+    monkeypatch.setattr(resident, "resident_kernel", Refusing())
+    cost, a, b = problem(13, 22)
+    result = sinkhorn(cost, 0.1, a, b, tol=1e-6, backend="triton")
+    assert result.converged
+    kernel.RESIDENT.clear()
 
 
 def test_what_one_device_holds():

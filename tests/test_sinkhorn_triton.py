@@ -10,6 +10,8 @@ from test_sinkhorn import INF, l1, problem
 from dotresize import BackendError, sinkhorn
 from dotresize.kernels import sinkhorn as kernel
 from dotresize.kernels import sinkhorn_tables as tables
+from dotresize.kernels.sinkhorn_sheet import O_EXACT
+from dotresize.ops.constants import CONVERGED, MOMENTUM, SinkhornBatch
 
 DEVICE = device_of("triton")
 
@@ -126,7 +128,7 @@ def test_rows_are_copied_only_where_they_do_not_lie_at_16_bytes():
 def test_rows_far_from_their_last_potential_are_done_again(launched, far):
     """A start that lets every exponential overflow, or underflow, unless the maximum is out."""
     cost, a, b = (v.to(DEVICE) for v in problem(9, 33))
-    a[4] = 0.0
+    a[4], a[5] = 0.0, 1e-36
     a /= a.sum()
     start = torch.full((33,), far, device=DEVICE, dtype=torch.float64)
     start[::2] -= far / 2
@@ -143,6 +145,61 @@ def test_far_columns_keep_their_digits(launched):
     result = sinkhorn(cost, 0.1, tol=1e-5, max_iter=3000, backend="triton")
     assert result.converged
     assert l1(result.plan, truth_of(cost, 0.1, tol=1e-9, max_iter=5000).plan) < 2e-3
+
+
+def solved(cost, b=None, **settings):
+    """Returns the solution of the kernels, and how many of its sweeps read the cost."""
+    n, m = cost.shape
+    uniform = torch.full((n,), 1 / n, dtype=torch.float64, device=DEVICE)
+    settings = {"reg": 0.05, "tol": 1e-6, "max_iter": 300} | settings
+    numbers = {k: torch.tensor([settings[k]], dtype=torch.float64) for k in ("reg", "tol")}
+    b = torch.full((m,), 1 / m, dtype=torch.float64, device=DEVICE) if b is None else b
+    found = []
+    make = kernel.Swept.solve
+
+    def solve(self, batch, potentials):
+        found.append(make(self, batch, potentials))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel.Swept, "solve", solve)
+        batch = SinkhornBatch(
+            labels=range(1),
+            costs=[cost],
+            a=uniform,
+            b=b,
+            g=torch.zeros_like(b),
+            acceleration=torch.tensor([MOMENTUM]),
+            max_iter=settings["max_iter"],
+            **numbers,
+        )
+        solution = kernel.sinkhorn(batch, "exact")
+    return solution, int(found[0][0, O_EXACT.value])
+
+
+def test_a_problem_that_has_stopped_is_not_swept_again(launched):
+    solution, exact = solved(torch.rand(12, 20, device=DEVICE), reg=0.5)
+    assert solution.status[0] == CONVERGED
+    assert solution.n_iter[0] < 10  # long before the host looks
+    if launched < 1e-5:
+        assert exact == solution.n_iter[0] + 1
+    else:
+        assert exact <= solution.n_iter[0] + 1
+
+
+def test_most_sweeps_read_the_kept_plan(monkeypatch):
+    monkeypatch.setattr(kernel.sinkhorn, "__kwdefaults__", {"stay": False, "keep": True})
+    cost = torch.rand(24, 33, device=DEVICE)
+    solution, exact = solved(cost)
+    assert solution.status[0] == CONVERGED
+    assert exact < 0.5 * float(solution.n_iter[0])
+    # A column that 16 bits do not represent keeps its problem with the cost, and costs no stores.
+    b = torch.full((33,), 1 / 32, dtype=torch.float64, device=DEVICE)
+    b[7] = 1e-13
+    b /= b.sum()
+    faint, all_exact = solved(cost, b)
+    assert faint.status[0] == CONVERGED
+    assert all_exact == faint.n_iter[0] + 1
 
 
 def test_16_bit_costs():
