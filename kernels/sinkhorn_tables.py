@@ -77,8 +77,9 @@ class Tile:
         )
         width = self.parts * self.block
         warps = triton.next_power_of_2(triton.cdiv(width, 32 * entries))
-        # All along the columns, so that sums over the rows of a block stay within a thread.
-        along = self.block // (32 * (vector or 16 // dtype.itemsize))
+        # All along the columns, so that sums over the rows of a block stay within a thread; also of
+        # the kept plan, of which a thread reads eight entries.
+        along = self.block // (32 * (vector or (8 if dtype == torch.float32 else 2)))
         self.warps = max(1, min(max(4, warps), MAX_WARPS[dtype], along))
         fitting = 32 * self.warps * most // width
         self.held = fitting > 0
