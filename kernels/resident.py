@@ -18,13 +18,11 @@ from dotresize.kernels.resident_phases import EXACT_COST, KEPT_PLAN, LEVELS
 from dotresize.kernels.sinkhorn_device import Device
 from dotresize.kernels.sinkhorn_sheet import (
     COARSEST,
+    LARGEST_LEVEL,
     O_STATUS,
     TOO_COARSE,
     Sheet,
     refuse,
-)
-from dotresize.kernels.sinkhorn_sheet import (
-    LEVELS as STEPS,
 )
 from dotresize.kernels.sinkhorn_tables import Tables, aligned, lies_aligned, parts_of
 from dotresize.ops.constants import (
@@ -241,7 +239,7 @@ class Resident:
             INFEASIBLE=INFEASIBLE,
             INVALID=INVALID,
             TOO_COARSE=TOO_COARSE,
-            COARSEST=2.0 * STEPS * COARSEST,
+            COARSEST=2.0 * LARGEST_LEVEL * COARSEST,
             FAR=far_potential(torch.float32),
             MOMENTUM=self.momentum,
             ALIGN=align,

@@ -14,7 +14,7 @@ ends the launch with the problems unsolved. Sums are taken in a fixed order and 
 group computes what steers it from the same numbers, so results are the same bits every time.
 
 Bound: two meetings and the latency of a row's reduction, some 2.5 us an iteration; for 4096 x 3072
-1.65 us of instructions besides (132 multiprocessors at 1.98 GHz, 4.25 instructions an entry).
+2.1 us of instructions besides (132 multiprocessors at 1.98 GHz, 5.5 instructions an entry).
 
 Naming: i_ program id, p_ pointer, b_ block value, m_ mask, o_ offset.
 """

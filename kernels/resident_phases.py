@@ -26,8 +26,8 @@ from dotresize.kernels.sinkhorn_prepare import (
 from dotresize.kernels.sinkhorn_rows import (
     columns_of,
     entries,
+    entries_again,
     exponents,
-    finite,
     is_far,
     kept_correction,
     kept_one,
@@ -260,12 +260,9 @@ def sweep_exact(
         b_log_s = tl.log2(b_s)
         b_far = is_far(b_log_a, b_log_s)
         if tl.max(b_far.to(tl.int32), 0) > 0:
-            b_top = b_z
-            if PARTS == 3:
-                b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
-            b_shift = tl.where(b_far, -finite(tl.max(b_top, 1)), b_shift)
-            b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
-            b_log_s = tl.log2(b_s)
+            b_shift, b_e, b_e1, b_e2, b_log_s = entries_again(
+                b_z, b_z1, b_z2, b_shift, b_far, PARTS
+            )
         b_log_w = b_log_a - tl.where(b_log_a == -float("inf"), 0.0, b_log_s)
         tl.store(p_f + o_r, b_log_w + b_shift, mask=o_r < n)
         b_w = tl.exp2(b_log_w)[:, None]

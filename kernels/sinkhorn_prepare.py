@@ -23,7 +23,7 @@ from dotresize.kernels.sinkhorn_columns import (
 )
 from dotresize.kernels.sinkhorn_rows import read_rows
 from dotresize.kernels.sinkhorn_sheet import (
-    LEVELS,
+    LARGEST_LEVEL,
     N_PER_REG,
     N_REG,
     NUMBERS,
@@ -50,7 +50,7 @@ ROWS, COLUMNS = 8, 128
 # Rows, or programs, of a block of the other kernels.
 MANY = 128
 LOG2E = tl.constexpr(constants.LOG2E)
-STEPS = tl.constexpr(float(LEVELS))
+STEPS = tl.constexpr(float(LARGEST_LEVEL))
 # Column minima are taken out entry by entry only where leaving them to g would cost digits.
 FAR_MINIMUM = tl.constexpr(16.0)
 

@@ -170,6 +170,17 @@ def entries(b_z, b_z1, b_z2, b_shift, PARTS: tl.constexpr):
 
 
 @triton.jit
+def entries_again(b_z, b_z1, b_z2, b_shift, b_far, PARTS: tl.constexpr):
+    """Return shift, entries and log2 sums with the maximum of each far row as its shift."""
+    b_top = b_z
+    if PARTS == 3:
+        b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
+    b_shift = tl.where(b_far, -finite(tl.max(b_top, 1)), b_shift)
+    b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
+    return b_shift, b_e, b_e1, b_e2, tl.log2(b_s)
+
+
+@triton.jit
 def store_columns(p_part, b_sum, b_sum1, b_sum2, o_c, m, PARTS: tl.constexpr, BC: tl.constexpr):
     tl.store(p_part + o_c, b_sum, mask=o_c < m)
     if PARTS == 3:

@@ -36,7 +36,7 @@ O_EXACT = tl.constexpr(3)  # sweeps that read the cost
 O_STATUS = tl.constexpr(4)  # how it ended
 OUTCOME = tl.constexpr(8)
 # The largest 16-bit cost, and by how much an exponent may be off for them to be accepted.
-LEVELS, COARSEST = 65535, 0.02
+LARGEST_LEVEL, COARSEST = 65535, 0.02
 
 
 class Sheet:
@@ -93,19 +93,19 @@ class Sheet:
 
 def are_coarse(outcome: np.ndarray, batch: SinkhornBatch) -> np.ndarray:
     """Return which costs 16 bits would change by too much."""
-    return ~(outcome[:, O_SPAN.value] / (2 * LEVELS * batch.reg.numpy()) <= COARSEST)
+    return ~(outcome[:, O_SPAN.value] / (2 * LARGEST_LEVEL * batch.reg.numpy()) <= COARSEST)
 
 
 def refuse(coarse: np.ndarray, outcome: np.ndarray, batch: SinkhornBatch) -> None:
     """Raise ValueError with the worst of those problems, if there are any."""
     if coarse.any():
         spans = outcome[:, O_SPAN.value]
-        error = spans / (2 * LEVELS * batch.reg.numpy())
+        error = spans / (2 * LARGEST_LEVEL * batch.reg.numpy())
         worst = int(np.where(coarse, error, -np.inf).argmax())
         raise ValueError(
             f"storage 'u16' would change cost / reg of problem {batch.labels[worst]} by up to "
             f"{error[worst]:.2g}: accepted is {COARSEST}; use storage 'exact', or a reg of at "
-            f"least {spans[worst] / (2 * LEVELS * COARSEST):.3g}"
+            f"least {spans[worst] / (2 * LARGEST_LEVEL * COARSEST):.3g}"
         )
 
 

@@ -32,6 +32,7 @@ from dotresize.kernels.sinkhorn_rows import (
     column_vectors,
     columns_of,
     entries,
+    entries_again,
     exponents,
     exponents_of_rows,
     finite,
@@ -261,12 +262,9 @@ def _sweep_held(
             b_z, b_z1, b_z2 = exponents_of_rows(
                 again, columns, columns1, columns2, b_rmin, per_reg, scale, SHIFTED, PARTS
             )
-            b_top = b_z
-            if PARTS == 3:
-                b_top = tl.maximum(b_z, tl.maximum(b_z1, b_z2))
-            b_shift = tl.where(b_far, -finite(tl.max(b_top, 1)), b_shift)
-            b_e, b_e1, b_e2, b_s = entries(b_z, b_z1, b_z2, b_shift, PARTS)
-            b_log_s = tl.log2(b_s)
+            b_shift, b_e, b_e1, b_e2, b_log_s = entries_again(
+                b_z, b_z1, b_z2, b_shift, b_far, PARTS
+            )
         b_log_w = b_log_a - tl.where(b_log_a == -float("inf"), 0.0, b_log_s)
         tl.store(p_f + o_r, b_log_w + b_shift, mask=o_r < last)
         b_w = tl.exp2(b_log_w)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import ON_GPU
 from take_turns import Turns
 from test_sinkhorn import INF, l1, problem
 from test_sinkhorn_triton import truth_of
+from triton.runtime.errors import OutOfResources
 
 from dotresize import sinkhorn
 from dotresize.kernels import resident, resident_kernel
@@ -193,3 +195,30 @@ def test_programs_of_a_multiprocessor():
     assert h200.together(4, 255, 67_584) == 2
     assert h200.together(4, 32, 1_000) == 16
     assert h200.together(8, 64, 240_000) == 0
+
+
+def test_a_launch_has_no_more_groups_than_run_at_once(monkeypatch):
+    """By what the compiled kernel takes, which may be more than was planned for."""
+    h200 = Device(torch.device("cuda"), processors=132)
+    shapes = [(576, 464)] * 64
+    division = resident.choose(shapes, torch.float32, "exact", h200)
+    solver = resident.Resident(shapes, Device(torch.device("cpu")), division, momentum=True)
+    compiled = SimpleNamespace(
+        _init_handles=lambda: None, n_regs=168, metadata=SimpleNamespace(shared=67_584)
+    )
+    asked = []
+    warmup = SimpleNamespace(warmup=lambda grid, **given: asked.append(given) or compiled)
+    monkeypatch.setattr(resident, "resident_kernel", warmup)
+    solver.device = h200
+    assert solver._fitting({"problems": 64}) == division.groups == 44
+    assert asked == [{"problems": 64}]
+    compiled.n_regs = 255  # two programs on a multiprocessor
+    assert solver._fitting({}) == 132 * 2 // 9
+    compiled.metadata.shared = 229 << 10
+    assert solver._fitting({}) == 0
+
+    def too_much():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    compiled._init_handles = too_much
+    assert solver._fitting({}) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from typing import Any
 
 from ..workload import Case
@@ -192,6 +193,11 @@ def peers_table(found: list[Row], rates: dict[str, float], names: dict[str, str]
     return lines
 
 
+def _most(values: Iterable[float]) -> str:
+    found = max(values, default=None)
+    return "-" if found is None else f"{found:.1e}"
+
+
 def kept_plan(rows: list[Row]) -> str:
     """Return iterations with the cost and with the kept plan, over all norms, by reg."""
     lines = [
@@ -212,7 +218,7 @@ def kept_plan(rows: list[Row]) -> str:
             f"| {ratio:g} | {' / '.join(map(str, both))} of {len(found)} "
             f"| {total['exact_iterations']:.1f} | {total['kept_iterations']:.1f} "
             f"| {total['kept_sweeps_of_the_cost'] - 1:.1f} | {errors[0]:.1e} / {errors[1]:.1e} "
-            f"| {max((row['apart'] for row in done), default=float('nan')):.1e} |"
+            f"| {_most(row['apart'] for row in done)} |"
         )
     row = rows[-1]
     place = f"{row['device']}{', interpreter' if row['interpreter'] else ''}"
