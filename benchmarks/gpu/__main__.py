@@ -298,6 +298,8 @@ def main() -> int:
         return tiny_checks()
     if arguments.out is None:
         parser.error("--out: a folder is needed")
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        parser.error(f"--seconds {arguments.seconds:g}: must be above 0")
     if arguments.commit is not None and not re.fullmatch("[0-9a-f]{7,40}", arguments.commit):
         parser.error(f"--commit {arguments.commit}: must be 7 to 40 hexadecimal digits")
     try:

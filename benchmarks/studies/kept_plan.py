@@ -97,6 +97,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
     parser.add_argument("--every", type=int, default=1, help="take every N-th norm (1)")
     arguments = parser.parse_args()
+    if arguments.every < 1:
+        parser.error(f"--every {arguments.every}: must be at least 1")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch sees no GPU; set TRITON_INTERPRET=1 for the interpreter")
     os.environ["TQDM_DISABLE"] = "1"
     place = "cuda" if torch.cuda.is_available() else "cpu"
     about = where(torch.get_num_threads()) | {"interpreter": place == "cpu"}
