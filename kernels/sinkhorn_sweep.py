@@ -238,6 +238,9 @@ def _sweep_held(
     # rows have something there, and g is -inf. Of three parts the first two are within the row.
     m_last = (((PARTS - 1) * BC + o_c) < tl.cdiv(m, ALIGN) * ALIGN)[None, :]
     o_b = tl.arange(0, BR)
+    # From a program's first row 32 bits are enough, and spare registers.
+    p_first = p_kept + first.to(tl.int64) * stride_kept
+    kept_step = stride_kept.to(tl.int32)
     p_r = p_cost + tl.minimum(first + o_b, last - 1).to(tl.int64)[:, None] * stride
     blocks = read_rows(p_r + o_c[None, :], m_last, PARTS, BC)
     vectors = row_vectors(p_log_a, p_row_min, p_f, first + o_b, last)
@@ -279,7 +282,7 @@ def _sweep_held(
             if keeping:
                 b_one = kept_one(b_log_a)[:, None]
                 m_k = (o_r < last)[:, None]
-                p_k = p_kept + o_r.to(tl.int64)[:, None] * stride_kept + o_c[None, :]
+                p_k = p_first + (o_r - first)[:, None] * kept_step + o_c[None, :]
                 if PARTS == 3:
                     tl.store(p_k, (b_e * b_one).to(tl.float16), mask=m_k)
                     tl.store(p_k + BC, (b_e1 * b_one).to(tl.float16), mask=m_k)

@@ -70,7 +70,7 @@ def test_every_configuration_compiles_without_spills(rows):
     assert {row["target"] for row in rows} == set(os.environ.get("AOT_TARGETS", USUAL).split(","))
     assert [row for row in rows if "error" in row] == []
     # A few loads in a loop of hundreds of instructions do not show; on AMD, registers in all.
-    spilled = [r for r in rows if r["spilled"] > 0.035 * sum(r.get("loop", {}).values())]
+    spilled = [r for r in rows if r["spilled"] > 0.03 * sum(r.get("loop", {}).values())]
     assert spilled == []
     assert all(0 < row["registers"] <= 512 for row in rows)
     assert [row for row in rows if row["shared"] > SHARED[row["target"]]] == []
