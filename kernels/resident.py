@@ -112,7 +112,7 @@ def divide(
     width, size = parts * block, _SIZES[store]
     if not device.cooperative or width > _WIDEST:
         return None
-    # As many rows in a block as keep all threads busy, and no more than their registers hold.
+    # A block has as many rows as keep all threads busy, and no more than their registers hold.
     rows = triton.next_power_of_2(max(1, 32 * warps * _THREAD_ENTRIES // width // 2 + 1))
     rows = min(rows, max(8, triton.next_power_of_2(n)))
     most = (device.shared_program - _MOST_SCRATCH) // (rows * width * size)
@@ -167,6 +167,7 @@ class Resident:
         momentum: bool,
     ) -> None:
         self.device, self.division, self.momentum = device, division, momentum
+        self.constants = division.constants()
         t = Tables(shapes, max(n for n, _ in shapes), device.torch)
         self.sheet = Sheet(len(shapes), 1 + 2 * division.groups, device.torch)
         self.sheet.host_lines[:] = t.lines
@@ -177,8 +178,7 @@ class Resident:
         kept = division.store == KEPT_PLAN.value
         self.partial = self._empty(sums)
         self.rounded = self._empty(sums) if kept else self.partial
-        programs = max(32, triton.next_power_of_2(division.programs))
-        self.lines = self._empty(division.groups, KINDS.value, programs)
+        self.lines = self._empty(division.groups, KINDS.value, self.constants["GP"])
         self.base = self.partial  # costs are found from here
         self._groups: int | None = None  # of a launch; known once the kernel is compiled
 
@@ -243,7 +243,7 @@ class Resident:
             FAR=far_potential(torch.float32),
             MOMENTUM=self.momentum,
             ALIGN=align,
-            **division.constants(),
+            **self.constants,
             **division.options(),
         )
         with torch.cuda.device_of(self.partial):

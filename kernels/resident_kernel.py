@@ -101,7 +101,7 @@ def meet(p_count, target, alive, LONE: tl.constexpr):
     if not LONE:
         if alive:
             gl.atomic_add(p_count, 1, sem="release", scope="gpu")
-        # By their difference, which may pass the largest integer.
+        # The difference is compared, as the counts may pass the largest integer.
         missing = target - gl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
         looks = 0
         while (missing > 0) & (looks < PATIENCE) & alive:

@@ -117,7 +117,7 @@ def scan(
         b_log_a = tl.log2(b_a).to(tl.float32)
         tl.store(p_row_min + o_r, b_r, mask=m_r)
         tl.store(p_log_a + o_r, b_log_a, mask=m_r)
-        # Of no sweep yet; costs, less their minima, are not below 0.
+        # The first sweep needs some shift: costs, less their minima, are not below 0.
         tl.store(p_f + o_r, b_log_a, mask=m_r)
         if STORE == LEVELS:
             b_high = largest(b_c, o_c < m)

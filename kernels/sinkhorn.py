@@ -1,6 +1,7 @@
 """Batched log-domain Sinkhorn on a GPU: which way each problem is solved, and its solution.
 
-The iterations are in sinkhorn_swept.py, what their programs agree on in sinkhorn_rules.py.
+The iterations are in resident_kernel.py and sinkhorn_swept.py, what their programs agree on in
+sinkhorn_rules.py.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def sinkhorn(
     whether others keep a plan in 16 bits between exact sweeps. Both are for comparison.
     """
     groups: dict[tuple[bool, int, int], list[int]] = {}
+    widths = {cost.shape[1] for cost in batch.costs}
+    held = {width: Tile(width, batch.costs[0].dtype).key for width in widths}
     for i, cost in enumerate(batch.costs):
-        groups.setdefault(Tile(cost.shape[1], cost.dtype).key, []).append(i)
+        groups.setdefault(held[cost.shape[1]], []).append(i)
     if len(groups) == 1:
         f, g, outcome = _solve(batch, storage, stay, keep)
     else:

@@ -36,7 +36,7 @@ from dotresize.kernels.sinkhorn_tables import (
 PROGRAM_BLOCK = 128
 # A column sum below this may have lost terms that underflowed: it is redone with a shift.
 TINY_COLUMN = tl.constexpr(1e-25)
-# What an iteration leaves of a column block: a line of the state. Of the block:
+# An iteration leaves a line of the state for each column block. These numbers are the block's own:
 L_ERROR = tl.constexpr(0)  # its part of the error
 L_AGAINST = tl.constexpr(1)  # its part of the product of step and change
 L_LARGEST = tl.constexpr(2)  # its largest potential
@@ -46,7 +46,7 @@ L_DRIFT = tl.constexpr(5)  # its largest distance from the reference
 L_MISFITS = tl.constexpr(6)  # its columns that the kept plan does not represent
 L_USED = tl.constexpr(7)  # its columns with mass
 L_MASS = tl.constexpr(8)  # and their mass
-# Of the problem, the same in every block's line:
+# These are the problem's, the same in every block's line:
 L_LAST_ERROR = tl.constexpr(9)  # the error of the iteration before
 L_AGE = tl.constexpr(10)  # for how long momentum has grown
 L_SINCE = tl.constexpr(11)  # sweeps after the one that stored the kept plan, -1 without one
@@ -194,7 +194,7 @@ def sinkhorn_column_kernel(
                     tl.store(p_gam, b_gamma, mask=m_c)
                 b_s *= b_gamma * tl.load(p_v + i_column + o_c, mask=m_c, other=0.0)
                 total = tl.sum(b_s, 0)
-                # Of the iteration before: this one's other blocks are still at it.
+                # This takes the iteration before: the other blocks of this one are still at it.
                 before = tl.sum(all_of(p_all, L_TOTAL, o_q, m_q), 0)
                 share = mass / before
                 misfits = tl.load(p_own + L_MISFITS)

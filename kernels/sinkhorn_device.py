@@ -16,7 +16,8 @@ class Device:
     torch: torch.device
     processors: int = 1
     lanes: int = 32
-    # Of a multiprocessor: bytes of shared memory, and of one program at most; registers; threads.
+    # A multiprocessor has so many bytes of shared memory, one program of it at most so many; then
+    # come a multiprocessor's registers and threads.
     shared: int = 228 << 10
     shared_program: int = 227 << 10
     registers: int = 1 << 16

@@ -21,7 +21,7 @@ from dotresize.kernels.sinkhorn_columns import (
     L_USED,
     STATE,
 )
-from dotresize.kernels.sinkhorn_rows import read_rows
+from dotresize.kernels.sinkhorn_rows import read_rows, store_columns
 from dotresize.kernels.sinkhorn_sheet import (
     LARGEST_LEVEL,
     N_PER_REG,
@@ -45,7 +45,7 @@ from dotresize.kernels.sinkhorn_tables import (
 )
 from dotresize.ops import constants
 
-# Of a block of the kernel that stores 16-bit costs.
+# The kernel that stores 16-bit costs takes a block of so many rows and columns at a time.
 ROWS, COLUMNS = 8, 128
 # Rows, or programs, of a block of the other kernels.
 MANY = 128
@@ -171,10 +171,7 @@ def minima_kernel(
             if PARTS == 3:
                 b_least1 = tl.minimum(b_least1, tl.min(b_t1 - b_off[:, None], 0))
                 b_least2 = tl.minimum(b_least2, tl.min(b_t2 - b_off[:, None], 0))
-        tl.store(p_part + o_c, b_least, mask=o_c < m)
-        if PARTS == 3:
-            tl.store(p_part + BC + o_c, b_least1, mask=BC + o_c < m)
-            tl.store(p_part + 2 * BC + o_c, b_least2, mask=2 * BC + o_c < m)
+        store_columns(p_part, b_least, b_least1, b_least2, o_c, m, PARTS, BC)
     else:
         for row in range(first, last, BR):
             m_r = row + o_b < last
@@ -251,7 +248,7 @@ def begin_kernel(
             b_a = tl.load(p_a + i_row + o_r, mask=o_r < last, other=0.0)
             b_log_a = tl.log2(b_a).to(p_f.dtype.element_ty)
             tl.store(p_log_a + i_row + o_r, b_log_a, mask=o_r < last)
-            # Of no sweep yet; costs, less their minima, are not below 0.
+            # The first sweep needs some shift: costs, less their minima, are not below 0.
             tl.store(p_f + i_row + o_r, b_log_a, mask=o_r < last)
     else:
         i_b, first, p_line, n, m = place(p_problem, p_block, tl.program_id(0) - programs)

@@ -91,21 +91,20 @@ class Sheet:
             torch.cuda.current_stream(self._device.device).synchronize()
 
 
-def are_coarse(outcome: np.ndarray, batch: SinkhornBatch) -> np.ndarray:
-    """Return which costs 16 bits would change by too much."""
-    return ~(outcome[:, O_SPAN.value] / (2 * LARGEST_LEVEL * batch.reg.numpy()) <= COARSEST)
+def exponent_errors(outcome: np.ndarray, batch: SinkhornBatch) -> np.ndarray:
+    """Return by how much 16 bits would change each problem's cost / reg, at most."""
+    return outcome[:, O_SPAN.value] / (2 * LARGEST_LEVEL * batch.reg.numpy())
 
 
 def refuse(coarse: np.ndarray, outcome: np.ndarray, batch: SinkhornBatch) -> None:
     """Raise ValueError with the worst of those problems, if there are any."""
     if coarse.any():
-        spans = outcome[:, O_SPAN.value]
-        error = spans / (2 * LARGEST_LEVEL * batch.reg.numpy())
+        error = exponent_errors(outcome, batch)
         worst = int(np.where(coarse, error, -np.inf).argmax())
         raise ValueError(
             f"storage 'u16' would change cost / reg of problem {batch.labels[worst]} by up to "
             f"{error[worst]:.2g}: accepted is {COARSEST}; use storage 'exact', or a reg of at "
-            f"least {spans[worst] / (2 * LARGEST_LEVEL * COARSEST):.3g}"
+            f"least {outcome[worst, O_SPAN.value] / (2 * LARGEST_LEVEL * COARSEST):.3g}"
         )
 
 

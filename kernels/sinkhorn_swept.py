@@ -31,7 +31,7 @@ from dotresize.kernels import sinkhorn_prepare as prepare
 from dotresize.kernels.cuda_graph import Steps
 from dotresize.kernels.sinkhorn_device import Device
 from dotresize.kernels.sinkhorn_finish import finish_kernel
-from dotresize.kernels.sinkhorn_sheet import RUNNING, Sheet, are_coarse, refuse
+from dotresize.kernels.sinkhorn_sheet import COARSEST, RUNNING, Sheet, exponent_errors, refuse
 from dotresize.kernels.sinkhorn_sweep import sinkhorn_sweep_kernel
 from dotresize.kernels.sinkhorn_tables import (
     COLUMN_BLOCK,
@@ -174,7 +174,7 @@ class Swept:
     def _store_linear(self, batch: SinkhornBatch) -> None:
         """Store 16-bit copies of the costs less their minima; ValueError if that is too coarse."""
         outcome = self.sheet.host_outcome
-        refuse(are_coarse(outcome, batch), outcome, batch)
+        refuse(~(exponent_errors(outcome, batch) <= COARSEST), outcome, batch)
         prepare.store_linear_kernel[(self.programs,)](
             p_cost=self.base,
             p_problem=self.sheet.lines,
