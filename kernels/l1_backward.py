@@ -2,14 +2,18 @@
 
     out[b, t, i] = sum_j G[b, i, j] sign(x[b, t, i] - y[b, t, j]),   sign(0) = 0
 
-Bound: four instructions for a pair of activations: a comparison, an addition under it, and both the
-other way round; the cost itself takes two. The gradient by y is the same sum with the roles of x
-and y exchanged, in a launch of its own.
+Bound: three instructions for a pair of activations; the cost itself takes two. A subtraction, a
+multiply-add whose result is cut off at 0 and 1, so that it is a step function of the difference
+with 1/2 at 0, and a multiply-add of that with G. Twice the sum less the sum of G is the gradient:
+a step of 1 counts G, one of 1/2 nothing, one of 0 takes it off. Comparisons would take four, two
+of them at half rate. The gradient by y is the same sum with the roles of x and y exchanged, in a
+launch of its own.
 
 A tile is tokens x neurons of x, whose activations and sums stay in registers while the neurons of
 y pass: for each of them a thread takes 8 tokens' activations and 4 entries of G from shared memory,
 where they come in chunks, the next ones on their way, as in the forward kernel (l1_tile.py). Sums
-have two levels, as there: TOKEN_BLOCK terms in registers, then the total in ``out``.
+have two levels, as there: TOKEN_BLOCK terms in registers, then the total in ``out``. The sum of G
+is taken in the same order, so that of equal activations nothing is left.
 
 The launcher makes y and G neuron by neuron, so that what a thread reads lies side by side, and pads
 their ends to whole tiles; zeros of G past the last neuron add nothing.
@@ -25,12 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dotresize.kernels.gluon_compat import async_copy, gl, jit
-from dotresize.kernels.l1_cost import ASYNC, L1Config, lanes_of
+from dotresize.kernels.instructions import step_up
+from dotresize.kernels.l1_cost import NVIDIA, L1Config, lanes_of
 from dotresize.kernels.l1_tile import fetch, next_chunk, sent
 from dotresize.ops.constants import TOKEN_BLOCK, L1Gradients, chunk_tokens
 
-# 32 activations and 32 sums of a thread. Not yet timed; with twice as many, triton 3.6 moves
-# registers about: 5.4 instructions a pair instead of 4.3.
+# 32 activations and 32 sums of a thread. Not yet timed.
 CONFIG = L1Config(64, 64, 4, (2, 2), 8, 3, 255)
 
 
@@ -51,7 +55,7 @@ def l1_backward_kernel(
     stride_gb,
     stride_gm,
     divisor,
-    ASYNC: tl.constexpr,
+    NVIDIA: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -93,37 +97,39 @@ def l1_backward_kernel(
     p_yc = p_y + i_b * stride_yb + i_t + (o_y // BM * step_y + o_y % BM)
     p_gc = p_gradient + i_b * stride_gb + i_n + (o_g // BN * step_g + o_g % BN)
     for i in gl.static_range(STAGES - 1):
-        fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BM < m, ASYNC)
-        fetch(g_chunks.index(i), p_gc, i * CHUNK + o_g // BN < m, ASYNC)
-        sent(ASYNC)
+        fetch(y_chunks.index(i), p_yc, i * CHUNK + o_y // BM < m, NVIDIA)
+        fetch(g_chunks.index(i), p_gc, i * CHUNK + o_g // BN < m, NVIDIA)
+        sent(NVIDIA)
         p_yc += CHUNK * step_y
         p_gc += CHUNK * step_g
     p_corner = p_out + (i_b * tokens + i_t) * n + i_n
     p_tile = p_corner + ((o_tokens - i_t) * n + (o_neurons - i_n))
     for start in range(0, m, TOKEN_BLOCK):
         b_sum = gl.zeros([BM, BN], gl.float32, layout=BOTH)
+        b_all = gl.zeros([BN], gl.float32, layout=COLUMNS)
         last = gl.minimum(start + TOKEN_BLOCK, m)
         for neuron in range(start, last, CHUNK):
-            next_chunk(ASYNC, STAGES)
+            next_chunk(NVIDIA, STAGES)
             ahead = neuron + (STAGES - 1) * CHUNK
             free = ahead // CHUNK % STAGES
-            fetch(y_chunks.index(free), p_yc, ahead + o_y // BM < m, ASYNC)
-            fetch(g_chunks.index(free), p_gc, ahead + o_g // BN < m, ASYNC)
-            sent(ASYNC)
+            fetch(y_chunks.index(free), p_yc, ahead + o_y // BM < m, NVIDIA)
+            fetch(g_chunks.index(free), p_gc, ahead + o_g // BN < m, NVIDIA)
+            sent(NVIDIA)
             p_yc += CHUNK * step_y
             p_gc += CHUNK * step_g
             y_chunk = y_chunks.index(neuron // CHUNK % STAGES)
             g_chunk = g_chunks.index(neuron // CHUNK % STAGES)
             for i in gl.static_range(CHUNK):
                 b_y = gl.expand_dims(y_chunk.slice(i * BM, BM).load(ROWS), 1)
-                b_g = gl.expand_dims(g_chunk.slice(i * BN, BN).load(COLUMNS), 0)
-                b_sum = gl.where(b_x > b_y, b_sum + b_g, b_sum)
-                b_sum = gl.where(b_x < b_y, b_sum - b_g, b_sum)
+                b_g = g_chunk.slice(i * BN, BN).load(COLUMNS)
+                b_all += b_g
+                b_sum += step_up(b_x - b_y, NVIDIA) * gl.expand_dims(b_g, 0)
+        b_sum += b_sum - gl.expand_dims(b_all, 0)  # twice the sum could overflow
         b_sum += gl.load(p_tile, mask=m_tile & (start > 0), other=0.0)
         if start + TOKEN_BLOCK >= m:
             b_sum = gl.div_rn(b_sum, divisor)
         gl.store(p_tile, b_sum, mask=m_tile)
-    if ASYNC:
+    if NVIDIA:
         async_copy.wait_group(0)  # no copy outlives its program
 
 
@@ -176,7 +182,7 @@ def _launch(x: Tensor, y: Tensor, gradient: Tensor, divisor: float) -> Tensor:
                 stride_gb=columns.stride(0),
                 stride_gm=columns.stride(1),
                 divisor=divisor,
-                ASYNC=ASYNC,
+                NVIDIA=NVIDIA,
                 TOKEN_BLOCK=TOKEN_BLOCK,
                 **CONFIG.options(lanes),
                 **CONFIG.constants(lanes),

@@ -8,13 +8,29 @@ import torch
 import triton
 from torch import Tensor
 
-from dotresize.kernels.l1_tile import l1_cost_kernel
+from dotresize.kernels.l1_tile import BYTES, FLOATS, HALVES, l1_cost_kernel
 from dotresize.ops.constants import GROUP, TOKEN_BLOCK, L1Operands, chunk_tokens
 
-# Copies that go past the registers are NVIDIA's; elsewhere they are loads and stores.
-ASYNC = not triton.knobs.runtime.interpret and torch.version.hip is None
+# Copies that go past the registers, and shared memory for totals, are NVIDIA's.
+NVIDIA = not triton.knobs.runtime.interpret and torch.version.hip is None
 # Neurons: what Triton asks of a number to read 16 bytes at a time along it.
 ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Numbers that a kernel can read: activations, copies scaled to float16, words of bytes."""
+
+    code: int
+    dtype: torch.dtype
+    block: int  # of them are summed before the total is touched
+
+
+KINDS = {
+    "float32": Kind(FLOATS.value, torch.float32, TOKEN_BLOCK),
+    "packed": Kind(HALVES.value, torch.float16, TOKEN_BLOCK),
+    "bytes": Kind(BYTES.value, torch.int32, TOKEN_BLOCK // 4),
+}
 
 
 @dataclass(frozen=True)
@@ -63,43 +79,46 @@ class L1Config:
 CONFIGS = {
     "float32": L1Config(64, 128, 4, (2, 2), 8, 3, 160),
     "packed": L1Config(64, 128, 8, (2, 2), GROUP, 3, 128),
+    "bytes": L1Config(64, 128, 4, (2, 2), 8, 3, 128),  # not yet timed
 }
 # For problems with too few tiles to fill a device.
 SMALL = {
     "float32": L1Config(32, 64, 4, (2, 2), 8, 3, 128),
     "packed": L1Config(32, 64, 4, (2, 2), GROUP, 3, 128),
+    "bytes": L1Config(32, 64, 4, (2, 2), 8, 3, 128),
 }
 
 
 def l1_cost(work: L1Operands, scale: Tensor | None = None) -> Tensor | None:
     """Compute a cost, or add to it.
 
-    With ``scale`` (B, T / GROUP), x and y are float16, T is a multiple of GROUP, and each group's
-    sum is multiplied by its scale. Returns, with a divisor, the minimum, maximum and mean of each
-    problem: float64 (B, 3), NaN if an entry is. Shapes are the caller's responsibility
-    (dotresize.ops.l1_cost).
+    With ``scale``, x and y are either float16, T is a multiple of GROUP, and the sum of each group
+    is multiplied by its scale (B, T / GROUP); or they are words of bytes (l1_quantize.py), and the
+    sum of each TOKEN_BLOCK is multiplied by its scale (B, blocks). Returns, with a divisor, the
+    minimum, maximum and mean of each problem: float64 (B, 3), NaN if an entry is. Shapes are the
+    caller's responsibility (dotresize.ops.l1_cost).
     """
     x, y, targets, out = work.x, work.y, work.targets, work.out
-    config = choose_config(out, packed=scale is not None, device=x.device)
-    kind = torch.float32 if scale is None else torch.float16
+    name = "float32" if scale is None else "packed" if x.dtype == torch.float16 else "bytes"
+    config, kind = choose_config(out, name, x.device), KINDS[name]
     # One neuron alone has no mirror, and triton 3.6 fails to compile that with n known to be 1.
     shared = y is None and targets is None and out.shape[2] > 1
     blocks = config.block_m, config.block_n
     if shared:
         blocks = (max(blocks),)
-    copied = 0 if _readable(x, blocks[0], kind) else x.shape[2]
+    copied = 0 if _readable(x, blocks[0], kind.dtype) else x.shape[2]
     columns = x if y is None else y
-    if not shared and (targets is not None or not _readable(columns, blocks[1], kind)):
+    if not shared and (targets is not None or not _readable(columns, blocks[1], kind.dtype)):
         copied += out.shape[2]
     step = x.shape[1]
-    if copied and scale is None:  # float16 copies were made of few enough tokens
+    if copied and scale is None:  # other copies were made of few enough tokens
         step = chunk_tokens(len(x), copied, 4)
     found = None
     for part in work.chunks(step):
-        xs = _operand(part.x, None, blocks[0], kind)
+        xs = _operand(part.x, None, blocks[0], kind.dtype)
         columns = part.x if part.y is None else part.y
-        ys = xs if shared else _operand(columns, targets, blocks[1], kind)
-        found = _launch(config, part._replace(x=xs, y=ys), scale, symmetric=shared)
+        ys = xs if shared else _operand(columns, targets, blocks[1], kind.dtype)
+        found = _launch(config, kind, part._replace(x=xs, y=ys), scale, symmetric=shared)
     return found
 
 
@@ -127,7 +146,7 @@ def _operand(x: Tensor, index: Tensor | None, block: int, kind: torch.dtype) -> 
 
 
 def _launch(
-    config: L1Config, work: L1Operands, scale: Tensor | None, *, symmetric: bool
+    config: L1Config, kind: Kind, work: L1Operands, scale: Tensor | None, *, symmetric: bool
 ) -> Tensor | None:
     """Launch the kernel; x and y are what it reads, and both are there."""
     x, y, out, divisor = work.x, work.y, work.out, work.divisor
@@ -153,12 +172,12 @@ def _launch(
             stride_yt=y.stride(1),
             groups=0 if scale is None else scale.shape[1],
             divisor=1.0 if divisor is None else divisor,
+            KIND=kind.code,
             SYMMETRIC=symmetric,
             ACCUMULATE=work.accumulate,
-            PACKED=scale is not None,
             FINISH=divisor is not None,
-            TOKEN_BLOCK=TOKEN_BLOCK,
-            ASYNC=ASYNC,
+            BLOCK=kind.block,
+            NVIDIA=NVIDIA,
             **config.options(lanes),
             **config.constants(lanes),
         )
@@ -178,9 +197,8 @@ def lanes_of(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).warp_size if x.is_cuda else 32
 
 
-def choose_config(out: Tensor, *, packed: bool, device: torch.device) -> L1Config:
+def choose_config(out: Tensor, kind: str, device: torch.device) -> L1Config:
     """Return the tile for one call; the small one where others were too few, or mostly padding."""
-    kind = "packed" if packed else "float32"
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

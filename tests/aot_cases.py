@@ -12,6 +12,7 @@ import torch
 from dotresize.kernels import (
     l1_backward,
     l1_cost,
+    l1_quantize,
     sinkhorn_columns,
     sinkhorn_finish,
     sinkhorn_prepare,
@@ -54,6 +55,7 @@ def four(lanes: int) -> dict[str, int]:
 
 def cases() -> Iterator[AotCase]:
     yield from l1_cases()
+    yield quantize_case()
     yield l1_backward_case()
     yield with_ones(l1_backward_case(), "tokens", "n", "m")
     yield from sinkhorn_cases()
@@ -61,7 +63,7 @@ def cases() -> Iterator[AotCase]:
 
 
 def l1_cases() -> Iterator[AotCase]:
-    """Every tile for float32 and packed float16, and each for a cost of x with itself."""
+    """Every tile for every kind of numbers, and each for a cost of x with itself."""
     for precision, config in l1_cost.CONFIGS.items():
         for one in (config, l1_cost.SMALL[precision]):
             for operands in ("y", "self"):
@@ -76,25 +78,36 @@ def l1_case(
     precision: str, config: l1_cost.L1Config, operands: str, strides: str = "i32"
 ) -> AotCase:
     """strides: as Triton passes them, by their size."""
-    packed = precision == "packed"
-    kind = "fp16" if packed else "fp32"
+    kind = l1_cost.KINDS[precision]
+    pointer = {"float32": "*fp32", "packed": "*fp16", "bytes": "*i32"}[precision]
     name = f"l1_cost/{precision}/{config.block_m}x{config.block_n}/{operands}"
     name += "/far" if strides == "i64" else ""
     constants = {
+        "KIND": kind.code,
         "SYMMETRIC": operands == "self",
         "ACCUMULATE": False,
-        "PACKED": packed,
         "FINISH": True,
-        "TOKEN_BLOCK": TOKEN_BLOCK,
+        "BLOCK": kind.block,
     }
     return AotCase(
         name,
         l1_cost_kernel,
-        f"*{kind} *{kind} *fp32 *fp32 *fp32" + " i32" * 5 + f" {strides}" * 4 + " i32 fp32",
-        lambda lanes: constants | config.constants(lanes) | {"ASYNC": lanes == 32},
+        f"{pointer} {pointer} *fp32 *fp32 *fp32" + " i32" * 5 + f" {strides}" * 4 + " i32 fp32",
+        lambda lanes: constants | config.constants(lanes) | {"NVIDIA": lanes == 32},
         config.options,
         ("read_n", "read_m", "stride_xb", "stride_xt", "stride_yb", "stride_yt"),
         config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,
+    )
+
+
+def quantize_case() -> AotCase:
+    return AotCase(
+        "quantize",
+        l1_quantize.quantize_kernel,
+        "*bf16 *i64 *fp32 *fp32 *fp32 *i32" + " i32" * 8,
+        lambda lanes: {"TOKEN_BLOCK": TOKEN_BLOCK, "BN": 1024},
+        four,
+        targets=FEW,
     )
 
 
@@ -104,7 +117,7 @@ def l1_backward_case() -> AotCase:
         f"l1_backward/{config.block_m}x{config.block_n}",
         l1_backward.l1_backward_kernel,
         "*fp32 *fp32 *fp32 *fp32" + " i32" * 10 + " fp32",
-        lambda lanes: {"TOKEN_BLOCK": TOKEN_BLOCK, "ASYNC": lanes == 32} | config.constants(lanes),
+        lambda lanes: {"TOKEN_BLOCK": TOKEN_BLOCK, "NVIDIA": lanes == 32} | config.constants(lanes),
         config.options,
         ("stride_yb", "stride_ym", "stride_gb", "stride_gm"),
         config.block_m * config.block_n // (32 * config.num_warps()) * config.chunk,

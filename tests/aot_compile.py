@@ -73,11 +73,16 @@ def resources(kernel) -> dict:
             return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text))
 
         spilled = field("vgpr_spill_count") + field("private_segment_fixed_size")
-        return {"registers": field("vgpr_count"), "spilled": spilled, "shared": shared}
+        found = {"registers": field("vgpr_count"), "spilled": spilled, "shared": shared}
+        return found | {"sad": len(re.findall("v_sad_u8", text))}
     text = tool("cuobjdump", kernel, "-res-usage")
     registers = int(re.search(r"REG:(\d+)", text)[1])
-    loops = inner_loops(tool("nvdisasm", kernel, "-c"))
-    found = {"registers": registers, "shared": shared, "loop": max(loops, key=work, default={})}
+    code = tool("nvdisasm", kernel, "-c")
+    loops = inner_loops(code)
+    found: dict = {"registers": registers, "shared": shared}
+    found["loop"] = max(loops, key=work, default={})
+    # Into registers, anywhere in the kernel.
+    found["loads"] = len(re.findall(r"\bLDG\.", code))
     # What is spilled around the loop costs nothing that counts.
     found["spilled"] = spills(found["loop"])
     if kept := [loop for loop in loops if is_cheap(loop)]:

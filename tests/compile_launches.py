@@ -20,9 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dotresize.kernels import l1_backward, l1_cost, sinkhorn
+from dotresize.kernels import l1_backward, l1_cost, l1_quantize, sinkhorn
 from dotresize.kernels.sinkhorn_device import Device
 from dotresize.ops.constants import MOMENTUM, PLAIN, L1Gradients, L1Operands, SinkhornBatch
+from dotresize.ops.l1_u8 import quantisation
 
 launched: Counter[str] = Counter()
 
@@ -71,6 +72,12 @@ def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
         out = torch.empty(batch, n, width)
         work = L1Operands(x, columns, None, out, accumulate=True, divisor=divisor)
         l1_cost.l1_cost(work, torch.ones(batch, groups))
+        plan = quantisation(x, columns)
+        if plan.token.shape[1]:
+            words = (None if v is None else l1_quantize.quantize(v, plan) for v in (x, columns))
+            x_words, y_words = words
+            work = work._replace(x=x_words, y=y_words)
+            l1_cost.l1_cost(work, plan.steps)
 
 
 def solve(

@@ -228,7 +228,9 @@ def run_at_simd_level(run_python):
     """Runs code with the C++ kernels forced to a SIMD level; skips where the machine lacks it."""
     report = (
         "from dotresize import backends\n"
-        "print(backends()['cpp'].get('simd'), backends()['cpp'].get('reason'))\n"
+        "found = backends()['cpp']\n"
+        "print(found.get('simd'), found.get('reason'))\n"
+        "if not found['available']: raise SystemExit\n"
     )
 
     def run(code: str, level: str) -> None:

@@ -45,7 +45,7 @@ def test_every_section_makes_rows(tmp_path, capsys, steady):
     assert all(row["reached"] for row in rows if row["section"] == "tolerance")
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    for words in ("dotresize fp16", "dotresize u16", "tol 0.001 dotresize", "2 of 5 x 5, uniform"):
+    for words in ("dotresize u8", "L1 gradient", "tol 0.001 dotresize", "2 of 5 x 5, uniform"):
         assert words in text
 
 
@@ -64,7 +64,7 @@ def test_a_wrong_result_is_a_row_and_an_exit_code(tmp_path, monkeypatch):
 
     checks = [("right", lambda d: (0.0, 1.0)), ("wrong", lambda d: (2.0, 1.0))]
     monkeypatch.setattr(gpu_checks, "checks", lambda size: iter([*checks, ("broken", broken)]))
-    nothing = dict.fromkeys(("l1", "sinkhorn", "tolerance", "assignment"), ())
+    nothing = dict.fromkeys(("l1", "gradient", "power", "sinkhorn", "tolerance", "assignment"), ())
     nothing["batch"] = ((), 1, 1, 1)
     monkeypatch.setitem(gpu.SIZES, "tiny", gpu.SIZES["tiny"] | nothing | {"model": (1, 3)})
     assert gpu.run(tmp_path, peers=False) == 1

@@ -136,17 +136,16 @@ def test_every_simd_level(level, run_at_simd_level):
     code = """
 import torch
 from dotresize import backends, sinkhorn
-if backends()["cpp"]["available"]:
-    for n, m in [(1, 1), (37, 61), (130, 67)]:
-        for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-            cost = torch.rand(n, m, dtype=dtype)
-            mine = sinkhorn(cost, 0.03, tol=tol, max_iter=5000, backend="cpp")
-            truth = sinkhorn(cost.double(), 0.03, tol=1e-13, max_iter=20000, backend="torch")
-            assert mine.converged, mine
-            assert float((mine.plan - truth.plan).abs().sum()) < 10 * tol, (n, m, dtype)
-            few = {"tol": 0, "max_iter": 7}
-            mine = sinkhorn(cost, 0.03, backend="cpp", **few)
-            truth = sinkhorn(cost.double(), 0.03, backend="torch", **few)
-            assert float((mine.plan - truth.plan).abs().sum()) < tol, (n, m, dtype)
+for n, m in [(1, 1), (37, 61), (130, 67)]:
+    for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        cost = torch.rand(n, m, dtype=dtype)
+        mine = sinkhorn(cost, 0.03, tol=tol, max_iter=5000, backend="cpp")
+        truth = sinkhorn(cost.double(), 0.03, tol=1e-13, max_iter=20000, backend="torch")
+        assert mine.converged, mine
+        assert float((mine.plan - truth.plan).abs().sum()) < 10 * tol, (n, m, dtype)
+        few = {"tol": 0, "max_iter": 7}
+        mine = sinkhorn(cost, 0.03, backend="cpp", **few)
+        truth = sinkhorn(cost.double(), 0.03, backend="torch", **few)
+        assert float((mine.plan - truth.plan).abs().sum()) < tol, (n, m, dtype)
 """
     run_at_simd_level(code, level)

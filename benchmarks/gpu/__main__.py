@@ -30,6 +30,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
 
+from dotresize.ops.l1_launch import PRECISIONS
+
 from .. import rows
 from ..tables.gpu import SECTIONS, summary
 from ..workload import one_line
@@ -50,6 +52,15 @@ _BUDGET_S = 330.0
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "l1": [(16384, 4096, 3072), (4096, 14336, 11469)],
+        "gradient": [(1024, 4096, 3072)],
+        # Tokens, sources, targets, calls in a row.
+        "power": [
+            (16384, 4096, 3072, 1),
+            (16384, 4096, 3072, 20),
+            (4096, 14336, 11469, 1),
+            (4096, 14336, 11472, 1),
+            (1024, 14336, 11469, 1),
+        ],
         # Shape, and the two iteration counts whose difference gives the time of one. Both capture a
         # CUDA graph and launch as many iterations one by one, so that neither counts.
         "sinkhorn": [
@@ -80,6 +91,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "l1": [(3, 33, 70)],
+        "gradient": [(4, 9, 5)],
+        "power": [(3, 9, 5, 2)],
         "sinkhorn": [((1, 5, 9), (1, 2))],
         "tolerance": [((1, 6, 5), 3.0, 1e-3)],
         "assignment": [(2, 5, "uniform")],
@@ -241,6 +254,10 @@ def run(
         )
     for shape in sizes["l1"]:
         report.add("l1", str(shape), lambda s=shape: gpu_times.l1_rows(s, clock, peers))
+    for shape in sizes["gradient"]:
+        report.add("gradient", str(shape), lambda s=shape: gpu_times.gradient_rows(s, clock, peers))
+    for given in sizes["power"]:
+        report.add("power", str(given), lambda g=given: gpu_times.power_row(clock, *g))
     report.add(
         "batch", str(sizes["batch"][1:]), lambda: gpu_times.batch_rows(clock, *sizes["batch"])
     )
@@ -249,7 +266,7 @@ def run(
         str(sizes["stopping"]),
         lambda: gpu_times.stopping_row(clock, *sizes["stopping"]),
     )
-    for precision in ("fp32", "fp16"):
+    for precision in PRECISIONS:
         # Once to compile what is new.
         run_model = lambda p=precision: [  # noqa: E731
             gpu_times.model_row(clock, p, *sizes["model"]) for _ in range(1 + on_gpu)

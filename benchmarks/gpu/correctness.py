@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dotresize import L1CostAccumulator, l1_cost, sinkhorn
 from dotresize.least_squares import over_tokens
+from dotresize.ops import reference
+from dotresize.ops.l1_launch import PRECISIONS
 
 # Rows of the cost that are computed in float64; they meet every tile of columns.
 ROWS = 48
@@ -20,6 +22,7 @@ L1_SIZES = {
     "full": [(1, 255, 13, 17), (3, 257, 130, 201), (2, 1000, 577, 469), (1, 16384, 4096, 3072)],
     "tiny": [(2, 7, 5, 3)],
 }
+GRADIENT_SIZES = {"full": [(2, 300, 577, 469)], "tiny": [(2, 7, 5, 3)]}
 L1_LARGEST = {"full": (1, 4096, 14336, 11469), "tiny": (1, 3, 33, 131)}
 SINKHORN_SIZES = {
     "full": [(1, 31, 29), (3, 577, 469), (64, 576, 464), (2, 1000, 768), (1, 4096, 3072)],
@@ -44,12 +47,14 @@ def checks(size: str) -> Iterator[tuple[str, Check]]:
         for operands in ("y", "targets", "self"):
             if operands == "self" and shape[1] * shape[2] ** 2 > 10**12:
                 continue
-            # The rounding errors of float16 are independent from token to token.
-            for precision, accepted in (("fp32", 1e-5), ("fp16", 5e-5 + 2e-3 / shape[1] ** 0.5)):
+            for precision in PRECISIONS:
+                accepted = l1_accepted(precision, shape[1])
                 yield (
                     f"l1 {precision}, {operands}, {shape}",
                     lambda d, s=shape, o=operands, p=precision, e=accepted: (_l1(s, o, p, d), e),
                 )
+    for shape in GRADIENT_SIZES[size]:
+        yield f"gradient of l1, {shape}", lambda d, s=shape: (_gradient(s, d), 2e-6)
     yield "l1 in chunks equals one call", _chunks
     for shape in (*SINKHORN_SIZES[size], SINKHORN_LARGEST[size]):
         for name, storage, given, reg, accepted in WAYS:
@@ -107,6 +112,29 @@ def _l1(shape: tuple[int, ...], operands: str, precision: str, device: torch.dev
         truth = torch.cdist(x[b][:, rows].mT.double(), columns.mT.double(), p=1)
         worst = max(worst, relative(cost[b, rows], truth))
     return worst
+
+
+def l1_accepted(precision: str, tokens: int) -> float:
+    """Return the relative error of normal activations that is accepted.
+
+    The rounding errors of float16 and bytes are independent from token to token.
+    """
+    always, alone = {"fp32": (1e-5, 0.0), "fp16": (5e-5, 2e-3), "u8": (5e-4, 3e-2)}[precision]
+    return always + alone / tokens**0.5
+
+
+def _gradient(shape: tuple[int, ...], device: torch.device) -> float:
+    """Check the gradient of halves of integers, many of which are equal."""
+    batch, tokens, n, m = shape
+    x, y = (
+        (3 * torch.randn(batch, tokens, k, device=device)).round().div(2).requires_grad_()
+        for k in (n, m)
+    )
+    incoming = torch.randn(batch, n, m, device=device)
+    cost = l1_cost(x, y, reduction="sum", backend="triton")
+    found = torch.autograd.grad(cost, (x, y), incoming)
+    truth = reference.l1_cost_backward(x.detach().double(), y.detach().double(), incoming.double())
+    return max(relative(one, other) for one, other in zip(found, truth, strict=True))
 
 
 def _chunks(device: torch.device) -> tuple[float, float]:

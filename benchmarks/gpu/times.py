@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from dotresize import L1CostAccumulator, assignment, l1_cost, sinkhorn
+from dotresize.ops.l1_launch import PRECISIONS
 
 from .. import assignment as matching
 from .. import l1
 from .. import sinkhorn as solver
 from ..workload import Competitor, NotHere, Workload, one_line
-from .correctness import ROWS, WAYS, relative, solved_by
+from .correctness import ROWS, WAYS, l1_accepted, relative, solved_by
 
 Row = dict[str, Any]
 ROUNDS = 7
@@ -112,7 +113,8 @@ def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]
         return relative(torch.as_tensor(result).view(n, m)[rows], truth)
 
     work = Workload(error)
-    for precision, accepted in (("fp32", 1e-5), ("fp16", 5e-5 + 2e-3 / tokens**0.5)):
+    for precision in PRECISIONS:
+        accepted = l1_accepted(precision, tokens)
         options: dict[str, Any] = {"reduction": "sum", "precision": precision, "backend": "triton"}
         call = lambda o=options: l1_cost(x, y, **o)  # noqa: E731
         work.add(f"dotresize {precision}", lambda c=call, a=accepted: Competitor(c, a))
@@ -121,6 +123,61 @@ def l1_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]
         work.add("dotresize torch", lambda: Competitor(reference, 1e-5))
         for name in ("torch.cdist(p=1)", "broadcast, torch.compile", "cuVS through cupy"):
             work.add(name, lambda p=l1.PEERS[name]: p(x, y))
+    found = clock.race(work)
+    for row in found:
+        if "median_s" in row:
+            row["pairs_per_s"] = tokens * n * m / row["median_s"]
+    return found
+
+
+def power_row(clock: Clock, tokens: int, n: int, m: int, calls: int) -> Row:
+    """Time float32 costs in a row, and say what the multiprocessors' clock fell to meanwhile.
+
+    Says whether a long call is slow because of its shape or because power runs out: a shape whose
+    rate falls with the number of calls, and the clock with it, is short of power.
+    """
+    x, y = (torch.randn(tokens, k, device=clock.device) for k in (n, m))
+    out = torch.empty(n, m, device=clock.device)
+    clocks: list[int] = []
+
+    def several() -> None:
+        for _ in range(calls):
+            l1_cost(x, y, out=out, reduction="sum", backend="triton")
+        if clock.on_gpu:  # while they run: launches do not wait
+            with contextlib.suppress(Exception):
+                clocks.append(torch.cuda.clock_rate(clock.device))
+
+    seconds = clock.median(several)
+    rate = calls * tokens * n * m / seconds
+    return {"median_s": seconds, "pairs_per_s": rate, "lowest_clock_mhz": min(clocks, default=None)}
+
+
+def gradient_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]:
+    """Return rows of the gradients by x of (tokens, n, m) costs, with pairs per second."""
+    tokens, n, m = shape
+    x = torch.randn(tokens, n, device=clock.device, requires_grad=True)
+    y = torch.randn(tokens, m, device=clock.device)
+    incoming = torch.randn(n, m, device=clock.device)
+    some = torch.linspace(0, tokens - 1, min(tokens, ROWS), device=clock.device).long()
+    few = x.detach()[some].double()
+    truth = torch.empty_like(few)
+    for i, (own, other) in enumerate(zip(few, y[some].double(), strict=True)):
+        truth[i] = (incoming * torch.sign(own[:, None] - other)).sum(1)
+
+    def error(result: Any) -> float:
+        return relative(result[0][some], truth)
+
+    def prepared(cost: Tensor) -> Competitor:
+        gradient = functools.partial(torch.autograd.grad, cost, x, incoming, retain_graph=True)
+        return Competitor(gradient, 1e-5)
+
+    work = Workload(error)
+    options: dict[str, Any] = {"reduction": "sum", "backend": "triton"}
+    work.add("dotresize", lambda: prepared(l1_cost(x, y, **options)))
+    forward = functools.partial(l1_cost, x.detach(), y, **options)
+    work.add("dotresize, the cost", lambda: Competitor(forward, checked=False))
+    if peers:
+        work.add("torch.cdist(p=1)", lambda: prepared(torch.cdist(x.mT, y.mT, p=1)))
     found = clock.race(work)
     for row in found:
         if "median_s" in row:

@@ -29,6 +29,8 @@ SECTIONS = (
         "tolerance",
         "assignment",
         "l1",
+        "gradient",
+        "power",
         "batch",
         "stopping",
         "model",
@@ -55,14 +57,16 @@ def details(about: Row, found: list[Row]) -> str:
         f"- {r['case']}: {r.get('failed') or r.get('missing') or 'clean'}" for r in of["sanitizer"]
     ]
     parts += ["", *l1_table(of["l1"], rates), "", *sinkhorn_table(of["sinkhorn"], rates), ""]
+    if of["gradient"]:
+        parts += [*l1_table(of["gradient"], {}, "L1 gradient", "dotresize"), ""]
     for section, table in (("tolerance", tolerance_table), ("assignment", assignment_table)):
         parts += [*table(of[section]), ""] if of[section] else []
     parts += [
         f"- {r['case']} {r.get('name', '')}: {(r.get('failed') or r['missing'])[:80]}"
-        for r in (*of["l1"], *of["sinkhorn"], *of["tolerance"], *of["assignment"])
+        for r in (*of["l1"], *of["gradient"], *of["sinkhorn"], *of["tolerance"], *of["assignment"])
         if "failed" in r or "missing" in r
     ]
-    for row in (*of["batch"], *of["stopping"], *of["model"]):
+    for row in (*of["power"], *of["batch"], *of["stopping"], *of["model"]):
         named = about.keys() | {"section", "case", "name"}
         numbers = (f"{k} {_short(v)}" for k, v in row.items() if k not in named)
         parts.append(f"- {row.get('name', row['case'])}: {', '.join(numbers)}")
@@ -89,18 +93,21 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def l1_table(found: list[Row], rates: dict[str, float]) -> list[str]:
+def l1_table(
+    found: list[Row], rates: dict[str, float], title: str = "L1 cost", ours: str = "dotresize fp32"
+) -> list[str]:
     """Return T pairs per second, the share of the measured ceiling, and times ours."""
-    lines = ["| L1 cost | time | T pairs/s | of its ceiling | x ours |", "|---|---|---|---|---|"]
+    lines = [f"| {title} | time | T pairs/s | of its ceiling | x ours |", "|---|---|---|---|---|"]
     for row in found:
         label = f"{row['case']} {row.get('name', '')}"
         if "median_s" not in row:
             continue
         share = ""
-        kind = {"dotresize fp32": "float32", "dotresize fp16": "float16"}.get(row["name"])
+        kinds = {"fp32": "float32", "fp16": "float16", "u8": "bytes"}
+        kind = kinds.get(row["name"].removeprefix("dotresize "))
         if f"pairs, {kind}" in rates:
             share = f"{row['pairs_per_s'] / rates[f'pairs, {kind}']:.0%}"
-        ratio = _ratio(found, row, "dotresize fp32", "median_s")
+        ratio = _ratio(found, row, ours, "median_s")
         lines.append(
             f"| {label} | {row['median_s'] * 1e3:.2f} ms | {row['pairs_per_s'] / 1e12:.2f} "
             f"| {share} | {ratio} |"

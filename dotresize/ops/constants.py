@@ -67,6 +67,19 @@ class L1Operands(NamedTuple):
             )
 
 
+class Quantisation(NamedTuple):
+    """Tokens by rising range: the first ``low.shape[1]`` become bytes, the others stay exact.
+
+    ``byte = floor((x - low) / step + dither)``: see l1_u8.py.
+    """
+
+    token: Tensor  # int64 (B, quantised)
+    low: Tensor  # float32 (B, quantised): what byte 0 stands for
+    dither: Tensor  # float32 (B, quantised)
+    steps: Tensor  # float32 (B, blocks of TOKEN_BLOCK): the value of a byte's unit
+    exact: Tensor  # int64 (B, the rest)
+
+
 class L1Gradients(NamedTuple):
     """The gradients of one L1 cost by its activations; x, y and targets as in ``L1Operands``."""
 

@@ -94,13 +94,13 @@ def l1_cost(
         precision: "fp32": exact differences, float32 sums over blocks of 256 tokens and then over
             blocks; relative error about 1e-6 up to 1e5 tokens. "fp16" (triton and torch backends):
             activations in float16 after an exact scaling of every 16 tokens, whose differences are
-            summed in float16 (``dotresize/ops/l1_fp16.py``). "u8" (cpp and torch backends): most
-            tokens as bytes (``dotresize/ops/l1_u8.py``); two to three times as fast. On the
-            unnormalised residual stream of SmolLM2-135M, 4096 tokens, over its 61 norms, the worst
-            median relative error of an entry was 4.9e-5 for "fp16" and 7.3e-4 for "u8", the
-            largest of all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Where one
-            token carries nearly all of a cost, "fp16" is off by up to 2e-3. Costs of equal neurons
-            are exactly 0. Both take a copy of some thousand tokens at a time.
+            summed in float16 (``dotresize/ops/l1_fp16.py``). "u8": most tokens as bytes
+            (``dotresize/ops/l1_u8.py``); on a CPU two to three times as fast. On the unnormalised
+            residual stream of SmolLM2-135M, 4096 tokens, over its 61 norms, the worst median
+            relative error of an entry was 4.9e-5 for "fp16" and 7.3e-4 for "u8", the largest of
+            all 2.8e-4 and 8.1e-3 (``benchmarks/results/precision.jsonl``). Where one token carries
+            nearly all of a cost, "fp16" is off by up to 2e-3. Costs of equal neurons are exactly 0.
+            Both take a copy of some thousand tokens at a time.
         out: float32 tensor of the result's shape to write into; not if x or y requires a gradient.
         statistics: also return the cost's minimum, maximum and mean; on a GPU they come with the
             cost, without another pass.

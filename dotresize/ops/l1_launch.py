@@ -10,14 +10,14 @@ from torch import Tensor
 from dotresize.ops import l1_fp16, l1_u8, reference
 from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
-from dotresize.ops.constants import GROUP, L1Operands, chunk_tokens
+from dotresize.ops.constants import GROUP, L1Operands, Quantisation, chunk_tokens
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp
 _BUILT = {
     "fp32": ("triton", "cpp", "torch"),
     "fp16": ("triton", "torch"),
-    "u8": ("cpp", "torch"),
+    "u8": ("triton", "cpp", "torch"),
 }
 PRECISIONS = tuple(_BUILT)
 
@@ -47,14 +47,18 @@ def launch(work: L1Operands, *, precision: str, backend: str) -> Tensor | None:
         return work.out.new_full((len(work.out), 3), torch.nan).double()
     if precision == "fp16":
         return _launch_fp16(chosen, work)
-    if chosen == "triton":
+    if precision == "u8":
+        return _launch_u8(chosen, work)
+    return _launch_fp32(chosen, work)
+
+
+def _launch_fp32(backend: str, work: L1Operands) -> Tensor | None:
+    if backend == "triton":
         from dotresize.kernels import l1_cost as kernel
 
         return kernel.l1_cost(work)
-    if precision == "u8":
-        _launch_u8(chosen, work)
-    elif chosen == "cpp":
-        _launch_cpp(work)
+    if backend == "cpp":
+        _sum_cpp(work._replace(x=readable(work.x), y=readable(work.y)), None)
     else:
         _launch_torch(work)
     return None if work.divisor is None else statistics(work.out)
@@ -109,31 +113,36 @@ def divide(cost: Tensor, divisor: float) -> None:
     cost /= torch.full((), divisor, dtype=cost.dtype, device=cost.device)
 
 
-def _launch_u8(backend: str, work: L1Operands) -> None:
+def _launch_u8(backend: str, work: L1Operands) -> Tensor | None:
     """Add bytes for most tokens, and float32 for the few of widest range, into out."""
+    found = None
     for part in work.chunks(l1_u8.CHUNK):
         plan = l1_u8.quantisation(part.x, part.y)
         if plan.token.shape[1]:
-            most = part._replace(divisor=None)
-            if backend == "cpp":
-                y = None if part.y is None else _words(part.y, plan)
-                _sum_cpp(most._replace(x=_words(part.x, plan), y=y), plan.steps)
-            else:
-                y = None if part.y is None else l1_u8.quantize(part.y, plan)
-                _launch_torch(most._replace(x=l1_u8.quantize(part.x, plan), y=y))
+            _sum_bytes(backend, part._replace(divisor=None), plan)
             part = part._replace(accumulate=True)
         rest = part._replace(
             x=l1_u8.take(part.x, plan.exact),
             y=None if part.y is None else l1_u8.take(part.y, plan.exact),
         )
-        if backend == "cpp":
-            _launch_cpp(rest)
-        else:
-            _launch_torch(rest)
+        found = _launch_fp32(backend, rest)
+    return found
 
 
-def _launch_cpp(work: L1Operands) -> None:
-    _sum_cpp(work._replace(x=readable(work.x), y=readable(work.y)), None)
+def _sum_bytes(backend: str, work: L1Operands, plan: Quantisation) -> None:
+    """Add the cost of the tokens that become bytes."""
+    if backend == "triton":
+        from dotresize.kernels import l1_cost as kernel
+        from dotresize.kernels.l1_quantize import quantize
+
+        y = None if work.y is None else quantize(work.y, plan)
+        kernel.l1_cost(work._replace(x=quantize(work.x, plan), y=y), plan.steps)
+    elif backend == "cpp":
+        y = None if work.y is None else _words(work.y, plan)
+        _sum_cpp(work._replace(x=_words(work.x, plan), y=y), plan.steps)
+    else:
+        y = None if work.y is None else l1_u8.quantize(work.y, plan)
+        _launch_torch(work._replace(x=l1_u8.quantize(work.x, plan), y=y))
 
 
 @overload
@@ -149,7 +158,7 @@ def readable(value: Tensor | None) -> Tensor | None:
     return value if value is None or value.stride(2) == 1 else value.contiguous()
 
 
-def _words(x: Tensor, plan: l1_u8.Quantisation) -> Tensor:
+def _words(x: Tensor, plan: Quantisation) -> Tensor:
     """Return eight tokens of a neuron as the bytes of a word: int64 (B, ceil(quantised / 8), n)."""
     x = readable(x)
     tokens = plan.token.shape[1]
