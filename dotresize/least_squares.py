@@ -28,22 +28,33 @@ from dotresize import distributed
 
 # Normal equations square the condition number.
 FLOAT = torch.float64
-# In how many columns of blocks a Gram matrix is multiplied.
+# In how many columns of blocks a Gram matrix is multiplied, and from which width on by matrix
+# units, which like large products best.
 GRAM_BLOCKS = 4
+_WIDE_ON_GPU = 2048
 
 
 class NormalEquations:
     """Sums over tokens: products of a chunk in float32, added up in float64."""
 
-    def __init__(self, prior: Tensor, *, met_by_prior: bool = False) -> None:
+    def __init__(
+        self, prior: Tensor, *, met_by_prior: bool = False, through: Tensor | None = None
+    ) -> None:
         """Begin with no token.
 
-        prior: A0, (inputs, outputs) float64; met_by_prior: whether u A0 is what is to be met, and
-        tokens are added without v.
+        Args:
+            prior: A0, (inputs, outputs) float64.
+            met_by_prior: whether u A0 is what is to be met, and tokens are added without v.
+            through: Q (width, outputs) float64, where v is x Q - y and tokens are added with x and
+                y side by side, (..., width + outputs). Their products with u are then summed before
+                Q: those of factors in half precision are a third of the work.
         """
         self.prior = prior
+        self._through = through
         self.gram = prior.new_zeros(len(prior), len(prior))
-        self.cross = prior.new_zeros(prior.shape)  # contiguous, as sums over processes must be
+        width = prior.shape[1] if through is None else prior.shape[1] + len(through)
+        # Contiguous, as sums over processes must be.
+        self.cross = prior.new_zeros(len(prior), width)
         self.squares = prior.new_zeros(())  # of what is to be met
         self._met_by_prior = met_by_prior
         self._tokens = prior.new_zeros(())
@@ -61,11 +72,24 @@ class NormalEquations:
             return
         v = v.flatten(0, -2)
         self.cross.add_(over_tokens(u, v), alpha=weight)
-        self.squares += weight * v.float().square().sum(dtype=FLOAT)
+        self.squares += weight * self._wanted(v).square().sum(dtype=FLOAT)
+
+    def _wanted(self, v: Tensor) -> Tensor:
+        """Return what is to be met, float32; through a Q that is rounded to the tokens' type.
+
+        That is for its squares alone, of which a thousandth of x is no part.
+        """
+        if self._through is None:
+            return v.float()
+        x, y = v.split([len(self._through), self.prior.shape[1]], 1)
+        return product(x, self._through.to(v.dtype)) - y.float()
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
         distributed.total(self.gram, self.cross, self.squares, self._tokens)
+        if self._through is not None:
+            x, y = self.cross.split([len(self._through), self.prior.shape[1]], 1)
+            self.cross = torch.addmm(y, x, self._through, beta=-1)
         if self._met_by_prior:
             torch.matmul(self.gram, self.prior, out=self.cross)
             self.squares = (self.prior * self.cross).sum()
@@ -84,7 +108,7 @@ class NormalEquations:
     def solve(self, ridge: float, *, proportional: bool = False) -> Tensor:
         """Return A, (inputs, outputs); the sums are spent with it."""
         self._lam = _add_ridge(self.gram, self.cross, self.prior, ridge, proportional)
-        return torch.linalg.solve(self.gram, self.cross)
+        return _solved(self.gram, self.cross)
 
     def lost(self, a: Tensor) -> float:
         """Return what u A misses, sum |u A - v|^2 / sum |v|^2.
@@ -108,11 +132,22 @@ def solve(
     gram: (inputs, inputs); cross, prior: (inputs, outputs).
 
     gram and cross are overwritten: a copy is the largest thing there is in a narrow memory.
-    Not by Cholesky: products in float32 leave a rank-deficient gram slightly indefinite, which a
-    small ridge does not always cover.
     """
     _add_ridge(gram, cross, prior, ridge, proportional)
-    return torch.linalg.solve(gram, cross)
+    return _solved(gram, cross)
+
+
+def _solved(gram: Tensor, cross: Tensor) -> Tensor:
+    """Return the solution by Cholesky, half the work of LU, which is for what is not definite.
+
+    Products in float32 leave a rank-deficient gram slightly indefinite, and a small ridge does not
+    always cover that.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        del factor
+        return torch.linalg.solve(gram, cross)
+    return torch.cholesky_solve(cross, factor)
 
 
 def _add_ridge(
@@ -138,42 +173,48 @@ def over_tokens(u: Tensor, v: Tensor) -> Tensor:
 
 
 def gram(u: Tensor) -> Tensor:
-    """Return u'u, float32: u (T, n) of any floating type.
-
-    It is symmetric: without matrix units, which like large products best, only blocks on and above
-    the diagonal are multiplied, 5/8 of it.
-    """
-    width = u.shape[-1]
-    if u.is_cuda or width < GRAM_BLOCKS**2:
-        return over_tokens(u, u)
-    u = u.float()
-    found = u.new_empty(width, width)
-    edges = [width * i // GRAM_BLOCKS for i in range(GRAM_BLOCKS + 1)]
-    for begin, end in itertools.pairwise(edges):
-        torch.mm(u[:, begin:end].mT, u[:, begin:], out=found[begin:end, begin:])
-        found[end:, begin:end] = found[begin:end, end:].mT
-    return found
+    """Return u'u, float32: u (T, n) of any floating type."""
+    return _symmetric(u, [u]) if has_matrix_units(u) else _symmetric(u.float(), [u.float()])
 
 
 def scaled_gram(x: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
     """Return (s x)'(s x), float32: x (T, n) of any floating type, s (T, 1) and s x float32."""
-    if _exact(x):
-        return over_tokens(x, scaled * scale)
+    if has_matrix_units(x) and x.dtype == torch.bfloat16:
+        return _symmetric(x, split_in_three(scaled * scale))
     return gram(scaled)
+
+
+def _symmetric(u: Tensor, parts: list[Tensor]) -> Tensor:
+    """Return u'v of v the sum of the parts, where that is symmetric: float32, to the last bit.
+
+    Only blocks on and above the diagonal are multiplied, 5/8 of all.
+    """
+    width = u.shape[-1]
+    count = GRAM_BLOCKS if width >= (_WIDE_ON_GPU if u.is_cuda else GRAM_BLOCKS**2) else 1
+    found = u.new_empty(width, width, dtype=torch.float32)
+    edges = [width * i // count for i in range(count + 1)]
+    for begin, end in itertools.pairwise(edges):
+        rows = u[:, begin:end].mT
+        terms = (_multiply(rows, part[:, begin:]) for part in reversed(parts))
+        found[begin:end, begin:] = _sum(terms)
+        within = found[begin:end, begin:end]
+        within.copy_((within + within.mT) / 2)
+        found[end:, begin:end] = found[begin:end, end:].mT
+    return found
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, float32: (n, T), (T, m), of any floating type."""
-    if _exact(a) and a.dtype == b.dtype:
+    if has_matrix_units(a) and a.dtype == b.dtype:
         return _multiply(a, b)
-    if _exact(a) and a.dtype == torch.bfloat16:
+    if has_matrix_units(a) and a.dtype == torch.bfloat16:
         return _sum(_multiply(a, part) for part in reversed(split_in_three(b.float())))
-    if _exact(b) and b.dtype == torch.bfloat16:
+    if has_matrix_units(b) and b.dtype == torch.bfloat16:
         return _sum(_multiply(part, b) for part in reversed(split_in_three(a.float())))
     return a.float() @ b.float()
 
 
-def _exact(x: Tensor) -> bool:
+def has_matrix_units(x: Tensor) -> bool:
     """Return whether the device has matrix units for such a factor that add up in float32."""
     if not x.is_cuda or torch.version.hip or x.dtype not in _SINCE:
         return False
@@ -193,7 +234,8 @@ def split_in_three(x: Tensor) -> list[Tensor]:
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32)
+    """Return a @ b, float32, of two factors of one type, added up in float32."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:

@@ -16,7 +16,9 @@ from dotresize.evaluate import perplexity
 from dotresize.models import supported
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.pipeline import narrow_model
+from dotresize.offload import offloaded_model, transfers
 from dotresize.offload.offloaded_model import open_model
+from dotresize.offload.stored_weights import StoredWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,3 +195,71 @@ def test_masks_are_kept_once(tokens, tmp_path):
     # A mask of each kind, whatever the batches; positions besides.
     assert len({id(value) for value in seen if value.ndim == 4}) <= 2
     assert len({id(value) for value in seen}) <= 4
+
+
+def test_parts_read_ahead_and_written_behind(tokens, monkeypatch, tmp_path):
+    """As for a GPU: the same files, to the last bit, and every part read as often as before."""
+    read: list[str] = []
+    part_of = StoredWeights.part
+
+    def counted(self, name, keys):
+        read.append(name)
+        return part_of(self, name, keys)
+
+    monkeypatch.setattr(StoredWeights, "part", counted)
+    files = {}
+    for moved_by_threads in (False, True):
+        for module in (transfers, offloaded_model):
+            monkeypatch.setattr(module, "threaded", lambda _, moved=moved_by_threads: moved)
+        folder = tmp_path / str(moved_by_threads)
+        folder.mkdir()
+        torch.manual_seed(0)
+        *_, narrow, _ = both(tiny_model(tied=False), tokens, folder, ff_width=30)
+        files[moved_by_threads] = {
+            path.name: path.read_bytes() for path in narrow.store.weights.paths
+        }
+        files[moved_by_threads, "parts"] = sorted(set(read))
+        read.clear()
+    assert files[True] == files[False]
+    assert files[True, "parts"] == files[False, "parts"]
+
+
+def test_the_next_part_is_read_while_one_is_used():
+    begun: list[str] = []
+    parts = ["table", "first", "second", "head"]
+    ahead = transfers.ReadAhead(
+        lambda name: begun.append(name) or {name: torch.zeros(1)}, parts, torch.device("cpu")
+    )
+
+    def take(name: str) -> str:
+        assert list(ahead.take(name)) == [name]
+        ahead._pool.submit(lambda: None).result()  # what was asked for beside is done
+        return begun[-1]
+
+    assert [take(name) for name in ("table", "first", "second")] == ["first", "second", "head"]
+    assert [take(name) for name in ("head", "second", "first")] == ["head", "first", "table"]
+    assert begun == ["table", "first", "second", "head", "second", "first", "table"]
+
+
+def test_a_damaged_part_is_named_when_its_turn_comes(tokens, monkeypatch, tmp_path):
+    monkeypatch.setattr(offloaded_model, "threaded", lambda _: True)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+    dense = opened(stored(model, tmp_path / "dense"))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds NaN"):
+        narrow_model(dense, tokens, make_options(width=16, self_windows=0))
+
+
+def test_a_part_that_cannot_be_written_ends_the_run(tokens, monkeypatch, tmp_path):
+    """Not silently, though nobody waits while it is written."""
+    for module in (transfers, offloaded_model):
+        monkeypatch.setattr(module, "threaded", lambda _: True)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    dense = opened(stored(tiny_model(), tmp_path / "dense"))
+    monkeypatch.setattr(transfers, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        narrow_model(dense, tokens, make_options(width=16, self_windows=0))

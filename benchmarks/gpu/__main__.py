@@ -36,8 +36,8 @@ from .. import rows
 from ..tables.gpu import SECTIONS, summary
 from ..workload import one_line
 from . import correctness as gpu_checks
+from . import serving, tolerance
 from . import times as gpu_times
-from . import tolerance
 from .ceilings import ceilings, waits
 
 Row = dict[str, Any]
@@ -84,6 +84,7 @@ SIZES: dict[str, dict[str, Any]] = {
             for problems, n in ((1, 1536), (16, 576), (1, 4096))
             for kind in ("noisy copies", "unrelated neurons")
         ],
+        "serving": serving.FULL,
         "batch": ((1, 4, 16, 64), 576, 464, 100),
         "stopping": ((32, 4096, 3072), 50),
         # Locations, sources, targets, tokens, tokens at a time, iterations.
@@ -96,6 +97,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "sinkhorn": [((1, 5, 9), (1, 2))],
         "tolerance": [((1, 6, 5), 3.0, 1e-3)],
         "assignment": [(2, 5, "uniform")],
+        "serving": serving.TINY,
         "batch": ((1, 2), 3, 7, 1),
         "stopping": ((2, 3, 7), 1),
         "model": (1, 16, 12, 40, 32, 1),
@@ -266,6 +268,10 @@ def run(
         str(sizes["stopping"]),
         lambda: gpu_times.stopping_row(clock, *sizes["stopping"]),
     )
+    for name, shape in serving.cases(sizes["serving"]):
+        report.add(
+            "serving", name, lambda n=name, s=shape: serving.rows(n, s, sizes["serving"], clock)
+        )
     for precision in PRECISIONS:
         # Once to compile what is new.
         run_model = lambda p=precision: [  # noqa: E731

@@ -2,6 +2,8 @@
 
     python -m benchmarks.studies.large make 1.1B DIR    a Llama-shaped model in shards
     python -m benchmarks.studies.large run DIR --memory 3GB --out FILE
+    python -m benchmarks.studies.large make 8B DIR --layers 3    the same, of a few layers
+    python -m benchmarks.studies.large run DIR --memory 64GB --profile FILE    where time goes
     python -m benchmarks.studies.large project 8B 70B   operations, memory and time of larger ones
 
 ``run`` is ``dotresize compress --memory`` in a process of its own; its row has the times by stage
@@ -17,7 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -62,14 +64,22 @@ def make(shape: Shape, folder: Path, seed: int = 0) -> None:
     _bytes_tokenizer().save_pretrained(folder)
 
 
+def llama_config(shape: Shape, **others: Any) -> Any:
+    import transformers
+
+    sizes = asdict(shape) | others
+    config = transformers.LlamaConfig(
+        **sizes, tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=4096
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
 def llama(shape: Shape) -> CausalLM:
     """Return a model of that shape whose weights have no memory."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        **asdict(shape), tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=4096
-    )
-    config.architectures = ["LlamaForCausalLM"]
+    config = llama_config(shape)
     module = skeleton(transformers.LlamaForCausalLM, config, torch.device("cpu"))
     return CausalLM.in_memory(module)
 
@@ -91,15 +101,35 @@ def _bytes_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def run(folder: Path, options: list[str]) -> dict[str, Any]:
-    """Compress the directory and return the report; OUT is thrown away."""
+def run(folder: Path, options: list[str], profile: Path | None = None) -> dict[str, Any]:
+    """Compress the directory and return the report; OUT is thrown away.
+
+    profile: a file for the operations that took longest, of a run in this process.
+    """
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         text, out = Path(work) / "topics.txt", Path(work) / "out"
         text.write_text("\n".join(topics.topics.values()), encoding="utf-8")
-        command = [sys.executable, "-m", "dotresize", "compress", str(folder), str(out)]
-        command += ["--calibration", str(text), *options]
-        subprocess.run(command, check=True)
+        words = ["compress", str(folder), str(out), "--calibration", str(text), *options]
+        if profile is None:
+            subprocess.run([sys.executable, "-m", "dotresize", *words], check=True)
+        else:
+            profile.write_text(_profiled(words), encoding="utf-8")
         return json.loads((out / "dotresize.json").read_text(encoding="utf-8"))
+
+
+def _profiled(words: list[str]) -> str:
+    """Run a command in this process; return its operations, those with most time of their own."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from dotresize.cli import main as command
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=True) as found:
+        if command(words):
+            raise SystemExit("large: the command failed")
+    order = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
+    return found.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=40)
 
 
 def project(names: list[str], out: Path | None) -> None:
@@ -129,9 +159,11 @@ def main() -> int:
     maker = verbs.add_parser("make")
     maker.add_argument("shape", choices=SHAPES)
     maker.add_argument("folder", type=Path)
+    maker.add_argument("--layers", type=int, help="as many as the shape has, if not given")
     runner = verbs.add_parser("run", help="further options go to dotresize compress")
     runner.add_argument("folder", type=Path)
     runner.add_argument("--out", type=Path, help="a row is appended to this file")
+    runner.add_argument("--profile", type=Path, help="the operations that took longest, a table")
     projector = verbs.add_parser("project")
     projector.add_argument("shapes", nargs="+", choices=SHAPES)
     projector.add_argument("--out", type=Path, help="rows are appended to this file")
@@ -139,12 +171,18 @@ def main() -> int:
     if args.verb != "run" and options:
         parser.error(f"unknown: {' '.join(options)}")
     if args.verb == "make":
-        make(SHAPES[args.shape], args.folder)
+        shape = SHAPES[args.shape]
+        layers = shape.num_hidden_layers if args.layers is None else args.layers
+        if not 1 <= layers <= shape.num_hidden_layers:
+            parser.error(f"--layers {layers}: must be from 1 to {shape.num_hidden_layers}")
+        if args.folder.exists():
+            parser.error(f"{args.folder}: exists")
+        make(replace(shape, num_hidden_layers=layers), args.folder)
         return 0
     if args.verb == "project":
         project(args.shapes, args.out)
         return 0
-    report = run(args.folder, options)
+    report = run(args.folder, options, args.profile)
     kept = (
         *("width", "feed_forward", "method", "refit", "parameters", "calibration", "seconds"),
         *("predicted_memory_bytes", "peak_memory_bytes"),

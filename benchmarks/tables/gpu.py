@@ -34,6 +34,7 @@ SECTIONS = (
         "batch",
         "stopping",
         "model",
+        "serving",
     ),
     "sanitizer",
 )
@@ -59,11 +60,17 @@ def details(about: Row, found: list[Row]) -> str:
     parts += ["", *l1_table(of["l1"], rates), "", *sinkhorn_table(of["sinkhorn"], rates), ""]
     if of["gradient"]:
         parts += [*l1_table(of["gradient"], {}, "L1 gradient", "dotresize"), ""]
-    for section, table in (("tolerance", tolerance_table), ("assignment", assignment_table)):
+    tables = (
+        ("tolerance", tolerance_table),
+        ("assignment", assignment_table),
+        ("serving", serving_table),
+    )
+    for section, table in tables:
         parts += [*table(of[section]), ""] if of[section] else []
     parts += [
         f"- {r['case']} {r.get('name', '')}: {(r.get('failed') or r['missing'])[:80]}"
-        for r in (*of["l1"], *of["gradient"], *of["sinkhorn"], *of["tolerance"], *of["assignment"])
+        for part in ("l1", "gradient", "sinkhorn", "tolerance", "assignment", "serving")
+        for r in of[part]
         if "failed" in r or "missing" in r
     ]
     for row in (*of["power"], *of["batch"], *of["stopping"], *of["model"]):
@@ -146,6 +153,30 @@ def tolerance_table(found: list[Row]) -> list[str]:
         )
     means = {row["name"]: row["means"] for row in timed}
     return [*lines, "", *(f"- {name}: {text}." for name, text in means.items())]
+
+
+def serving_table(found: list[Row]) -> list[str]:
+    """Return tokens a second, read and written, each also as a multiple of the dense model's."""
+    lines = [
+        "| model | parameters | batch | prompt tokens/s | x dense | written tokens/s | x dense "
+    ]
+    lines[0] += "| peak |"
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    key = ("way", "batch")
+    dense = {tuple(r[k] for k in key): r for r in found if r.get("name") == "dense"}
+    for row in found:
+        beside = dense.get(tuple(row.get(k) for k in key))
+        if beside is None or "read_per_s" not in row:
+            continue
+        rates = [
+            f"{row[k]:.0f} | {row[k] / beside[k]:.2f}" for k in ("read_per_s", "written_per_s")
+        ]
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
+        lines.append(
+            f"| {row['name']}, {row['width']} x {row['inner']}, {row['way']} "
+            f"| {row['parameters'] / 1e6:.0f} M | {row['batch']} | {' | '.join(rates)} | {peak} |"
+        )
+    return lines
 
 
 def assignment_table(found: list[Row]) -> list[str]:

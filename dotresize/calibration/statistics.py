@@ -39,7 +39,7 @@ class Statistics:
         fisher: (M, D, D) float64, mean of g'g, g the gradients of calibration/gradients.py; None if
             not asked for.
         gradient_cost: (M, D, D) float32, mean |g_i - g_j|; None if not asked for.
-        final: (D, D) float64, the moment in front of the final norm; None without moments.
+        final: (D, D) float64, the moment in front of the final norm; None if not asked for.
         seconds: "calibration" (forward passes and moments), "cost", "sensitivity" (the backward
             pass, its matrices and costs), and "self-generated text".
         own_windows: how many of the windows the model wrote itself.
@@ -97,6 +97,7 @@ def collect(
     moment: bool = True,
     fisher: bool = False,
     gradient_cost: bool = False,
+    final: bool = True,
     apart: bool = False,
     moment_apart: bool = False,
     seed: int = 0,
@@ -109,6 +110,7 @@ def collect(
         tokens: int64 (windows, length).
         cost, moment, fisher, gradient_cost: which matrices to collect; each of the last two asks
             for a backward pass.
+        final: whether to collect the moment in front of the final norm.
         apart: keep the matrices of every location, not only their mean.
         moment_apart: keep the moments of every location.
         seed: of the output whose gradients are taken.
@@ -122,7 +124,7 @@ def collect(
     moments = locations if moment_apart else kept
     activations = _Matrices(model, moments * moment, kept * cost, backend)
     gradients = _Matrices(model, kept * fisher, kept * gradient_cost, backend)
-    sums = _Sums(model, activations, gradients, final=moment)
+    sums = _Sums(model, activations, gradients, final=final)
     start = time.perf_counter()
     layers = model.layers
     with closing(Streams(model, tokens, batch_windows)) as streams, ExitStack() as stack:
@@ -210,8 +212,8 @@ class _Sums:
             scaled = scaled * scale
             self._importance[i] += scaled.abs().sum(0).double()
             product = self._activations.add(i, found, scale, scaled)
-            if self._final is not None and product is not None and i == len(self._names) - 1:
-                self._final += product
+            if self._final is not None and i == len(self._names) - 1:
+                self._final += scaled_gram(found, scale, scaled) if product is None else product
 
     def add_gradients(
         self, read: list[Tensor], gradients: list[Tensor], first: int, times: float

@@ -62,6 +62,10 @@ class Store(Protocol):
     def computed_bytes(self) -> int:
         """The bytes of a number in the model's computations."""
 
+    @property
+    def written_bytes(self) -> int:
+        """The bytes of a number in the files that the model, or what is made of it, becomes."""
+
     def resident(self, names: tuple[str, ...]) -> AbstractContextManager[list[Any]]:
         """Hold the weights of some parts in memory for a block."""
 
@@ -180,6 +184,10 @@ class InMemory:
     @property
     def computed_bytes(self) -> int:
         return next(self._module.parameters()).element_size()
+
+    @property
+    def written_bytes(self) -> int:
+        return self.computed_bytes
 
     @contextmanager
     def resident(self, names: tuple[str, ...]) -> Iterator[list[Any]]:

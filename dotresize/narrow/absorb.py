@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotresize.least_squares import FLOAT, product
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import config_left, kept_layers, source_of, widths_left
@@ -37,6 +38,7 @@ def absorb(
     q: Tensor | Sequence[Tensor],
     *,
     untie: bool = False,
+    readers: bool = True,
     dropped: Collection[int] = (),
 ) -> CausalLM:
     """Return a new model of residual width ``q.shape[1]``; the given one is untouched.
@@ -49,13 +51,24 @@ def absorb(
         untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
             kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
             small only if q is close to a selection of axes.
+        readers: whether what reads the residual is multiplied by the map; else it is zero, for who
+            solves for it.
         dropped: numbers of layers to leave out.
 
     Returns:
         a model of the same dtype, and class unless its type changes (models/resized.py), whose
         plain checkpoint holds the result.
     """
-    return model.derived(Absorption(model, q, untie=untie, dropped=dropped))
+    return model.derived(Absorption(model, q, untie=untie, readers=readers, dropped=dropped))
+
+
+def product_type(model: CausalLM) -> torch.dtype:
+    """Return the type in which products of the model's weights by a map are computed.
+
+    float32 where the results are written in half precision, whose rounding is thousands of times
+    coarser; else float64.
+    """
+    return torch.float32 if model.store.written_bytes < 4 else FLOAT
 
 
 class Absorption:
@@ -74,10 +87,12 @@ class Absorption:
         q: Tensor | Sequence[Tensor],
         *,
         untie: bool = False,
+        readers: bool = True,
         dropped: Collection[int] = (),
     ) -> None:
         """See ``absorb``."""
         self.model = model
+        self._type, self._readers = product_type(model), readers
         self.architecture = model.architecture
         sublayers = 2 * len(model.layers)
         self._qs = [q] * (sublayers + 1) if isinstance(q, Tensor) else list(q)
@@ -123,12 +138,15 @@ class Absorption:
         gain = self.architecture.gain(norm).to(read)
         for reader in part.readers:
             weight = layer.get_parameter(reader)
-            new[reader] = self._read(weight, gain[:, None] / self._s, read)
+            if self._readers:
+                new[reader] = self._read(weight, gain[:, None] / self._s, read)
+            else:
+                new[reader] = weight.new_zeros(*weight.shape[:-1], self.narrow)
         weight = layer.get_parameter(part.writer)
         if self._same:
             new[part.writer] = weight.clone()
         else:
-            new[part.writer] = _written(weight, self._stream * written.mT)
+            new[part.writer] = _written(weight, (self._stream * written.mT).to(self._type))
         bias = part.writer.removesuffix("weight") + "bias"
         if bias in layer.state_dict():
             vector = layer.get_parameter(bias)
@@ -156,7 +174,11 @@ class Absorption:
         with self.model.resident(self.architecture.final_norm) as norm:
             scale = self.architecture.gain(norm).to(last)
         with self.model.resident(head) as module:
-            new = {"weight": self._read(module.weight, scale[:, None] / self._s, last)}
+            weight = module.weight
+            if self._readers:
+                new = {"weight": self._read(weight, scale[:, None] / self._s, last)}
+            else:
+                new = {"weight": weight.new_zeros(len(weight), self.narrow)}
             if module.bias is not None:
                 new["bias"] = module.bias.detach().clone()
         return new
@@ -164,7 +186,7 @@ class Absorption:
     def _read(self, weight: Tensor, scale: Tensor | float, q: Tensor) -> Tensor:
         """Return rows (..., D) of a weight times ``scale * q``; scale: (D, 1) float64, or one."""
         if not self._same:
-            return matmul_in_blocks(weight, scale * q)
+            return matmul_in_blocks(weight, (scale * q).to(self._type))
         new = torch.empty_like(weight)
         each = scale[:, 0] if isinstance(scale, Tensor) else q.new_tensor([scale])
         for old_rows, rows in _blocks(weight, new):
@@ -175,11 +197,11 @@ class Absorption:
 def matmul_in_blocks(table: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``table @ matrix`` by blocks of rows, in the table's dtype.
 
-    table: (..., D); matrix: (D, k) float64; out: contiguous.
+    table: (..., D); matrix: (D, k), of ``product_type``; out: contiguous.
     """
     new = table.new_empty(*table.shape[:-1], matrix.shape[1]) if out is None else out
     for old_rows, rows in _blocks(table, new):
-        rows.copy_(old_rows.to(matrix) @ matrix)
+        rows.copy_(_times(old_rows, matrix))
     return new
 
 
@@ -193,9 +215,14 @@ def _written(weight: Tensor, matrix: Tensor) -> Tensor:
     """Return ``matrix @ weight`` in the weight's dtype, for one expert after the other."""
     new = weight.new_empty(*weight.shape[:-2], len(matrix), weight.shape[-1])
     each = (x.view(-1, *x.shape[-2:]) for x in (weight, new))
-    for old, product in zip(*each, strict=True):
-        product.copy_(matrix @ old.to(matrix))
+    for old, rows in zip(*each, strict=True):
+        rows.copy_(_times(matrix, old))
     return new
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, of a weight and a map, in the map's type."""
+    return a.double() @ b.double() if FLOAT in (a.dtype, b.dtype) else product(a, b)
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:

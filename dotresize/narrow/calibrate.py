@@ -75,6 +75,7 @@ def collect_for(model: CausalLM, tokens: Tensor, *wanted: Options) -> Statistics
         model,
         tokens,
         **{name: name in needs for name in (*MATRICES, "apart", "moment_apart")},
+        final=any(options.chooses_table(model) for options in wanted),
         seed=wanted[0].seed,
         batch_windows=wanted[0].batch_windows,
         backend=wanted[0].backend,

@@ -20,7 +20,7 @@ from dotresize.narrow.refit import refit, ridge_of
 from dotresize.narrow.sensitivity import least_felt, unit
 from dotresize.narrow.targets import kept_set
 from dotresize.narrow.tied_head import choose_table
-from dotresize.narrow.transport import transports
+from dotresize.narrow.transport import rehearse, transports
 
 
 class OneMap(WidthMethod):
@@ -68,7 +68,8 @@ class OneMap(WidthMethod):
 
 
 def _absorbed(given: Calibrated, q: Tensor, shape: Shape) -> CausalLM:
-    return absorb(given.model, q, untie=given.options.untie, dropped=shape.dropped)
+    untie, readers = given.options.untie, not given.options.refit
+    return absorb(given.model, q, untie=untie, readers=readers, dropped=shape.dropped)
 
 
 class PrincipalDirections(OneMap):
@@ -137,6 +138,10 @@ class Transport(OneMap):
             found.append(best)
         return found
 
+    def rehearse(self, width: int, kept: int, device: torch.device, options: Options) -> None:
+        columns = width if options.meant("steps") > 1 else kept
+        rehearse(width, columns, device, options.backend)
+
 
 def _transports(costs: Tensor, selections: list[Tensor], options: Options) -> list[WidthMap]:
     return transports(
@@ -169,9 +174,7 @@ def refit_weights(given: Calibrated, narrow: CausalLM, q: Tensor, shape: Shape) 
     Returns what each feed-forward lost; see ``refit``.
     """
     model, options = given.model, given.options
-    norm_has_weight = not model.architecture.layer_norm  # which a chosen table rests on
-    cut = narrow.width < model.width
-    if cut and options.refit and narrow.tied and norm_has_weight:
+    if narrow.width < model.width and options.chooses_table(model):
         ridge = ridge_of(options, given.tokens.numel() / narrow.width, cut=True)
         choose_table(model, narrow, q, cast(Tensor, given.statistics.final), ridge=ridge)
     own = given.statistics.own_windows

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dotresize.calibration.statistics import Statistics
@@ -106,6 +107,11 @@ class WidthMethod(ABC):
 
         seconds: the times of its stages are added here.
         """
+
+    def rehearse(  # noqa: B027 - most compile nothing
+        self, width: int, kept: int, device: torch.device, options: Options
+    ) -> None:
+        """Have kernels compiled that ``narrow`` will use, for maps from ``width`` to ``kept``."""
 
     def probe(self, given: Calibrated, shape: Shape) -> CausalLM:
         """Return the model in a shape, to measure what that costs; see narrow/search.py."""
@@ -258,11 +264,18 @@ class Options:
         of_residual = (self.width, self.energy, self.params, self.targets)
         return self.ff_width is not None and all(value is None for value in of_residual)
 
+    def chooses_table(self, model: CausalLM) -> bool:
+        """Return whether the table of a tied head is chosen (narrow/tied_head.py).
+
+        That asks for the moment in front of the final norm, whose weight it rests on.
+        """
+        return self.refit and model.tied and not self.untie and not model.architecture.layer_norm
+
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that a compression by these choices asks for."""
         asked = {
-            "moment": self.energy is not None or self.refit or self.figures,
+            "moment": self.energy is not None or self.figures,
             "moment_apart": self.figures,
             "apart": callable(self.targets),
         }

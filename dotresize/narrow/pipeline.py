@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -78,13 +81,37 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
             allocation = _allocation(model, tokens, options)
     narrowing = [one for one in sized if _asks_for_statistics(model, split, one)]
     if narrowing:
-        with stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"):
+        with (
+            stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"),
+            _rehearsed(model, narrowing),
+        ):
             statistics = collect_for(model, tokens, *narrowing)
     else:
         statistics = Statistics.none(tokens.numel(), model.width)
     statistics.own_windows = len(tokens) - given
     statistics.seconds |= seconds
     return Prepared(tokens, statistics, split, allocation)
+
+
+@contextmanager
+def _rehearsed(model: CausalLM, wanted: list[Options]) -> Iterator[None]:
+    """Have the methods compile what they will use beside the block.
+
+    What goes wrong with it will go wrong again, and is then reported.
+    """
+
+    def rehearse() -> None:
+        for options in wanted:
+            with suppress(Exception):
+                kept = choose_widths(model, options).residual or model.width
+                options.method.rehearse(model.width, kept, model.device, options)
+
+    thread = Thread(target=rehearse, name="dotresize-compile", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _allocation(model: CausalLM, tokens: Tensor, options: Options) -> Allocation | None:
@@ -155,7 +182,7 @@ def narrow_model(
     cut = width < model.width or options.energy is not None
     of_statistics = cut or options.method.scope == "location"
     if of_statistics:
-        _check_statistics(statistics, options)
+        _check_statistics(statistics, model, options)
     if options.energy is not None:
         width = width_for_energy(statistics, model, options)
         logger.info("width %d -> %d (energy %g)", model.width, width, options.energy)
@@ -305,11 +332,12 @@ def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> No
         )
 
 
-def _check_statistics(statistics: Statistics, options: Options) -> None:
+def _check_statistics(statistics: Statistics, model: CausalLM, options: Options) -> None:
     if not statistics.locations:
         raise ValueError("statistics: none were collected, as the residual was to keep its width")
-    for name in MATRICES:
-        if name in options.needs and getattr(statistics, name) is None:
+    needed = options.needs | ({"final"} if options.chooses_table(model) else set())
+    for name in (*MATRICES, "final"):
+        if name in needed and getattr(statistics, name) is None:
             raise ValueError(f"statistics: collected without {name}, which these options need")
     moment = statistics.moment
     apart = moment is not None and len(moment) == len(statistics.locations)

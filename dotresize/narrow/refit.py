@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,12 @@ from tqdm import tqdm
 from dotresize import distributed
 from dotresize.calibration.activation_cache import ActivationCache
 from dotresize.calibration.residual_stream import Streams, captured, inner_neurons, norms_of
-from dotresize.least_squares import FLOAT, NormalEquations, product
+from dotresize.least_squares import FLOAT, NormalEquations, has_matrix_units, product
 from dotresize.models import Sublayer
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import pad_layer
 from dotresize.models.linear import keep_outputs, linear_of, rows_of, set_rows
-from dotresize.narrow.absorb import matmul_in_blocks
+from dotresize.narrow.absorb import matmul_in_blocks, product_type
 from dotresize.narrow.maps import is_identity
 from dotresize.narrow.norm_scales import scale_final_norm, scale_layer
 from dotresize.narrow.options import Inner, Options
@@ -59,8 +60,6 @@ PRIOR_TOKENS_KEPT = 10.0
 # everywhere. Where the residual is narrowed it counts as any other: what its large channels lose no
 # reader brings back (docs/compress.md).
 FIRST_WEIGHT = 100.0
-
-
 # How often a window that the model wrote itself counts where the residual is narrower, as long as
 # all of them count no more than all that were given: of half as many windows, each counts twice,
 # and both kinds the same. They stand for kinds of text that nobody thought of, such as
@@ -162,7 +161,7 @@ class _Refit:
     ) -> None:
         self.architecture = dense.architecture
         self.lost: list[float] = []  # by each feed-forward so far
-        self._options, self.residual = options, residual
+        self._options, self.residual, self._type = options, residual, product_type(narrow)
         place = activation_place(dense, tokens)
         self._narrow = Streams(narrow, tokens, options.batch_windows, place)
         # Where nothing is refitted, nothing is to be met but what the narrowed model does itself.
@@ -272,7 +271,7 @@ class _Refit:
         ridge = ridge_of(self._options, equations.tokens_per_input, cut=self._cut)
         a = equations.solve(ridge, proportional=self._cut)
         for dense_reader, reader in readers:
-            matmul_in_blocks(dense_reader, a.mT, out=reader)
+            matmul_in_blocks(dense_reader, a.mT.to(self._type), out=reader)
 
     def _write(
         self, layer: nn.Module, part: Sublayer, q: Tensor, inner: int | None
@@ -282,14 +281,28 @@ class _Refit:
             return None
         writer = linear_of(layer, part.writer)
         own = self._dense is None
-        equations = NormalEquations(rows_of(writer).to(FLOAT), met_by_prior=own)
-        for h, missing, weights in zip(self._inner, self._missing(q), self._weights, strict=True):
+        through = None if own or not self._apart(writer) else self._stream_scale * q
+        prior = rows_of(writer).to(FLOAT)
+        equations = NormalEquations(prior, met_by_prior=own, through=through)
+        wanted = self._missing(q) if through is None else self._factors()
+        for h, missing, weights in zip(self._inner, wanted, self._weights, strict=True):
             if missing is not None and writer.bias is not None:
                 missing = missing - writer.bias.float()
             add_windows(equations, h, missing, weights, self._first)
         kept, lost = refit_writer(layer, part, equations, inner, self._options, cut=self._cut)
         self.lost.append(lost)
         return kept
+
+    def _apart(self, writer: Any) -> bool:
+        """Return whether both streams are multiplied as they are, not what a writer lacks."""
+        plain = writer.bias is None and self._multiplier == 1.0 and not self._same
+        return plain and has_matrix_units(writer.weight)
+
+    def _factors(self) -> Iterator[Tensor]:
+        """Yield both streams of each batch side by side: the dense one's end, and the middle."""
+        assert self._dense is not None
+        for x, wanted in zip(self._middle, self._dense.stream, strict=True):
+            yield torch.cat([wanted, x], -1)
 
     def _missing(self, q: Tensor) -> Iterator[Tensor | None]:
         """Yield what each batch's writer should write, float32, bias and all; None for nothing."""

@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize.least_squares import FLOAT, solve
+from dotresize.least_squares import FLOAT, gram, solve
 from dotresize.models.causal_lm import CausalLM
-from dotresize.narrow.absorb import matmul_in_blocks
+from dotresize.narrow.absorb import matmul_in_blocks, product_type
 from dotresize.offload.memory_plan import TABLE_ROWS
 
 
@@ -42,37 +42,38 @@ def choose_table(
         dense.resident(*names) as (embedding, dense_norm),
         narrow.resident(*names) as (table, norm),
     ):
-        scale, gram = architecture.gain(dense_norm), _gram(embedding.weight)
-        basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, gram, ridge)
+        kind = product_type(narrow)
+        scale, inner = architecture.gain(dense_norm), _gram(embedding.weight, kind)
+        basis, weights, between = head_basis(q, goal, moment.to(FLOAT), scale, inner, ridge)
         # Ill-conditioned columns (a norm weight near zero) keep what absorption gave them.
         kept = architecture.gain(norm)
         sound = (weights / kept - 1).abs() < 0.5
         weights = torch.where(sound, weights, kept)
         basis = torch.where(sound, between / weights, goal)
-        matmul_in_blocks(embedding.weight, basis, out=table.weight)
+        matmul_in_blocks(embedding.weight, basis.to(kind), out=table.weight)
         norm.weight.copy_(weights - architecture.norm_offset)
 
 
 def head_basis(
-    q: Tensor, goal: Tensor, moment: Tensor, scale: Tensor, gram: Tensor, ridge: float
+    q: Tensor, goal: Tensor, moment: Tensor, scale: Tensor, inner: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return B (D, k), w' (k,) and A' (D, k) of the module's header.
 
     goal: what the table is brought near to, E goal, s Q unless the model scales its embeddings;
-    scale: the norm's w; gram: E'E.
+    scale: the norm's w; inner: E'E.
     """
     s = (q.shape[1] / q.shape[0]) ** 0.5
     refitted = solve(q.mT @ moment @ q, q.mT @ moment, q.mT, ridge, proportional=True)
     between = (refitted * scale / s).mT
-    seen = gram @ between
+    seen = inner @ between
     weights = (between * seen).sum(0) / (goal * seen).sum(0)
     return between / weights, weights, between
 
 
-def _gram(embedding: Tensor) -> Tensor:
+def _gram(embedding: Tensor, kind: torch.dtype) -> Tensor:
+    """Return E'E, float64, of products in a type (``product_type``)."""
     width = embedding.shape[1]
     total = torch.zeros(width, width, dtype=FLOAT, device=embedding.device)
     for rows in embedding.split(TABLE_ROWS):
-        part = rows.to(FLOAT)
-        total += part.mT @ part
+        total += gram(rows) if kind == torch.float32 else rows.to(FLOAT).mT @ rows.to(FLOAT)
     return total

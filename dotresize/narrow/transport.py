@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dotresize.narrow.maps import WidthMap
+from dotresize.ops.backends import choose
 from dotresize.ops.sinkhorn import sinkhorn
 from dotresize.ops.sinkhorn_result import SinkhornResult
 from dotresize.ops.transport_map import factorize, transport_map
@@ -102,6 +103,14 @@ def transports(
             width_map.seconds = {"sinkhorn": seconds, "factorisation": factorisation}
             found.append(width_map)
     return found
+
+
+def rehearse(n: int, m: int, device: torch.device, backend: str = "auto") -> None:
+    """Solve a problem of no meaning, (n, m), so that what ``transports`` will use is compiled."""
+    if choose(backend, device) != "triton":
+        return
+    rows, columns = (torch.arange(k, dtype=torch.float64, device=device) / k for k in (n, m))
+    sinkhorn((rows[:, None] - columns).abs()[None], 1.0, tol=1e-9, max_iter=2, backend=backend)
 
 
 def limit(plan: Tensor, selection: Tensor, name: str) -> WidthMap:

@@ -20,7 +20,8 @@ batch         4 B (6 D + 3 F), with t experts for each token 4 B (6 D + t (2 D +
 activations   c T (3 D + 2 k + F), where they are kept        (ActivationCache), or c (D + k) for
               each token to evaluate on, if that is more
 
-to which the host adds what Python and its libraries take before the first stage.
+to which the host adds what Python and its libraries take before the first stage. A GPU has one part
+more, which is read ahead.
 """
 
 from __future__ import annotations
@@ -119,9 +120,11 @@ def plan(
     most = max(stages.values())
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
+        part = c * max(_sizes(model))
+        most += part  # that is read ahead
         place = "device" if most + kept < 0.9 * free else "host"
         most += kept if place == "device" else 0
-        on_host = 2 * c * max(_sizes(model))  # a part on its way from and to the files
+        on_host = 4 * part  # on its way from and to the files, mapped and pinned
     else:
         place, on_host = "host", most
     need = base + on_host

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import importlib
 import json
 import logging
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dotresize.models import architecture_of
@@ -34,6 +34,7 @@ from dotresize.models.skeleton import skeleton
 from dotresize.offload.headers import INDEX, check_stored, shards
 from dotresize.offload.memory_plan import TABLE_ROWS
 from dotresize.offload.stored_weights import StoredNames, StoredWeights
+from dotresize.offload.transfers import ReadAhead, WriteBehind, threaded
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE = 2**20
@@ -140,6 +141,15 @@ class Offloaded:
         self.work = work
         self.activations: str | None = activations
         self.stored_as: torch.dtype | None = None
+        # What a part is made of does not change, and is asked for while it has no memory.
+        parts = CausalLM(module, self).parts
+        self._keys = {
+            name: [key for key, _ in module.get_submodule(name).named_parameters()]
+            for name in parts
+        }
+        self._ahead: ReadAhead | None = None
+        if threaded(weights.device):
+            self._ahead = ReadAhead(self._read, parts, weights.device)
         _give_large_blocks_back()
 
     @classmethod
@@ -158,6 +168,11 @@ class Offloaded:
     @property
     def computed_bytes(self) -> int:
         return self.weights.computed(next(iter(self.weights.where))).itemsize
+
+    @property
+    def written_bytes(self) -> int:
+        kept = self.stored_as or self.weights.kept
+        return self.computed_bytes if kept is None else kept.itemsize
 
     @contextmanager
     def resident(self, names: tuple[str, ...]) -> Iterator[list[Any]]:
@@ -180,7 +195,10 @@ class Offloaded:
                 self._module.tie_weights()  # a tied head has its own weight only while it is used
 
     def _load(self, name: str, part: nn.Module) -> None:
-        self.weights.load(name, part)
+        fill(part, self._read(name) if self._ahead is None else self._ahead.take(name))
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return self.weights.part(name, self._keys[name])
 
     def _release(self, name: str, part: nn.Module) -> None:
         """Nothing: what was read stays as it is in the files."""
@@ -234,9 +252,14 @@ class _Growing(Offloaded):
             module.config.dtype = self.stored_as
         self._maker, self._dense = maker, dense.weights
         self._parts = model.parts[: -1 if maker.tied else None]
+        self._ahead = None  # parts are made when they are asked for
+        self._behind = WriteBehind(dense.device)
+        self._written = ""  # the part that may still be on its way
 
     def _load(self, name: str, part: nn.Module) -> None:
-        if all(f"{name}.{key}" in self.weights for key, _ in part.named_parameters()):
+        if name == self._written:
+            self._behind.wait()
+        if all(f"{name}.{key}" in self.weights for key in self._keys[name]):
             super()._load(name, part)
         else:
             fill(part, self._maker.part(name))
@@ -250,10 +273,18 @@ class _Growing(Offloaded):
         stored: dict[str, Tensor] = {}
         for key, weight in weights.items():
             dtype = self.stored_as or self._dense.dtype(key)
-            value = weight.detach().to("cpu", dtype).contiguous()
+            value = weight.detach().to(dtype).contiguous()
             stored |= self.weights.names.split(key, value)
-        save_file(stored, path, metadata={"format": "pt"})
-        self.weights.add(path)
+        self._behind.write(stored, path, functools.partial(self.weights.add, path))
+        self._written = name
+
+    def finish(self) -> None:
+        super().finish()
+        self._behind.wait()
+
+    def save(self, folder: Path) -> None:
+        self._behind.wait()
+        super().save(folder)
 
 
 def _give_large_blocks_back() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from dotresize.models.causal_lm import CausalLM, fill
+from dotresize.models.causal_lm import CausalLM
+from dotresize.offload.transfers import to_device
 
 
 class StoredNames:
@@ -119,7 +121,7 @@ class StoredWeights:
         """Return a weight on the store's device, as it is stored or in another type."""
         pieces, dtype = self.names.of(name), dtype or self.dtype(name)
         if not self.names.by_expert(name):
-            return self._piece(pieces[0][0]).to(self.device, dtype)
+            return to_device(self._piece(pieces[0][0]), self.device, dtype)
         rows, *others = self._shapes[pieces[0][0]]
         shape = len(pieces), len(pieces[0]) * rows, *others
         weight = torch.empty(shape, dtype=dtype, device=self.device)
@@ -151,15 +153,15 @@ class StoredWeights:
             if found != wanted:
                 raise ValueError(f"{piece} is stored as {found}, config asks for {wanted}")
 
-    def load(self, name: str, part: nn.Module) -> None:
-        """Fill a part with its weights; ValueError for one that is not finite."""
+    def part(self, name: str, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return the weights of a part by their names in it; ValueError for one not finite."""
         weights = {}
-        for key, _ in part.named_parameters():  # one by one: a widened weight's map is let go
+        for key in keys:  # one by one: a widened weight's map is let go
             weight = self.read(f"{name}.{key}", self.computed(f"{name}.{key}"))
             if not torch.isfinite(weight).all():
                 raise ValueError(f"weight {name}.{key} of the model holds NaN or Inf")
             weights[key] = weight
-        fill(part, weights)
+        return weights
 
     def computed(self, name: str) -> torch.dtype:
         """Return the type in which the model computes with a weight."""
