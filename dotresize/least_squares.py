@@ -46,8 +46,9 @@ class NormalEquations:
             prior: A0, (inputs, outputs) float64.
             met_by_prior: whether u A0 is what is to be met, and tokens are added without v.
             through: Q (width, outputs) float64, where v is x Q - y and tokens are added with x and
-                y side by side, (..., width + outputs). Their products with u are then summed before
-                Q: those of factors in half precision are a third of the work.
+                y side by side, (..., width + outputs). What is summed over tokens is then u'x and
+                u'y, and Q multiplies the sum: with x and y in half precision that is fewer
+                products of matrix units than u'v with v in float32.
         """
         self.prior = prior
         self._through = through
@@ -75,14 +76,11 @@ class NormalEquations:
         self.squares += weight * self._wanted(v).square().sum(dtype=FLOAT)
 
     def _wanted(self, v: Tensor) -> Tensor:
-        """Return what is to be met, float32; through a Q that is rounded to the tokens' type.
-
-        That is for its squares alone, of which a thousandth of x is no part.
-        """
+        """Return what is to be met, float32."""
         if self._through is None:
             return v.float()
         x, y = v.split([len(self._through), self.prior.shape[1]], 1)
-        return product(x, self._through.to(v.dtype)) - y.float()
+        return product(x, self._through.float()) - y.float()
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
@@ -147,7 +145,9 @@ def _solved(gram: Tensor, cross: Tensor) -> Tensor:
     if failed:
         del factor
         return torch.linalg.solve(gram, cross)
-    return torch.cholesky_solve(cross, factor)
+    # cholesky_solve would copy the factor.
+    half = torch.linalg.solve_triangular(factor, cross, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def _add_ridge(
@@ -174,7 +174,8 @@ def over_tokens(u: Tensor, v: Tensor) -> Tensor:
 
 def gram(u: Tensor) -> Tensor:
     """Return u'u, float32: u (T, n) of any floating type."""
-    return _symmetric(u, [u]) if has_matrix_units(u) else _symmetric(u.float(), [u.float()])
+    u = u if has_matrix_units(u) else u.float()
+    return _symmetric(u, [u])
 
 
 def scaled_gram(x: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:

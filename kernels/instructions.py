@@ -1,7 +1,7 @@
-"""Instructions that no expression compiles to, by the vendor's assembler; else as expressions.
+"""This module names instructions that no expression compiles to, in each vendor's assembler.
 
-NVIDIA says whether the kernel is compiled for one of its GPUs. The interpreter has expressions for
-all of them.
+NVIDIA says whether the kernel is compiled for one of its GPUs, and not for one of AMD's. The
+interpreter has expressions for all of them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ from dotresize.kernels.gluon_compat import gl, jit
 STEEP = tl.constexpr(2.0**127)
 
 
-@jit
-def _bounded(b_difference):
-    return gl.minimum(gl.maximum(b_difference * STEEP + 0.5, 0.0), 1.0)
-
-
 if triton.knobs.runtime.interpret:
 
     @jit
@@ -27,10 +22,6 @@ if triton.knobs.runtime.interpret:
         bits = (8 * tl.arange(0, 4))[None, None, :]
         b_distances = tl.abs((b_x[:, :, None] >> bits & 255) - (b_y[:, :, None] >> bits & 255))
         return b_sum + tl.sum(b_distances, 2)
-
-    @jit
-    def step_up(b_difference, NVIDIA: tl.constexpr):
-        return _bounded(b_difference)
 
 else:
 
@@ -55,6 +46,15 @@ else:
             pack=1,
         )
 
+
+if triton.knobs.runtime.interpret:
+
+    @jit
+    def step_up(b_difference, NVIDIA: tl.constexpr):
+        return gl.where(b_difference > 0, 1.0, gl.where(b_difference < 0, 0.0, 0.5))
+
+else:
+
     @jit
     def step_up(b_difference, NVIDIA: tl.constexpr):
         """Return 1 where a difference is positive, 1/2 where it is 0, and 0 where it is negative.
@@ -70,4 +70,4 @@ else:
                 is_pure=True,
                 pack=1,
             )
-        return _bounded(b_difference)  # a modifier of AMD's multiply-add
+        return gl.minimum(gl.maximum(b_difference * STEEP + 0.5, 0.0), 1.0)

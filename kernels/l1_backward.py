@@ -13,7 +13,8 @@ A tile is tokens x neurons of x, whose activations and sums stay in registers wh
 y pass: for each of them a thread takes 8 tokens' activations and 4 entries of G from shared memory,
 where they come in chunks, the next ones on their way, as in the forward kernel (l1_tile.py). Sums
 have two levels, as there: TOKEN_BLOCK terms in registers, then the total in ``out``. The sum of G
-is taken in the same order, so that of equal activations nothing is left.
+is taken in the same order, so that nothing is left where all activations are equal; where some are,
+their G is still in the rounding, 1e-7 of the sum of |G| in a block.
 
 The launcher makes y and G neuron by neuron, so that what a thread reads lies side by side, and pads
 their ends to whole tiles; zeros of G past the last neuron add nothing.
@@ -149,7 +150,10 @@ def l1_backward(work: L1Gradients, by_y: bool) -> tuple[Tensor, Tensor | None]:
         index = work.targets[:, None, :].expand(-1, n, -1)
         whole = gradient.new_zeros(batch, n, n)
         gradient = whole.scatter_add_(2, index, gradient)
-    return _launch(x, x, gradient + gradient.mT, work.divisor), None
+    gradient = gradient + gradient.mT
+    # Of a neuron and itself the sign is 0, and the step 1/2 would round it beside the others.
+    gradient.diagonal(dim1=1, dim2=2).zero_()
+    return _launch(x, x, gradient, work.divisor), None
 
 
 def _launch(x: Tensor, y: Tensor, gradient: Tensor, divisor: float) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from dotresize.kernels.l1_tile import BYTES, FLOATS, HALVES, l1_cost_kernel
 from dotresize.ops.constants import GROUP, TOKEN_BLOCK, L1Operands, chunk_tokens
 
-# Copies that go past the registers, and shared memory for totals, are NVIDIA's.
+# Copies that go past the registers are NVIDIA's; AMD's GPUs have registers for totals.
+SHARED_TOTALS = torch.version.hip is None
 NVIDIA = not triton.knobs.runtime.interpret and torch.version.hip is None
 # Neurons: what Triton asks of a number to read 16 bytes at a time along it.
 ALIGNED = 16
@@ -19,7 +20,7 @@ ALIGNED = 16
 
 @dataclass(frozen=True)
 class Kind:
-    """Numbers that a kernel can read: activations, copies scaled to float16, words of bytes."""
+    """Says what numbers a kernel reads: activations, copies scaled to float16, words of bytes."""
 
     code: int
     dtype: torch.dtype
@@ -81,6 +82,9 @@ CONFIGS = {
     "packed": L1Config(64, 128, 8, (2, 2), GROUP, 3, 128),
     "bytes": L1Config(64, 128, 4, (2, 2), 8, 3, 128),  # not yet timed
 }
+# Bytes of shared memory that three programs of these need on a multiprocessor. Devices for
+# workstations have 100 KB.
+ENOUGH_SHARED = 3 * (51 << 10)
 # For problems with too few tiles to fill a device.
 SMALL = {
     "float32": L1Config(32, 64, 4, (2, 2), 8, 3, 128),
@@ -111,7 +115,7 @@ def l1_cost(work: L1Operands, scale: Tensor | None = None) -> Tensor | None:
     if not shared and (targets is not None or not _readable(columns, blocks[1], kind.dtype)):
         copied += out.shape[2]
     step = x.shape[1]
-    if copied and scale is None:  # other copies were made of few enough tokens
+    if copied and scale is None:  # other copies are of few enough tokens
         step = chunk_tokens(len(x), copied, 4)
     found = None
     for part in work.chunks(step):
@@ -178,6 +182,7 @@ def _launch(
             FINISH=divisor is not None,
             BLOCK=kind.block,
             NVIDIA=NVIDIA,
+            SHARED=SHARED_TOTALS,
             **config.options(lanes),
             **config.constants(lanes),
         )
@@ -198,11 +203,16 @@ def lanes_of(x: Tensor) -> int:
 
 
 def choose_config(out: Tensor, kind: str, device: torch.device) -> L1Config:
-    """Return the tile for one call; the small one where others were too few, or mostly padding."""
-    processors = 1
+    """Return the tile for one call: the small one where others were too few, or mostly padding.
+
+    And where a multiprocessor has room for the totals of one or two programs only.
+    """
+    processors, shared = 1, ENOUGH_SHARED
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        found = torch.cuda.get_device_properties(device)
+        processors, shared = found.multi_processor_count, found.shared_memory_per_multiprocessor
     usual = CONFIGS[kind]
     narrow = out.shape[1] < usual.block_m or out.shape[2] < usual.block_n
     few = _tiles(*out.shape, usual) < 2 * processors
-    return SMALL[kind] if few or narrow else usual
+    scarce = SHARED_TOTALS and shared < ENOUGH_SHARED
+    return SMALL[kind] if few or narrow or scarce else usual

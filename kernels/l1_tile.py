@@ -101,6 +101,7 @@ def l1_cost_kernel(
     ACCUMULATE: tl.constexpr,
     FINISH: tl.constexpr,
     NVIDIA: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -116,8 +117,9 @@ def l1_cost_kernel(
     tokens: of x and y as they are read, which are words of four tokens for BYTES; BLOCK of them are
     summed before the total is touched. read_n, read_m: neurons of a token that may be read, at
     least a tile, multiples of 16 and, up to padding, n and m. p_scale: (batch, groups) factors of
-    the sums of CHUNK tokens for HALVES, of BLOCK words for BYTES. FINISH divides by ``divisor`` and
-    writes the tile's minimum, maximum and mean (times its share of BM x BN).
+    the sums of CHUNK tokens for HALVES, of BLOCK words for BYTES. SHARED keeps totals in shared
+    memory, not in registers. FINISH divides by ``divisor`` and writes the tile's minimum, maximum
+    and mean (times its share of BM x BN).
     """
     BOTH: tl.constexpr = gl.BlockedLayout([T, T], [LANES_M, 8], [WARPS_M, WARPS_N], [1, 0])
     ROWS: tl.constexpr = gl.SliceLayout(1, BOTH)
@@ -125,6 +127,7 @@ def l1_cost_kernel(
     VECTOR: tl.constexpr = 8 if KIND == HALVES else 4
     COPY: tl.constexpr = gl.BlockedLayout([VECTOR], [8 * LANES_M], [WARPS_M * WARPS_N], [0])
     PLAIN: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # Swizzled: threads that read at the same time meet different banks.
     SPREAD: tl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     # One grid axis: the others end at 65535, and there may be more problems.
     tiles_n = gl.cdiv(m, BN)
@@ -162,7 +165,7 @@ def l1_cost_kernel(
         b_total = gl.zeros([BM, BN], gl.float32, layout=BOTH)
         if ACCUMULATE:
             b_total = gl.load(p_tile, mask=m_tile, other=0.0)
-        if NVIDIA:
+        if SHARED:  # the first axis is for the interpreter, whose rows it counts
             total = gl.allocate_shared_memory(gl.float32, [1, BM, BN], SPREAD).index(0)
             total.store(b_total)
         for start in range(0, tokens, BLOCK):
@@ -199,12 +202,13 @@ def l1_cost_kernel(
             b_part = b_sum.to(gl.float32)
             if KIND == BYTES:
                 b_part *= gl.load(p_scale + i_b * groups + start // BLOCK)
-            if NVIDIA:
+            if SHARED:
                 total.store(total.load(BOTH) + b_part)
             else:
                 b_total += b_part
         if NVIDIA:
             async_copy.wait_group(0)  # what follows may reuse the chunks' memory
+        if SHARED:
             b_total = total.load(BOTH)
         if FINISH:
             b_total = gl.div_rn(b_total, divisor)

@@ -60,7 +60,16 @@ def rows(script):
 
 
 def test_what_the_launchers_ask_for_compiles(script):
-    names = ("begin", "finish", "l1_backward", "l1_cost", "minima", "quantize", "resident")
+    names = (
+        "begin",
+        "finish",
+        "l1_backward",
+        "l1_cost",
+        "minima",
+        "quantize",
+        "ranges",
+        "resident",
+    )
     names += ("sinkhorn_column", "sinkhorn_sweep", "start", "store_linear")
     assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
@@ -114,12 +123,12 @@ def test_l1_of_bytes_takes_one_instruction_for_four_tokens(rows):
 
 def test_l1_keeps_totals_out_of_memory(rows):
     for row in of(rows, "l1_cost/float32", "sm_80", "sm_90", "sm_100"):
-        assert row["loads"] == 0, row
+        assert row["loads"] == 0 or row["kernel"].endswith("/more"), row
 
 
 def test_the_gradient_of_l1_reaches_four_fifths_of_its_bound(rows):
     """A difference, its step and the sum: three instructions; nothing is read from memory."""
-    for row in of(rows, "l1_backward/64x64", "sm_80", "sm_90"):
+    for row in of(rows, "l1_backward/64x64", "sm_80", "sm_90", "sm_100"):
         if row["kernel"].endswith("/1"):
             continue
         assert count(row, "FFMA.SAT") == row["elements"], row

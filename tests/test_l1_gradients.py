@@ -203,3 +203,14 @@ def test_no_entries():
     l1_cost(x, y).sum().backward()
     assert not x.grad.any()
     assert y.grad.shape == (4, 0)
+
+
+def test_a_neuron_and_itself_do_not_hide_the_others(backend):
+    """Their gradient may be a billion times larger, as transport between neurons has it."""
+    device = device_of(backend)
+    x = torch.tensor([[0.0, 1.0]], device=device, requires_grad=True)
+    incoming = torch.tensor([[1.0, 1e-9], [1e-9, 1.0]], device=device)
+    for options in ({}, {"targets": torch.tensor([0, 1], device=device)}):
+        cost = l1_cost(x, **options, reduction="sum", backend=backend)
+        (found,) = torch.autograd.grad(cost, x, incoming)
+        assert torch.allclose(found.cpu(), torch.tensor([[-2e-9, 2e-9]]), rtol=1e-6, atol=0)

@@ -8,6 +8,7 @@ from conftest import BACKENDS, ON_GPU, device_of
 from test_l1_cost import DTYPES, oracle
 
 from dotresize import L1CostAccumulator, l1_cost
+from dotresize.kernels import l1_quantize
 from dotresize.ops import l1_u8
 
 
@@ -134,6 +135,7 @@ def test_long_inputs_go_in_chunks(monkeypatch, backend):
     x = activations(1, 700, 9)
     whole = u8(x, backend=backend)
     monkeypatch.setattr(l1_u8, "CHUNK", 256)
+    monkeypatch.setattr(l1_u8, "LEAST_CHUNK", 256)
     found = u8(x, backend=backend)
     assert median_error(found, oracle(x, x)) < 2e-3
     torch.testing.assert_close(found, whole, rtol=0.01, atol=1e-6)
@@ -158,3 +160,19 @@ for shape in ((1, 1, 1, 1), (2, 7, 5, 3), (1, 265, 13, 17), (1, 300, 601, 301)):
     equals_plain_bytes(shape, "cpp")
 """
     run_at_simd_level(code, level)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 37), (1, 3, 64)])
+def test_ranges_of_tokens(monkeypatch, shape):
+    """In one read, in parts of a token; NaN where an activation is not finite."""
+    monkeypatch.setattr(l1_quantize, "_NEURONS_OF_A_RANGE", 16)
+    x = torch.randn(shape, device=device_of("triton"))
+    for view in (x, x.bfloat16(), x[:, ::2]):
+        assert torch.equal(torch.stack(l1_quantize.ranges(view)), torch.stack(l1_u8.ranges(view)))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[0, -1, -1] = value
+        low, high = l1_quantize.ranges(x)
+        bad = torch.zeros_like(low, dtype=torch.bool)
+        bad[0, -1] = True
+        assert torch.equal(low.isnan(), bad)
+        assert torch.equal(high.isnan(), bad)

@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import device_of
 
 from dotresize import factorize, sinkhorn, transport_map
 from dotresize.baselines.magnitude import selected
+from dotresize.compression import METHODS, make_options
+from dotresize.narrow import transport as transporting
 from dotresize.narrow.maps import WidthMap, align, largest, level
 from dotresize.narrow.principal import pca
 from dotresize.narrow.transport import transports
@@ -192,3 +195,29 @@ def test_level_keeps_the_mean(k, kind):
     assert torch.allclose((scale * x @ leveled).mean(1), x.mean(1))
     # One direction of the span was given up for the mean, and no more.
     assert int((torch.linalg.svdvals(q.mT @ leveled) > 1 - 1e-9).sum()) >= k - 1
+
+
+@pytest.mark.parametrize("steps", [1, math.inf])
+def test_a_rehearsal_solves_a_problem_of_the_same_kind(monkeypatch, steps):
+    """What is compiled for it is what the maps will use; no random number is drawn for it."""
+    solved = []
+    solver = transporting.sinkhorn
+
+    def seen(cost, *given, **options):
+        solved.append((cost.dtype, cost.shape[1:], options["tol"], options["backend"]))
+        return solver(cost, *given, **options)
+
+    monkeypatch.setattr(transporting, "sinkhorn", seen)
+    method = METHODS["dot"]
+    options = make_options(width=4, steps=steps, backend="triton")
+    drawn = torch.get_rng_state()
+    method.rehearse(9, 4, device_of("triton"), options)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    cost = l1_cost(torch.randn(30, 9, device=device_of("triton")))[None]
+    transports(cost, [torch.arange(4)], steps=steps, backend="triton")
+    assert solved[0] == solved[1]
+
+
+def test_a_rehearsal_is_for_kernels_that_are_compiled(monkeypatch):
+    monkeypatch.setattr(transporting, "sinkhorn", None)
+    transporting.rehearse(9, 4, torch.device("cpu"), "cpp")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dotresize import L1CostAccumulator, assignment, l1_cost, sinkhorn
+from dotresize.ops.constants import L1Operands
 from dotresize.ops.l1_launch import PRECISIONS
 
 from .. import assignment as matching
@@ -136,20 +137,25 @@ def power_row(clock: Clock, tokens: int, n: int, m: int, calls: int) -> Row:
     Says whether a long call is slow because of its shape or because power runs out: a shape whose
     rate falls with the number of calls, and the clock with it, is short of power.
     """
-    x, y = (torch.randn(tokens, k, device=clock.device) for k in (n, m))
-    out = torch.empty(n, m, device=clock.device)
+    from dotresize.kernels.l1_cost import l1_cost as launch
+
+    x, y = (torch.randn(1, tokens, k, device=clock.device) for k in (n, m))
+    out = torch.empty(1, n, m, device=clock.device)
+    work = L1Operands(x, y, None, out, accumulate=False, divisor=None)  # nothing waits for it
     clocks: list[int] = []
 
     def several() -> None:
         for _ in range(calls):
-            l1_cost(x, y, out=out, reduction="sum", backend="triton")
-        if clock.on_gpu:  # while they run: launches do not wait
-            with contextlib.suppress(Exception):
+            launch(work)
+        if clock.on_gpu:
+            end = torch.cuda.Event()
+            end.record()
+            while not end.query():
                 clocks.append(torch.cuda.clock_rate(clock.device))
 
     seconds = clock.median(several)
-    rate = calls * tokens * n * m / seconds
-    return {"median_s": seconds, "pairs_per_s": rate, "lowest_clock_mhz": min(clocks, default=None)}
+    row: Row = {"median_s": seconds, "pairs_per_s": calls * tokens * n * m / seconds}
+    return row | {"clock_samples": len(clocks), "lowest_clock_mhz": min(clocks, default=None)}
 
 
 def gradient_rows(shape: tuple[int, int, int], clock: Clock, peers: bool) -> list[Row]:

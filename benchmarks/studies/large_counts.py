@@ -1,15 +1,19 @@
 """Operations and bytes of compressing a model of a given shape to four fifths of its width.
 
 With D and k the residual widths, F the inner one, P the parameters of all layers, P' those of the
-narrowed ones, E those of embedding and head, L layers, T tokens, R the readers' rows of a layer:
+narrowed ones, E those of embedding and head, L layers, T tokens, R the readers' rows of a layer,
+g = 5/8 the share of a Gram matrix that is multiplied:
 
 forward  2 T (2 P + P')                                calibration, and both models in the refit
-gram     2 T s (2 L + 1) D^2 + 2 T L (2 k^2 + 2 k D + F^2 + s k D + s F k)         of activations
-float64  9 D^3 + 2 k (P + E) + L (4/3 k^3 + 4 k^2 D + 2/3 F^3 + 2 F^2 k + 2 k D R)
+gram     2 T L (2 g k^2 + 2 k D + g F^2 + w) + 2 s k (E + L (D + F + R) D)
+float64  9 D^3 + L (2/3 k^3 + 4 k^2 D + 1/3 F^3 + 2 F^2 k + v)
 
-The forward passes run in the model's dtype (float32 on a CPU), the products of activations on a
-GPU's matrix units, where one with a float32 factor is s = 3 products (least_squares.py), or in
-float32, s = 1.
+for transport with a number of steps and a head of its own, which asks for no moments. The default
+asks for those of activations, 2 T s g (2 L + 1) D^2 more, and passes the model backwards. The
+forward passes run in the model's dtype (float32 on a CPU). Products of activations, and of weights
+by a map, run on a GPU's matrix units, where one with a float32 factor is s = 3 products
+(least_squares.py), or in float32, s = 1. A writer's cross products are w = F (D + k) + s D k with
+matrix units, and v = 2 F D k after them; else w = k (D + F) and v = 0.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dotresize.least_squares import over_tokens
+from dotresize.least_squares import GRAM_BLOCKS, over_tokens
 from dotresize.models.causal_lm import CausalLM
 from dotresize.offload.memory_plan import activation_bytes, stage_bytes
 
@@ -53,15 +57,18 @@ def counts(shape: Shape, tokens: int, split: int) -> dict[str, float]:
     """Return the header's sums, in floating-point operations; split: s."""
     width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     k, readers, layer = round(KEPT * width), _readers(shape), _layer(shape)
-    gram = split * (2 * layers + 1) * width**2
-    gram += layers * (2 * k**2 + 2 * k * width + inner**2 + split * k * (width + inner))
-    solves = 4 / 3 * k**3 + 4 * k**2 * width + 2 / 3 * inner**3 + 2 * inner**2 * k
+    writer, after = k * (width + inner), 0
+    if split > 1:
+        writer, after = inner * (width + k) + split * width * k, 2 * inner * width * k
+    share = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)
+    gram = share * (2 * k**2 + inner**2) + 2 * k * width + writer
+    tables = 2 * shape.vocab_size * width
+    maps = tables + layers * (width + inner + readers) * width
+    solves = 2 / 3 * k**3 + 4 * k**2 * width + 1 / 3 * inner**3 + 2 * inner**2 * k + after
     return {
         "forward": 2.0 * tokens * layers * layer * (2 + KEPT),
-        "gram": 2.0 * tokens * gram,
-        "float64": 9.0 * width**3
-        + 2.0 * k * parameters(shape)
-        + layers * (solves + 2.0 * k * width * readers),
+        "gram": 2.0 * tokens * layers * gram + 2.0 * split * k * maps,
+        "float64": 9.0 * width**3 + layers * solves,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from dotresize.models import FAMILIES
 from dotresize.models.stacks import STACKS
 
+from ..code import digest
 from ..studies.large import SHARDS, TOKENS, WINDOW, llama
 from ..studies.large_counts import SHAPES, counts, gpu_bytes, parameters
 
@@ -93,7 +94,7 @@ def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
     """Return operations and bytes of large shapes; seconds where a device's rates were measured.
 
     What the products leave of a run that was measured on that device is taken to grow with the
-    bytes of the model.
+    bytes of the model. It is left out where the run is of other code than today's.
     """
     kinds = ("forward", "gram", "float64")
     names = ("1.1B", "8B", "70B")
@@ -102,7 +103,9 @@ def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
     products = {n: sum(found[n][kind] / rates[kind] for kind in kinds) for n in names}
     run = next(r for r in reversed(met) if r["device"] == table[-1]["device"])
     stages = ("calibration", "factorisation", "absorption", "refit")
-    rest = sum(run["seconds"][stage] for stage in stages) - products[run["model"]]
+    rest = None
+    if (run.get("code") or {}).get("compressor") == digest("compressor"):
+        rest = sum(run["seconds"][stage] for stage in stages) - products[run["model"]]
     size = {n: parameters(SHAPES[n]) for n in names}
     head = ["shape", *(f"{kind}, 10^15" for kind in kinds), "products", "the rest"]
     lines = [
@@ -112,7 +115,8 @@ def projected(table: list[dict[str, Any]], met: list[dict[str, Any]]) -> str:
     for name in names:
         memory = gpu_bytes(llama(SHAPES[name]), TOKENS, WINDOW)
         cells = [name, *(f"{found[name][kind] / 1e15:.2f}" for kind in kinds)]
-        cells += [f"{products[name]:.0f} s", f"{rest * size[name] / size[run['model']]:.0f} s"]
+        cells += [f"{products[name]:.0f} s"]
+        cells += ["-" if rest is None else f"{rest * size[name] / size[run['model']]:.0f} s"]
         cells += [f"{memory[what] / 1e9:.1f} GB" for what in ("stages", "activations")]
         lines.append(f"| {' | '.join(cells)} |")
     about = f"Seconds by the rates of an {table[-1]['device']}, {table[-1]['date']} "

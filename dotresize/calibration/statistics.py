@@ -152,6 +152,14 @@ def collect(
     return sums.statistics(tokens.numel(), seconds, 0 if back is None else back.kept_bytes)
 
 
+def precision_on(device: torch.device) -> str:
+    """Return the precision of costs: tokens as bytes on a GPU, where they are most of the time.
+
+    On a CPU they are a small part of it, and float32 has the same bits whatever the batches are.
+    """
+    return "u8" if device.type == "cuda" else "fp32"
+
+
 class _Matrices:
     """Sums of second moments and of L1 costs, of every location or of all together."""
 
@@ -160,7 +168,13 @@ class _Matrices:
         self._device, width = model.device, model.width
         self.moment = _zeros(model, moments, width, width) if moments else None
         self._costs = [
-            L1CostAccumulator(width, reduction="sum", device=self._device, backend=backend)
+            L1CostAccumulator(
+                width,
+                reduction="sum",
+                precision=precision_on(self._device),
+                device=self._device,
+                backend=backend,
+            )
             for _ in range(costs)
         ]
         self.cost_seconds = 0.0

@@ -269,7 +269,8 @@ class Options:
 
         That asks for the moment in front of the final norm, whose weight it rests on.
         """
-        return self.refit and model.tied and not self.untie and not model.architecture.layer_norm
+        one_map = self.method.plain and not model.architecture.layer_norm
+        return self.refit and model.tied and not self.untie and one_map
 
     @property
     def needs(self) -> frozenset[str]:

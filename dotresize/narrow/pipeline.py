@@ -83,7 +83,7 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     if narrowing:
         with (
             stage("calibration", {}, f"on {len(tokens)} windows of {tokens.shape[1]}"),
-            _rehearsed(model, narrowing),
+            _rehearsed(model, narrowing, None if split is None else split.width),
         ):
             statistics = collect_for(model, tokens, *narrowing)
     else:
@@ -94,24 +94,23 @@ def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
 
 
 @contextmanager
-def _rehearsed(model: CausalLM, wanted: list[Options]) -> Iterator[None]:
+def _rehearsed(model: CausalLM, wanted: list[Options], width: int | None) -> Iterator[None]:
     """Have the methods compile what they will use beside the block.
 
-    What goes wrong with it will go wrong again, and is then reported.
+    What goes wrong with it will go wrong again, and is then reported. width: of a budget's split.
     """
 
     def rehearse() -> None:
-        for options in wanted:
-            with suppress(Exception):
-                kept = choose_widths(model, options).residual or model.width
-                options.method.rehearse(model.width, kept, model.device, options)
+        with torch.cuda.device(model.device if model.device.type == "cuda" else -1):
+            for options in wanted:
+                with suppress(Exception):
+                    kept = width or choose_widths(model, options).residual or model.width
+                    options.method.rehearse(model.width, kept, model.device, options)
 
     thread = Thread(target=rehearse, name="dotresize-compile", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield
+    thread.join()
 
 
 def _allocation(model: CausalLM, tokens: Tensor, options: Options) -> Allocation | None:

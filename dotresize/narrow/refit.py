@@ -61,12 +61,11 @@ PRIOR_TOKENS_KEPT = 10.0
 # reader brings back (docs/compress.md).
 FIRST_WEIGHT = 100.0
 # How often a window that the model wrote itself counts where the residual is narrower, as long as
-# all of them count no more than all that were given: of half as many windows, each counts twice,
-# and both kinds the same. They stand for kinds of text that nobody thought of, such as
-# documentation left out of 24 windows (SmolLM2-135M, 468 channels, two seeds): 12 windows of
-# the model's own lose 1.00 and 1.08 there, 8 that count twice 1.05 and 1.23, or three times 1.04
-# and 1.22. Where the residual keeps its width a window counts as any other: twice made 1152 inner
-# neurons by 6 windows as bad as no refit.
+# all of them count no more than all that were given: half as many windows count twice each. They
+# stand for kinds of text that nobody thought of, such as documentation left out of 24 windows
+# (SmolLM2-135M, 468 channels, two seeds): 12 windows of the model's own lose 1.00 and 1.08 there,
+# 8 that count twice 1.05 and 1.23, or three times 1.04 and 1.22. Where the residual keeps its width
+# a window counts as any other: twice made 1152 inner neurons by 6 windows as bad as no refit.
 OWN_COUNTS = 2.0
 
 
@@ -277,10 +276,10 @@ class _Refit:
         self, layer: nn.Module, part: Sublayer, q: Tensor, inner: int | None
     ) -> Tensor | None:
         """Refit a feed-forward's writer; return which inner neurons stay, None for all."""
-        if not self._options.refit and inner is None:
+        own = self._dense is None
+        if own and inner is None:
             return None
         writer = linear_of(layer, part.writer)
-        own = self._dense is None
         through = None if own or not self._apart(writer) else self._stream_scale * q
         prior = rows_of(writer).to(FLOAT)
         equations = NormalEquations(prior, met_by_prior=own, through=through)

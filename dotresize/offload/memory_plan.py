@@ -9,7 +9,8 @@ map           136 D^2                                         (of which 32 are s
 sensitivity   c P_D + 84 D^2 + 3 batch                        (a layer's graph, twice as many sums)
 output        c V D + 16 L V                                  (a window's logits and their gradient)
 tables        c V (D + k) + 8 rows (D + k) + 48 D^2
-refit         c (P_D + P_k) + 16 F^2 + 40 F k + 32 D^2 + batch     (float64 equations, their LU)
+refit         c (P_D + P_k) + 16 F^2 + 40 F k + 32 D^2 + batch (float64 equations, their factor),
+              and 12 F D more in half precision    (both streams' products, least_squares.py)
 elimination   the same with 48 F^2                            (a narrower feed-forward)
 layer widths  c P_D + 40 F^2 + 32 F D + batch                 (each layer's elimination, before)
 divergence    c V D + 2 c L V + 2048 V                        (a window's logits, chunks in float32)
@@ -207,6 +208,7 @@ def stage_bytes(
     layers = round(c * layer * (1 + width / old))
     if model.architecture.has_inner_width:
         equations = (48 if inner < wide else 16) * wide**2 + 40 * wide * width + batch
+        equations += 12 * wide * old if c < 4 else 0
     else:
         equations = max(batch, c * layer * width // (2 * old))
     stages = {

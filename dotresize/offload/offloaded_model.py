@@ -134,7 +134,15 @@ class Offloaded:
 
     whole = False
 
-    def __init__(self, module: Any, weights: StoredWeights, work: Path, activations: str) -> None:
+    def __init__(
+        self,
+        module: Any,
+        weights: StoredWeights,
+        work: Path,
+        activations: str,
+        *,
+        reads_ahead: bool = True,
+    ) -> None:
         self._module = module
         self._held: Counter[str] = Counter()
         self.weights = weights
@@ -148,8 +156,9 @@ class Offloaded:
             for name in parts
         }
         self._ahead: ReadAhead | None = None
-        if threaded(weights.device):
-            self._ahead = ReadAhead(self._read, parts, weights.device)
+        if reads_ahead and threaded(weights.device):
+            tied = is_tied(module.config)  # then the head is the table once more
+            self._ahead = ReadAhead(self._read, parts[: -1 if tied else None], weights.device)
         _give_large_blocks_back()
 
     @classmethod
@@ -246,18 +255,19 @@ class _Growing(Offloaded):
         kept = given.kept if dense.stored_as is None else dense.stored_as
         weights = StoredWeights([], dense.device, names, widen=given.widen, kept=kept)
         assert dense.activations is not None
-        super().__init__(module, weights, dense.work, dense.activations)
+        # Parts are made when they are asked for.
+        super().__init__(module, weights, dense.work, dense.activations, reads_ahead=False)
         self.stored_as = dense.stored_as
         if self.stored_as is not None:
             module.config.dtype = self.stored_as
         self._maker, self._dense = maker, dense.weights
         self._parts = model.parts[: -1 if maker.tied else None]
-        self._ahead = None  # parts are made when they are asked for
         self._behind = WriteBehind(dense.device)
-        self._written = ""  # the part that may still be on its way
+        self._written: set[str] = set()  # stored tensors that may still be on their way
 
     def _load(self, name: str, part: nn.Module) -> None:
-        if name == self._written:
+        rows = (row for key in self._keys[name] for row in self.weights.names.of(f"{name}.{key}"))
+        if any(piece in self._written for row in rows for piece in row):
             self._behind.wait()
         if all(f"{name}.{key}" in self.weights for key in self._keys[name]):
             super()._load(name, part)
@@ -276,7 +286,7 @@ class _Growing(Offloaded):
             value = weight.detach().to(dtype).contiguous()
             stored |= self.weights.names.split(key, value)
         self._behind.write(stored, path, functools.partial(self.weights.add, path))
-        self._written = name
+        self._written = set(stored)
 
     def finish(self) -> None:
         super().finish()

@@ -1,9 +1,9 @@
 """Parts on their way between files and a GPU, in threads beside the computation.
 
-A layer is computed in a fraction of a second, and read or written in about as long. So the part
-that will be asked for next is read while this one is used, and what is finished is written while
-the next one is. Both ways through pinned memory, which the device reads and writes by itself. On a
-CPU the computation takes a hundred times as long as the files, and has the cores to itself.
+A GPU computes a layer in about the time that its files take. So the part that will be asked for
+next is read while this one is used, and what is finished is written while the next one is computed.
+Both go through pinned memory, which the device reads and writes by itself. On a CPU the computation
+takes tens of times as long as the files, and has the cores to itself.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class ReadAhead:
 
     def take(self, name: str) -> dict[str, Tensor]:
         """Return the weights of a part; what ``read`` raised for it is raised here."""
+        if name not in self._numbers:
+            return self._read(name)
         ready, self._next = self._next, None
         if ready is not None and ready[0] == name:
             weights = ready[1].result()
@@ -74,7 +76,7 @@ class ReadAhead:
 
 
 class WriteBehind:
-    """Writes files of tensors one after the other, for a GPU while it computes others."""
+    """Writes files of tensors one after the other; those of a GPU while it computes others."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(1, "dotresize-write")
@@ -122,5 +124,6 @@ def _save(tensors: dict[str, Tensor], path: Path, arrived: Any) -> None:
     if arrived is not None:
         arrived.synchronize()
     save_file(tensors, path, metadata={"format": "pt"})
-    with path.open("rb") as handle:  # so that the directory is soon whole on the disk
-        os.fsync(handle.fileno())
+    if arrived is not None:  # the directory will wait for the disk, and has less to wait for then
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())

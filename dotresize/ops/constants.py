@@ -68,7 +68,7 @@ class L1Operands(NamedTuple):
 
 
 class Quantisation(NamedTuple):
-    """Tokens by rising range: the first ``low.shape[1]`` become bytes, the others stay exact.
+    """Says how tokens, by rising range, become bytes; the last ones stay exact.
 
     ``byte = floor((x - low) / step + dither)``: see l1_u8.py.
     """

@@ -116,8 +116,11 @@ def divide(cost: Tensor, divisor: float) -> None:
 def _launch_u8(backend: str, work: L1Operands) -> Tensor | None:
     """Add bytes for most tokens, and float32 for the few of widest range, into out."""
     found = None
-    for part in work.chunks(l1_u8.CHUNK):
-        plan = l1_u8.quantisation(part.x, part.y)
+    neurons = work.x.shape[2] + (work.out.shape[2] if work.y is not None else 0)
+    fitting = chunk_tokens(len(work.x), neurons, 1)
+    for part in work.chunks(max(l1_u8.LEAST_CHUNK, min(l1_u8.CHUNK, fitting))):
+        part = part._replace(x=readable(part.x), y=readable(part.y))
+        plan = _quantisation(backend, part.x, part.y)
         if plan.token.shape[1]:
             _sum_bytes(backend, part._replace(divisor=None), plan)
             part = part._replace(accumulate=True)
@@ -127,6 +130,20 @@ def _launch_u8(backend: str, work: L1Operands) -> Tensor | None:
         )
         found = _launch_fp32(backend, rest)
     return found
+
+
+def _quantisation(backend: str, x: Tensor, y: Tensor | None) -> Quantisation:
+    """Return how to quantise the tokens of x and y together."""
+    ranges_of = l1_u8.ranges
+    if backend == "triton":
+        from dotresize.kernels import l1_quantize
+
+        ranges_of = l1_quantize.ranges
+    low, high = ranges_of(x)
+    if y is not None:
+        others = ranges_of(y)
+        low, high = torch.minimum(low, others[0]), torch.maximum(high, others[1])
+    return l1_u8.quantisation(low, high)
 
 
 def _sum_bytes(backend: str, work: L1Operands, plan: Quantisation) -> None:
@@ -160,7 +177,6 @@ def readable(value: Tensor | None) -> Tensor | None:
 
 def _words(x: Tensor, plan: Quantisation) -> Tensor:
     """Return eight tokens of a neuron as the bytes of a word: int64 (B, ceil(quantised / 8), n)."""
-    x = readable(x)
     tokens = plan.token.shape[1]
     shape = x.shape[0], -(-tokens // 8), x.shape[2]
     words = torch.empty(shape, dtype=torch.int64, device="cpu")

@@ -25,21 +25,23 @@ from dotresize.ops.constants import TOKEN_BLOCK, Quantisation
 
 # One token in so many is summed in float32.
 EXACT_SHARE = 64
-# Tokens quantised together: bounds the memory for the bytes.
-CHUNK = 1 << 14
+# Tokens quantised together: at most so many, and of large batches as many as bytes may be copied at
+# a time, but no fewer than the stated error holds for.
+CHUNK, LEAST_CHUNK = 1 << 14, 1 << 11
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Bytes 0 to 254 and an offset below 1 never pass 255.
 _LEVELS = 254.0
 
 
-def quantisation(x: Tensor, y: Tensor | None) -> Quantisation:
-    """Return how to quantise the tokens of x (B, T, n) and y (B, T, m) together."""
-    low, high = x.amin(2), x.amax(2)  # together in aminmax they take fifteen times as long
-    if y is not None:
-        low, high = torch.minimum(low, y.amin(2)), torch.maximum(high, y.amax(2))
-    low = low.float()
-    spread, order = (high.float() - low).sort(dim=1)
-    tokens = x.shape[1]
+def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest activation of each token of x (B, T, n): float32 (B, T)."""
+    return x.amin(2).float(), x.amax(2).float()  # in aminmax they take fifteen times as long
+
+
+def quantisation(low: Tensor, high: Tensor) -> Quantisation:
+    """Return how to quantise tokens whose activations are from low to high: float32 (B, T)."""
+    spread, order = (high - low).sort(dim=1)
+    tokens = low.shape[1]
     count = tokens - math.ceil(tokens / EXACT_SHARE)
     token, exact = order[:, :count].contiguous(), order[:, count:].contiguous()
     widest = spread[:, TOKEN_BLOCK - 1 : count : TOKEN_BLOCK]
@@ -48,8 +50,8 @@ def quantisation(x: Tensor, y: Tensor | None) -> Quantisation:
     # A token that is not finite sorts last and makes its block's step, and so the cost, not finite.
     # Ranges so small that their step has no reciprocal are as good as none.
     steps = torch.where(widest < 1e-30, 1.0, widest / _LEVELS)
-    dither = (torch.arange(count, dtype=torch.float64, device=x.device) * _GOLDEN % 1.0).float()
-    dither = dither.expand(len(x), -1).contiguous()
+    dither = (torch.arange(count, dtype=torch.float64, device=low.device) * _GOLDEN % 1.0).float()
+    dither = dither.expand(len(low), -1).contiguous()
     return Quantisation(token, low.gather(1, token), dither, steps.contiguous(), exact)
 
 
