@@ -13,16 +13,14 @@ def usual_settings() -> Iterator[None]:
     """Give torch its own defaults, and give the caller's back: float32, the CPU, no autocast.
 
     Works as a decorator too. Otherwise a default of float16 would make half of a model in it, and
-    an autocast around a compression, or TF32, would round its statistics.
+    an autocast around a compression would round its statistics.
     """
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if torch.get_default_device().type != "cpu":  # a mode that every call of torch passes
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.callback(torch.set_default_dtype, dtype)
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_float32_matmul_precision("highest")
         torch.set_default_dtype(torch.float32)
         yield
