@@ -23,37 +23,22 @@ if triton.knobs.runtime.interpret:
         b_distances = tl.abs((b_x[:, :, None] >> bits & 255) - (b_y[:, :, None] >> bits & 255))
         return b_sum + tl.sum(b_distances, 2)
 
-else:
-
-    @jit
-    def add_distances_of_bytes(b_x, b_y, b_sum, NVIDIA: tl.constexpr):
-        """Return ``b_sum + sum_k |x_k - y_k|`` over the four bytes of 32-bit words."""
-        if NVIDIA:
-            return gl.inline_asm_elementwise(
-                "vabsdiff4.u32.u32.u32.add $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [b_x, b_y, b_sum],
-                dtype=gl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        return gl.inline_asm_elementwise(
-            "v_sad_u8 $0, $1, $2, $3",
-            "=v,v,v,v",
-            [b_x, b_y, b_sum],
-            dtype=gl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-if triton.knobs.runtime.interpret:
-
     @jit
     def step_up(b_difference, NVIDIA: tl.constexpr):
         return gl.where(b_difference > 0, 1.0, gl.where(b_difference < 0, 0.0, 0.5))
 
 else:
+
+    @jit
+    def add_distances_of_bytes(b_x, b_y, b_sum, NVIDIA: tl.constexpr):
+        """Return ``b_sum + sum_k |x_k - y_k|`` over the four bytes of 32-bit words."""
+        CODE: tl.constexpr = (
+            "vabsdiff4.u32.u32.u32.add $0, $1, $2, $3;" if NVIDIA else "v_sad_u8 $0, $1, $2, $3"
+        )
+        REGISTERS: tl.constexpr = "=r,r,r,r" if NVIDIA else "=v,v,v,v"
+        return gl.inline_asm_elementwise(
+            CODE, REGISTERS, [b_x, b_y, b_sum], dtype=gl.int32, is_pure=True, pack=1
+        )
 
     @jit
     def step_up(b_difference, NVIDIA: tl.constexpr):

@@ -22,6 +22,7 @@ from dotresize.models.causal_lm import CausalLM
 
 from ..studies.large import llama_config
 from ..studies.large_counts import SHAPES, Shape
+from ..workload import one_line
 from .times import Clock, Row
 
 WAYS = ("eager", "compiled")
@@ -85,8 +86,12 @@ def rows(name: str, shape: Shape, served: Served, clock: Clock) -> list[Row]:
                     for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
                         part.compile(backend=backend, dynamic=True)
             for batch in served.batches:
-                figures = _run(model, batch, served, clock)
-                found.append(about | {"way": way, "batch": batch} | figures)
+                row = about | {"way": way, "batch": batch}
+                try:
+                    row |= _run(model, batch, served, clock)
+                except Exception as error:  # the other ways and batches go on
+                    row["failed"] = one_line(error)
+                found.append(row)
     finally:
         del model
         gc.collect()

@@ -65,6 +65,7 @@ def make(shape: Shape, folder: Path, seed: int = 0) -> None:
 
 
 def llama_config(shape: Shape, **others: Any) -> Any:
+    """Return the config of a shape, with other numbers where they are given."""
     import transformers
 
     sizes = asdict(shape) | others
@@ -111,7 +112,9 @@ def run(folder: Path, options: list[str], profile: Path | None = None) -> dict[s
         text.write_text("\n".join(topics.topics.values()), encoding="utf-8")
         words = ["compress", str(folder), str(out), "--calibration", str(text), *options]
         if profile is None:
-            subprocess.run([sys.executable, "-m", "dotresize", *words], check=True)
+            done = subprocess.run([sys.executable, "-m", "dotresize", *words], check=False)
+            if done.returncode:  # it has said why
+                raise SystemExit(done.returncode)
         else:
             profile.write_text(_profiled(words), encoding="utf-8")
         return json.loads((out / "dotresize.json").read_text(encoding="utf-8"))
@@ -126,8 +129,8 @@ def _profiled(words: list[str]) -> str:
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=True) as found:
-        if command(words):
-            raise SystemExit("large: the command failed")
+        if code := command(words):
+            raise SystemExit(code)
     order = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
     return found.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=40)
 
@@ -179,6 +182,13 @@ def main() -> int:
             parser.error(f"{args.folder}: exists")
         make(replace(shape, num_hidden_layers=layers), args.folder)
         return 0
+    if args.verb == "run":
+        if not args.folder.is_dir():
+            parser.error(f"{args.folder}: is no directory")
+        for option in ("out", "profile"):
+            path = getattr(args, option)
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                parser.error(f"--{option} {path}: must be a file in a folder that exists")
     if args.verb == "project":
         project(args.shapes, args.out)
         return 0

@@ -51,8 +51,8 @@ def absorb(
         untie: give a tied head its own weights, which makes the final norm's fusion exact. A head
             kept tied stays ``E Q`` and the norm keeps ``diag(Q' diag(w) Q)``; what that loses is
             small only if q is close to a selection of axes.
-        readers: whether what reads the residual is multiplied by the map; else it is zero, for who
-            solves for it.
+        readers: whether what reads the residual is multiplied by the map; else it is zeros, which
+            the refit replaces (narrow/refit.py).
         dropped: numbers of layers to leave out.
 
     Returns:
