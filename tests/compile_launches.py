@@ -73,7 +73,7 @@ def l1(batch: int, tokens: int, n: int, m: int, divisor: float | None) -> None:
         work = L1Operands(x, columns, None, out, accumulate=True, divisor=divisor)
         l1_cost.l1_cost(work, torch.ones(batch, groups))
         plan = quantisation(*l1_quantize.ranges(x))
-        if plan.token.shape[1]:
+        if plan.token.shape[1] and divisor is None:
             words = (None if v is None else l1_quantize.quantize(v, plan) for v in (x, columns))
             x_words, y_words = words
             work = work._replace(x=x_words, y=y_words)
