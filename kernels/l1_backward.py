@@ -151,7 +151,8 @@ def l1_backward(work: L1Gradients, by_y: bool) -> tuple[Tensor, Tensor | None]:
         whole = gradient.new_zeros(batch, n, n)
         gradient = whole.scatter_add_(2, index, gradient)
     gradient = gradient + gradient.mT
-    # Of a neuron and itself the sign is 0, and the step 1/2 would round it beside the others.
+    # A neuron has the sign 0 beside itself. Its G, which may be large, is left out beforehand; only
+    # taken off at the end, with the sum of G, it would round what the others add.
     gradient.diagonal(dim1=1, dim2=2).zero_()
     return _launch(x, x, gradient, work.divisor), None
 

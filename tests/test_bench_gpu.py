@@ -15,7 +15,7 @@ from dotresize.benchmarks.gpu import correctness as gpu_checks
 from dotresize.benchmarks.gpu import times as gpu_times
 from dotresize.benchmarks.gpu import tolerance
 from dotresize.benchmarks.rows import read
-from dotresize.benchmarks.tables.gpu import SECTIONS, tolerance_table
+from dotresize.benchmarks.tables.gpu import SECTIONS, serving_table, tolerance_table
 from dotresize.benchmarks.workload import need
 from dotresize.kernels import cuda_graph
 
@@ -100,6 +100,18 @@ def test_solves_to_a_tolerance_are_checked_and_the_missing_named(monkeypatch):
     }
     found = [row | {"section": "tolerance", "case": "c"} for row in rows.values()]
     assert ", not reached |" in "\n".join(tolerance_table(found))
+
+
+def test_narrowed_models_are_shown_where_the_dense_one_failed():
+    """A model too large for the device leaves the others their rates, without a ratio."""
+    served = {"way": "eager", "batch": 1, "width": 8, "inner": 9, "parameters": 10**6}
+    rates = {"read_per_s": 50.0, "written_per_s": 20.0, "peak_bytes": None}
+    failed = served | {"name": "dense", "failed": "OutOfMemoryError"}
+    narrow = served | {"name": "narrow"} | rates
+    assert "| 50 |  | 20 |  |" in serving_table([failed, narrow])[-1]
+    dense = served | {"name": "dense", "read_per_s": 25.0, "written_per_s": 40.0}
+    dense["peak_bytes"] = None
+    assert "| 50 | 2.00 | 20 | 0.50 |" in serving_table([dense, narrow])[-1]
 
 
 def test_both_counts_of_a_timing_differ_in_whole_graphs(monkeypatch):

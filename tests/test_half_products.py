@@ -73,7 +73,7 @@ def test_sums_before_a_map_are_those_after_it(matrix_units):
 
 
 def test_a_feed_forward_is_refitted_from_both_streams(matrix_units, monkeypatch):
-    """As on a GPU, in a model in half precision; the same weights to its rounding."""
+    """A GPU's way gives a model in half precision the same weights, to its rounding."""
     model, tokens = tiny_model(dtype=torch.bfloat16, tied=False), torch.randint(259, (6, 24))
     choices = {"width": 16, "self_windows": 0, "sensitivity": False}
     found = []

@@ -201,7 +201,7 @@ def test_masks_are_kept_once(tokens, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parts_read_ahead_and_written_behind(tied, tokens, monkeypatch, tmp_path):
-    """As for a GPU: the same files, to the last bit; a pass reads one part in vain at most."""
+    """Threads write the same files, to the last bit; a pass reads one part in vain at most."""
     read: list[str] = []
     part_of = StoredWeights.part
 

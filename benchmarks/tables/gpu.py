@@ -157,19 +157,16 @@ def tolerance_table(found: list[Row]) -> list[str]:
 
 def serving_table(found: list[Row]) -> list[str]:
     """Return tokens a second, read and written, each also as a multiple of the dense model's."""
-    lines = [
-        "| model | parameters | batch | prompt tokens/s | x dense | written tokens/s | x dense "
-    ]
-    lines[0] += "| peak |"
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    key = ("way", "batch")
-    dense = {tuple(r[k] for k in key): r for r in found if r.get("name") == "dense"}
-    for row in found:
-        beside = dense.get(tuple(row.get(k) for k in key))
-        if beside is None or "read_per_s" not in row:
-            continue
+    heads = ("model", "parameters", "batch", "prompt tokens/s", "x dense", "written tokens/s")
+    heads += ("x dense", "peak")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    timed = [r for r in found if "read_per_s" in r]
+    dense = {(r["way"], r["batch"]): r for r in timed if r["name"] == "dense"}
+    for row in timed:
+        beside = dense.get((row["way"], row["batch"]))  # none where the dense model failed
         rates = [
-            f"{row[k]:.0f} | {row[k] / beside[k]:.2f}" for k in ("read_per_s", "written_per_s")
+            f"{row[k]:.0f} | {'' if beside is None else f'{row[k] / beside[k]:.2f}'}"
+            for k in ("read_per_s", "written_per_s")
         ]
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
         lines.append(
