@@ -77,8 +77,11 @@ def test_bare_fork_after_threads_have_run(run_python):
     assert done.returncode == 0, done.stderr
 
 
-def test_models_narrowed_in_two_threads():
-    """Models are made whose parameters have no memory at first: no other thread's are."""
+def test_models_narrowed_in_threads():
+    """Two models in three threads: calls wait for those with the same model, hooks and all.
+
+    Models are made whose parameters have no memory at first: no other thread's are.
+    """
     models, tokens = [tiny_model() for _ in range(2)], torch.randint(0, 256, (4, 33))
 
     def narrowed(model):

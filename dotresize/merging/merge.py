@@ -26,6 +26,7 @@ from dotresize.accounting import unique_parameters
 from dotresize.merging.align import Aligner, counted, features, run
 from dotresize.merging.tie import dropped, merged, tie, tied
 from dotresize.models.given import check_types, transformers_model
+from dotresize.models.in_use import alone_with
 from dotresize.models.linear import linear_of, rows_of
 from dotresize.models.stacks import Stack, layers_of, stacks_of
 from dotresize.models.torch_settings import usual_settings
@@ -110,7 +111,8 @@ def merge_feed_forward(
     if not callable(metric):
         raise ValueError(f"metric is {shown(metric)}: must be a callable, model -> float")
     begin = time.perf_counter()
-    new = copy.deepcopy(model).eval()
+    with alone_with(model):  # so that no hook of another thread is copied
+        new = copy.deepcopy(model).eval()
     moved = [{name: x.to(model.device) for name, x in batch.items()} for batch in batches]
     found = features(new, stacks, moved, soft, backend) if permute else {}
     with ExitStack() as opened:

@@ -23,6 +23,7 @@ from dotresize.calibration.given_tokens import check_tokens
 from dotresize.calibration.statistics import MATRICES, Statistics
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import widths_left
+from dotresize.models.in_use import alone
 from dotresize.models.layer_widths import differ
 from dotresize.narrow import maps
 from dotresize.narrow.allocation import Allocation, allocation_of
@@ -63,6 +64,7 @@ class Prepared(NamedTuple):
     allocation: Allocation | None = None
 
 
+@alone
 def prepare(model: CausalLM, tokens: Tensor, *wanted: Options) -> Prepared:
     """Write text, find the shape, and collect what any of the options needs.
 
@@ -139,6 +141,7 @@ def _asks_for_statistics(model: CausalLM, split: Split | None, options: Options)
     return not residual_stays(model, options)
 
 
+@alone
 def narrow_model(
     model: CausalLM,
     tokens: Any,
