@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ..lm_eval_task.items import CHOICES, Item, make_items
 
-ITEMS = 40  # of one source
+ITEMS = 30  # of one source
 
 
 def items_of(held_out: list[str], calibration: list[str], tokenizer: Any) -> list[tuple]:

@@ -6,6 +6,7 @@
     python -m benchmarks.studies.quality amounts --out FILE --windows 6
     python -m benchmarks.studies.quality layers --out FILE --seeds 0 1
     python -m benchmarks.studies.quality shares --out FILE --model MODEL
+    python -m benchmarks.studies.quality recipes --out FILE --windows 96 --window 128
 
 The cases are in quality_cases.py. Windows begin as the model's tokenizer begins a text.
 
@@ -52,6 +53,7 @@ from .quality_cases import (
     LAYERS,
     MAPS,
     MIXTURES,
+    RECIPES,
     SHARES,
     WINDOWS,
     Case,
@@ -59,18 +61,29 @@ from .quality_cases import (
 
 WINDOW = 512
 EVAL_WINDOWS = 4
-GROUPS = {"study": CASES, "maps": MAPS, "amounts": AMOUNTS, "layers": LAYERS, "shares": SHARES}
+GROUPS = {
+    **{"study": CASES, "maps": MAPS, "amounts": AMOUNTS, "layers": LAYERS, "shares": SHARES},
+    "recipes": RECIPES,
+}
 
 
 class Study:
     """The model, its texts, and one calibration at a time."""
 
-    def __init__(self, windows: int, *, gradients: bool = False, model: Path | None = None) -> None:
+    def __init__(
+        self,
+        windows: int,
+        *,
+        window: int = WINDOW,
+        gradients: bool = False,
+        model: Path | None = None,
+    ) -> None:
         """Read model and texts.
 
-        gradients: whether maps will heed what the output feels; model: SmolLM2-135M if not given.
+        window: tokens of each for calibration; gradients: whether maps will heed what the output
+        feels; model: SmolLM2-135M if not given.
         """
-        self.windows, self._gradients = windows, gradients
+        self.windows, self.window, self._gradients = windows, window, gradients
         path = model or model_file()
         self.name = path.name
         self.model, tokenizer = load_with_tokenizer(str(path), torch.device("cpu"), to_narrow=True)
@@ -93,7 +106,7 @@ class Study:
     def given(self, mixture: str, seed: int) -> Tensor:
         """Return windows of a mixture: the same number of tokens, however many sources share it."""
         streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
-        return random_windows(streams, self.windows, WINDOW, seed, None, self._first)
+        return random_windows(streams, self.windows, self.window, seed, None, self._first)
 
     def calibration(
         self, mixture: str, seed: int, own: bool, narrows: bool
@@ -109,7 +122,7 @@ class Study:
             if own:
                 if seed not in self._own:
                     count = make_options().own_windows(self.windows)
-                    self._own[seed] = sample(self.model, count, WINDOW, seed, self._first)
+                    self._own[seed] = sample(self.model, count, self.window, seed, self._first)
                 tokens = torch.cat([tokens, self._own[seed]])
             statistics = Statistics.none(tokens.numel(), self.model.width)
             if narrows:
@@ -149,7 +162,7 @@ class Study:
         found = self.perplexities(narrow)
         return {
             **{"model": self.name, "case": case.name, "mixture": mixture, "seed": seed},
-            **{"windows": self.windows, "first_token": self._first},
+            **{"windows": self.windows, "window": self.window, "first_token": self._first},
             "own_windows": report["calibration"]["self_windows"],
             **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
             "options": case.options,
@@ -204,6 +217,9 @@ def main() -> int:
         "--windows", type=int, default=WINDOWS, help=f"calibration windows ({WINDOWS})"
     )
     parser.add_argument(
+        "--window", type=int, default=WINDOW, help=f"tokens of a calibration window ({WINDOW})"
+    )
+    parser.add_argument(
         "--model", type=Path, help="directory or .gguf file (SmolLM2-135M of the demo)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the windows (0)")
@@ -221,22 +237,22 @@ def main() -> int:
             parser.error(f"--only {name!r}: no case of {args.which}; it has {'; '.join(names)}")
     logging.basicConfig(level=logging.WARNING)
     done = {
-        (row["case"], row["mixture"], row["seed"], row["windows"])
+        (row["case"], row["mixture"], row["seed"], row["windows"], row.get("window", WINDOW))
         for row in (read(args.out) if args.out.exists() else [])
         if row.get("model", model_file().name) == (args.model or model_file()).name
     }
     left = [
         (case, mixture, seed)
         for case, mixture, seed in wanted(args.which, args.seeds)
-        if (case.name, mixture, seed, args.windows) not in done
+        if (case.name, mixture, seed, args.windows, args.window) not in done
         and (args.only is None or case.name in args.only)
         and mixture in args.mixtures
     ]
     if not left:
         return 0
     about = where(torch.get_num_threads())
-    gradients = args.which in ("maps", "amounts")
-    study = Study(args.windows, gradients=gradients, model=args.model)
+    gradients = args.which in ("maps", "amounts", "recipes")
+    study = Study(args.windows, window=args.window, gradients=gradients, model=args.model)
     for i, (case, mixture, seed) in enumerate(left):
         start = time.perf_counter()
         case = replace(case, own_text=case.own_text and not args.no_own_text)

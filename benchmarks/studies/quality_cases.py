@@ -115,6 +115,15 @@ SHARES = (
     Case("a width for each layer, padded", FOUR_FIFTHS | BY_LAYER | {"pad": True}, own_text=True),
 )
 
+# What more text, and shorter windows of it, are worth: the channels that are kept here are those of
+# the other tables.
+RECIPES = (
+    Case("equal widths", INNER, own_text=True),
+    Case("equal widths, given text alone", INNER),
+    Case("a width for each layer", INNER | BY_LAYER, own_text=True),
+    Case("468 channels", REFIT, own_text=True),
+)
+
 CASES = (
     Case("magnitude", PLAIN | {"method": "magnitude"}, True),
     Case("transport", PLAIN | ONE, True),

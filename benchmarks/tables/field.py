@@ -1,0 +1,114 @@
+"""Tables of the field on the same tokens, from the rows of benchmarks.studies.field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dotresize.cli.report import millions
+
+from ..studies.field import DENSE
+from .lines import Row, average, head, line
+
+COLUMNS = (
+    *("excess", "of each seed", "KL", "top-1", "choice", "repeated", "perplexity of it"),
+    *("time", "peak memory"),
+)
+
+
+def field(rows: list[Row]) -> str:
+    """Return a table for each model and share: means over the seeds, the best excess first."""
+    if not rows:
+        return "No rows yet."
+    lines: list[str] = []
+    models = dict.fromkeys(row["model"] for row in rows)
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        dense = next(row for row in own if row["case"] == DENSE)
+        for share in sorted({row["share"] for row in own if row["case"] != DENSE}):
+            lines += [f"**{_name(model)}, {share:.0%} of the parameters outside the embeddings:**"]
+            lines += ["", *head(["", "checkpoint", "parameters", *COLUMNS])]
+            cases = _cases([row for row in own if row["share"] == share and row is not dense])
+            for case in sorted(cases, key=lambda case: _mean(cases[case], average)):
+                lines.append(line([case, _plain(cases[case]), *_cells(cases[case])]))
+            lines += [line([DENSE, "plain", *_cells([dense])]), ""]
+    row = rows[-1]
+    continued, windows = row["generated"]["continuations"], row["windows"]
+    lines += [
+        f"Means of the seeds, on three kinds of text; {windows} windows of 512 tokens for all, and "
+        "as many of its own text for dotresize",
+        "unless the given text is alone. choice: accuracy of a multiple choice of "
+        f"{row['items']} items (chance is 0.25, the standard error about 0.04);",
+        f"repeated: share of 4-grams of {continued} greedy continuations that had been there "
+        "before, and their perplexity under the dense model.",
+        "Simulated: at full width, with zeros. Time without evaluation, peak memory of the process "
+        f"while the model was made; {_devices(rows)}.",
+        "Rows: `benchmarks/results/field.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def shortly(rows: list[Row], model: str, share: float = 0.8) -> str:
+    """Return the excess, the KL and the agreement of every method at one share."""
+    if not rows:
+        return "No rows yet."
+    found = [row for row in rows if row["model"] == model and row["share"] == share]
+    cases = _cases(found)
+    lines = head(["", "checkpoint", "excess, two seeds", "KL", "top-1", "time"])
+    for case in sorted(cases, key=lambda case: _mean(cases[case], average)):
+        of_case = cases[case]
+        shown = _cells(of_case)
+        name = f"**{case}**" if case.startswith("dotresize") else case
+        lines.append(line([name, _plain(of_case), shown[2], shown[3], shown[4], shown[8]]))
+    lines += [
+        "",
+        f"{_name(model)}, {share:.0%} of the parameters outside the embeddings, "
+        f"{found[0]['windows']} windows of 512 tokens; {_devices(found)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _name(model: str) -> str:
+    return Path(model).stem.partition(".")[0]
+
+
+def _devices(rows: list[Row]) -> str:
+    return " and ".join(dict.fromkeys(f"{row['device']}, {row['date']}" for row in rows))
+
+
+def _cases(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        found.setdefault(row["case"], []).append(row)
+    return found
+
+
+def _plain(rows: list[Row]) -> str:
+    if rows[0]["plain"]:
+        return "plain"
+    return "simulated" if "paper" in rows[0] else "GGUF, dotresize.load"
+
+
+def _mean(rows: list[Row], value: Callable[[Row], float]) -> float:
+    return sum(map(value, rows)) / len(rows)
+
+
+def _of_texts(rows: list[Row], name: str) -> float:
+    return _mean(rows, lambda row: sum(row[name].values()) / len(row[name]))
+
+
+def _cells(rows: list[Row]) -> list[str]:
+    """Return the cells of ``COLUMNS``, behind the parameters that are left."""
+    texts = [row["generated"] for row in rows]
+    return [
+        millions(round(_mean(rows, lambda row: row["parameters"]))),
+        f"{_mean(rows, average):.3f}",
+        ", ".join(f"{average(row):.3f}" for row in rows),
+        f"{_of_texts(rows, 'kl'):.3f}",
+        f"{_of_texts(rows, 'agreement'):.3f}",
+        f"{_mean(rows, lambda row: row['accuracy']):.2f}",
+        f"{_mean(texts, lambda text: text['repeated']):.2f}",
+        f"{_mean(texts, lambda text: text['perplexity']):.1f}",
+        f"{_mean(rows, lambda row: row['seconds']):.0f} s",
+        f"{_mean(rows, lambda row: row['peak_bytes']) / 2**30:.1f} GiB",
+    ]
