@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from conftest import copy_of, fails
 from safetensors.torch import load_file, save_file
 
-from dotresize.cli import main
+from dotresize.cli import main, presets
+from dotresize.cli.presets import PRESETS
 
 COMMAND = [sys.executable, "-m", "dotresize"]
 
@@ -201,3 +203,26 @@ def test_an_interrupt_of_which_an_import_makes_another_error(kind):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "dotresize: interrupted; nothing was left behind\n"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, arguments, monkeypatch):
+    """Each says how much text is read and whether shapes are tried; options say otherwise."""
+    monkeypatch.setitem(
+        presets.PRESETS, preset, replace(PRESETS[preset], windows={"cpu": 4, "cuda": 4})
+    )
+    for option in ("--width", "--windows"):
+        at = arguments.index(option)
+        del arguments[at : at + 2]
+    whole = [*arguments, "--preset", preset, "--params", "0.9"]
+    assert main(whole) == 0
+    report = json.loads((Path(arguments[2]) / "dotresize.json").read_text())
+    assert report["calibration"]["tokens"] == 8 * 32  # half of them its own
+    searched = bool(report["budget"]["tried"])
+    assert searched == PRESETS[preset].search
+    for others in (["--width", "16"], ["--memory", "2GB"], ["--scope", "location"]):
+        arguments[2] += "-2"
+        assert main([*arguments, "--preset", preset, "--windows", "3", *others]) == 0
+        report = json.loads((Path(arguments[2]) / "dotresize.json").read_text())
+        given = report["calibration"]["tokens"] // 32 - report["calibration"]["self_windows"]
+        assert given == 3

@@ -21,7 +21,8 @@ OLDEST = Path(sys.prefix) / "triton-3.6"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
-USUAL = "sm_90,gfx942"
+# All four take minutes: set AOT_TARGETS for a new kernel. The machine with a GPU has the oldest.
+USUAL = {"installed": "sm_90,gfx942", "oldest": "sm_90"}
 
 
 @pytest.fixture(scope="module", params=["installed", "oldest"])
@@ -32,7 +33,7 @@ def script(request, tmp_path_factory):
         if not OLDEST.is_dir():
             pytest.skip(f"pip install --no-deps --target {OLDEST} triton==3.6.0")
         environment["PYTHONPATH"] = str(OLDEST)
-    environment.setdefault("AOT_TARGETS", USUAL)  # all four take minutes; set it for a new kernel
+    environment.setdefault("AOT_TARGETS", USUAL[request.param])
     # A cache of its own: the result must come from this compiler, not from an earlier one.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
 
@@ -47,7 +48,7 @@ def script(request, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run.version = request.param
+    run.version, run.targets = request.param, set(environment["AOT_TARGETS"].split(","))
     return run
 
 
@@ -74,9 +75,9 @@ def test_what_the_launchers_ask_for_compiles(script):
     assert script("compile_launches.py").split() == [f"{name}_kernel" for name in names]
 
 
-def test_every_configuration_compiles_without_spills(rows):
+def test_every_configuration_compiles_without_spills(script, rows):
     assert len({row["kernel"] for row in rows}) >= 34
-    assert {row["target"] for row in rows} == set(os.environ.get("AOT_TARGETS", USUAL).split(","))
+    assert {row["target"] for row in rows} == script.targets
     assert [row for row in rows if "error" in row] == []
     # A few loads in a loop of hundreds of instructions do not show; on AMD, registers in all.
     spilled = [r for r in rows if r["spilled"] > 0.03 * sum(r.get("loop", {}).values())]
@@ -111,14 +112,15 @@ def test_l1_takes_two_additions_a_pair_and_reads_16_bytes(rows):
         assert 2 * count(row, "FADD2") + row["loop"].get("FADD", 0) == 2 * row["elements"], row
 
 
-def test_l1_of_bytes_takes_one_instruction_for_four_tokens(rows):
+def test_l1_of_bytes_takes_one_instruction_for_four_tokens(script, rows):
     """At half the rate of others: what else there is goes out beside it."""
     for row in of(rows, "l1_cost/bytes/64x128", "sm_80", "sm_90", "sm_100"):
         assert row["loop"]["VABSDIFF4.U8.ACC"] == row["elements"], row
         share = 0.84 if row["target"] == "sm_80" else 0.85
         assert sum(row["loop"].values()) <= row["elements"] / share, row
         assert count(row, "LDL", "STL", "LDG.") == 0, row
-    assert all(row["sad"] > 0 for row in of(rows, "l1_cost/bytes/64x128", "gfx942"))
+    if "gfx942" in script.targets:
+        assert all(row["sad"] > 0 for row in of(rows, "l1_cost/bytes/64x128", "gfx942"))
 
 
 def test_l1_keeps_totals_out_of_memory(rows):

@@ -259,3 +259,25 @@ def test_nothing_is_compared_where_the_budget_is_everything(arguments, caplog, c
     assert main([*arguments, "--compare"]) == 0
     assert "nothing was cut" in caplog.text
     assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "transport", "+", "refit"]
+
+
+def test_no_search_narrows_feed_forwards_alone(tokens):
+    """And searches all the same where they have too few parameters for that."""
+    model = tiny_model()
+    choices = {"params_count": "non_embedding", "self_windows": 0, "search": False}
+    narrow, report = compress(model, tokens, params=0.8, **choices)
+    dense, found = (report["parameters"][name]["non_embedding"] for name in ("dense", "narrow"))
+    assert 0.75 * dense < found <= 0.8 * dense
+    assert report["width"]["new"] == 24
+    assert report["layers"]["dropped"] == []
+    assert report["budget"]["tried"] == []
+    again, _ = compress(model, tokens, ff_width=report["feed_forward"]["new"], self_windows=0)
+    assert torch.equal(logits(narrow, tokens), logits(again, tokens))
+    _, report = compress(model, tokens, params=0.8, layer_widths=True, **choices)
+    assert report["parameters"]["narrow"]["non_embedding"] <= 0.8 * dense
+    assert all(own["excess"] is None for own in report["budget"]["tried"])
+    _, report = compress(model, tokens, params=0.4, **choices)
+    assert report["width"]["new"] < 24
+    assert [own for own in report["budget"]["tried"] if own["excess"] is not None]
+    with pytest.raises(ValueError, match="search: there is none without params"):
+        compress(model, tokens, width=16, search=False)

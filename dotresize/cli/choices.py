@@ -10,6 +10,9 @@ import argparse
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+import torch
+
+from dotresize.cli.presets import PRESETS
 from dotresize.compression import make_options
 from dotresize.narrow.options import Options
 from dotresize.narrow.targets import read_targets
@@ -76,6 +79,21 @@ def chosen(kind: type[_Kind], args: argparse.Namespace) -> _Kind:
     return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
+def fill_in(args: argparse.Namespace, device: torch.device) -> None:
+    """Put what ``--preset`` means in place of the options that were not given.
+
+    Raises:
+        ValueError: a word that is none of ``PRESETS``.
+    """
+    check_word("preset", args.preset, PRESETS)
+    preset = PRESETS[args.preset]
+    if args.windows is None:
+        args.windows = preset.windows[device.type]
+    # An offloaded model's budget cannot be measured, and is not asked for.
+    if not preset.search and args.memory is None and compress_options(args).budgeted:
+        args.no_search = True
+
+
 def compress_options(args: argparse.Namespace, **others: Any) -> Options:
     """Return the choices that the command line shares with ``dotresize.compress``, checked."""
     names = {"scope", *(one.name for one in fields(Options))} & vars(args).keys()
@@ -85,7 +103,8 @@ def compress_options(args: argparse.Namespace, **others: Any) -> Options:
     if args.sensitivity is not None:
         check_word("sensitivity", args.sensitivity, ("on", "off"))
         given["sensitivity"] = args.sensitivity == "on"
-    return make_options(refit=not args.no_refit, **given | others)
+    flags: dict[str, Any] = {"refit": not args.no_refit, "search": not args.no_search}
+    return make_options(**flags, **given | others)
 
 
 def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:

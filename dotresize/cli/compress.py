@@ -30,6 +30,7 @@ from dotresize.cli.choices import (
     TextChoices,
     chosen,
     compress_options,
+    fill_in,
     settings,
 )
 from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
@@ -65,6 +66,7 @@ REMEDY = "keep more of it, calibrate on text like it, or train it with --recover
 def compress(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     device = find_device(args.device)
+    fill_in(args, device)
     options, choices = compress_options(args), chosen(TextChoices, args)
     recovery = chosen(RecoveryChoices, args)
     check_texts(choices)
@@ -175,6 +177,7 @@ def compress(args: argparse.Namespace) -> int:
 def sweep(args: argparse.Namespace) -> int:
     """Make a page of the compared methods and the one asked for, at every width; and no models."""
     device = find_device(args.device)
+    fill_in(args, device)
     html_page.check()
     choices = chosen(TextChoices, args)
     for width in args.widths:

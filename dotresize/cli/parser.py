@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import NoReturn
 
 from dotresize import __version__
+from dotresize.cli.presets import DEFAULT, PRESETS
 
 _MODEL = "directory, .gguf file or hub id"
 # What is not an option.
@@ -81,6 +82,12 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     compress.add_argument("model", metavar="MODEL", help=_MODEL)
     compress.add_argument("out", metavar="OUT", help="directory to make")
     groups = _Groups(compress)
+    compress.add_argument(
+        "--preset",
+        default=DEFAULT,
+        help=f"how much work: {', '.join(PRESETS)} ({DEFAULT}); what it means of --windows and the "
+        "search may be said by these",
+    )
     size = groups["how narrow"]
     size.add_argument(
         "--params",
@@ -92,6 +99,11 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         "--params-count",
         default="total",
         help="what --params is a share of: total or non_embedding (total)",
+    )
+    size.add_argument(
+        "--no-search",
+        action="store_true",
+        help="spend --params on the feed-forwards alone, wherever they can meet it",
     )
     size.add_argument(
         "--width",
@@ -148,7 +160,8 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     groups["how narrow"].add_argument(
         "--widths", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)"
     )
-    sweep.set_defaults(energy=None, params=None, targets=None)
+    sweep.set_defaults(energy=None, params=None, targets=None, no_search=False)
+    sweep.set_defaults(preset=DEFAULT, memory=None, width=None)
     _add_narrowing(groups)
 
 
@@ -199,7 +212,7 @@ def _add_narrowing(groups: _Groups) -> None:
     )
     method.add_argument("--ridge", type=float, help="of the refit (by how much text there is)")
     method.add_argument("--untie", action="store_true", help="give a tied head its own weights")
-    _add_texts(groups, windows=32)
+    _add_texts(groups, windows=None)
     groups["text"].add_argument(
         "--self-windows",
         type=int,
@@ -283,7 +296,8 @@ def _add_recovery(groups: _Groups) -> None:
     )
 
 
-def _add_texts(groups: _Groups, *, windows: int) -> None:
+def _add_texts(groups: _Groups, *, windows: int | None) -> None:
+    """Add the texts; windows: how many are meant, None where a preset says so."""
     text = groups["text"]
     text.add_argument(
         "--calibration",
@@ -293,7 +307,10 @@ def _add_texts(groups: _Groups, *, windows: int) -> None:
         help="text or .jsonl; each file gives an equal share of the windows",
     )
     text.add_argument(
-        "--windows", type=int, default=windows, help=f"calibration windows ({windows})"
+        "--windows",
+        type=int,
+        default=windows,
+        help=f"calibration windows ({'by --preset' if windows is None else windows})",
     )
     text.add_argument(
         "--seed",

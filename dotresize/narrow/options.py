@@ -155,6 +155,8 @@ class Options:
             says how narrow to get; where no budget can be measured (an offloaded model, a map for
             each location, given targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
+        search: look for the shape that spends ``params`` best (narrow/search.py); otherwise it is
+            spent on the feed-forwards alone, wherever they can meet it.
         method: "dot" (transport), "pca" (principal directions), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
         targets: the neurons onto which the others are transported once ("dot"), or which alone
@@ -202,6 +204,7 @@ class Options:
     energy: float | None = None
     params: float | None = None
     params_count: str = "total"
+    search: bool = field(default=True, metadata={"flag": "no_search"})
     method: WidthMethod
     targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     ff_width: float | None = None
@@ -311,6 +314,8 @@ class Options:
             raise ValueError("pad: does nothing without layer_widths")
         if self.params_count != "total" and not self.budgeted:
             raise ValueError(f"params_count {self.params_count}: does nothing without params")
+        if not self.search and not self.budgeted:
+            raise ValueError("search: there is none without params")
         by_rule = "energy" if self.energy is not None else "params"
         if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:
             raise ValueError(f"targets: their number is the width; leave {by_rule} out")
@@ -352,7 +357,7 @@ class Options:
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         if not whole or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
-        for name in ("refit", "untie", "figures", "keep_type", "layer_widths", "pad"):
+        for name in ("search", "refit", "untie", "figures", "keep_type", "layer_widths", "pad"):
             check_flag(name, getattr(self, name))
         if self.sensitivity is not None:
             check_flag("sensitivity", self.sensitivity)

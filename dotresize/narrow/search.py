@@ -178,6 +178,10 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     pairs = [(model.width, budget.inner_at(model.width))] if fixed else budget.pairs()
     if (model.width, model.inner_width) in pairs:
         return Split(model.width, model.inner_width)
+    if not options.search:
+        alone = _feed_forwards_alone(model, tokens, options, budget)
+        if alone is not None:
+            return alone
     ends = pairs if fixed else ends_of(pairs, model)
     judge = Judge(model, tokens, options, own)
     predicted = sorted(_predicted(model, tokens, options), key=lambda split: _loss(split))
@@ -193,6 +197,22 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     if excess == math.inf:
         raise ValueError(f"params {options.params:g}: no shape that was tried has a finite loss")
     return replace(best, tried=tuple(judge.tried))
+
+
+def _feed_forwards_alone(
+    model: CausalLM, tokens: Tensor, options: Options, budget: Budget
+) -> Split | None:
+    """Return the shape that narrows nothing but feed-forwards; None where they are too small."""
+    inner, least = budget.inner_at(model.width), LEAST * model.inner_width
+    if inner < least:
+        return None
+    if not options.layer_widths:
+        return Split(model.width, inner)
+    equal = by_layer(model, inner)
+    assert equal is not None
+    share = sum(equal) / sum(model.inner_widths)
+    curves = curves_of(model, tokens, share, options, first=FIRST_WEIGHT)
+    return min(_of_layers(model, options, curves, ()), key=_loss)
 
 
 def _judge_middle(
