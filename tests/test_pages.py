@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
+from benchmarks.llama_cpp import picture
+from benchmarks.rows import read
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -122,3 +125,14 @@ def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
         if words[0] in ("compress", "merge-ff"):
             words += ["--windows", "8"]
         assert main(words) == 0, line
+
+
+def test_the_picture_of_sizes_is_of_the_committed_rows(tmp_path):
+    rows = read(ROOT / "benchmarks" / "results" / "llama_cpp.jsonl")
+    picture.chart([row for row in rows if row["run"] == rows[-1]["run"]], tmp_path / "bits.svg")
+    texts = [
+        re.findall(r">([^<>\n]+)</text>", path.read_text())
+        for path in (tmp_path / "bits.svg", ROOT / "docs" / "bits.svg")
+    ]
+    assert texts[0] == texts[1]
+    assert {"dense", "--params 0.8", "Q4_K_M"} <= set(texts[0])
