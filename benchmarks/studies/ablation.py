@@ -35,7 +35,7 @@ from ..rows import append, read, where
 from ..workload import need
 from .activations import residual_stream, unit_rms
 from .quality import WINDOW, Study
-from .quality_cases import MIXTURES
+from .quality_cases import MIXTURES, Case
 
 REG = 3.0
 WIDTH = 468  # whatever a share of 576 would be rounded to
@@ -45,7 +45,7 @@ class Maps:
     """Everything a map can be made of: statistics, and costs of tokens weighed in other ways."""
 
     def __init__(self, study: Study, mixture: str) -> None:
-        tokens, self.statistics = study.calibration(mixture, 0, False)
+        tokens, self.statistics = study.calibration(mixture, 0, Case("maps"), narrows=True)
         self.mean: Statistics = self.statistics.mean()
         model = study.model
         self.width = model.width

@@ -98,7 +98,7 @@ class Study:
         }
         self.dense = self.perplexities(self.model)
         self._calibration: tuple[Any, Tensor, Statistics] | None = None
-        self._own: dict[int, Tensor] = {}
+        self._own: dict[tuple[int, bool], Tensor] = {}
 
     def perplexities(self, model: CausalLM) -> dict[str, float]:
         return {name: perplexity(model, text, desc=name) for name, text in self.texts.items()}
@@ -108,22 +108,31 @@ class Study:
         streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
         return random_windows(streams, self.windows, self.window, seed, None, self._first)
 
+    def own(self, seed: int, likely: bool) -> Tensor:
+        """Return windows that the model writes; see ``Case``."""
+        if (seed, likely) not in self._own:
+            count = make_options().own_windows(self.windows)
+            more = -(-count // 4) if likely else 0
+            written = sample(self.model, count + more, self.window, seed, self._first)
+            if likely:
+                lost = [perplexity(self.model, window[None]) for window in written]
+                written = written[torch.tensor(lost).topk(count, largest=False).indices]
+            self._own[seed, likely] = written
+        return self._own[seed, likely]
+
     def calibration(
-        self, mixture: str, seed: int, own: bool, narrows: bool
+        self, mixture: str, seed: int, case: Case, narrows: bool
     ) -> tuple[Tensor, Statistics]:
         """Return windows and statistics of a mixture, kept until another one is asked for.
 
         narrows: whether the residual will be narrowed, which is what statistics are of.
         """
-        key = (mixture, seed, own, narrows)
+        key = (mixture, seed, case.own_text, case.likely, narrows)
         if self._calibration is None or self._calibration[0] != key:
             self._calibration = None
             tokens = self.given(mixture, seed)
-            if own:
-                if seed not in self._own:
-                    count = make_options().own_windows(self.windows)
-                    self._own[seed] = sample(self.model, count, self.window, seed, self._first)
-                tokens = torch.cat([tokens, self._own[seed]])
+            if case.own_text:
+                tokens = torch.cat([tokens, self.own(seed, case.likely)])
             statistics = Statistics.none(tokens.numel(), self.model.width)
             if narrows:
                 statistics = collect(
@@ -155,7 +164,7 @@ class Study:
             options |= {"seed": seed} | ({} if case.own_text else {"self_windows": 0})
         else:
             narrows = options.get("width") is not None
-            tokens, statistics = self.calibration(mixture, seed, case.own_text, narrows)
+            tokens, statistics = self.calibration(mixture, seed, case, narrows)
         start = time.perf_counter()
         narrow, report = narrow_model(self.model, tokens, make_options(**options), statistics)
         seconds = time.perf_counter() - start

@@ -32,6 +32,8 @@ class Case:
     Attributes:
         out_of_domain: also run with each source left out of the calibration.
         own_text: calibrate on text that the model writes itself as well.
+        likely: of that text, leave out the fifth that is least likely under the model, and write
+            as much more (arXiv 2410.17711).
         kept: of ``KEPT_SETS``, in place of the largest mean magnitudes.
     """
 
@@ -39,6 +41,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     out_of_domain: bool = False
     own_text: bool = False
+    likely: bool = False
     kept: str | None = None
 
 
@@ -119,6 +122,7 @@ SHARES = (
 # the other tables.
 RECIPES = (
     Case("equal widths", INNER, own_text=True),
+    Case("equal widths, likely text of its own", INNER, own_text=True, likely=True),
     Case("equal widths, given text alone", INNER),
     Case("a width for each layer", INNER | BY_LAYER, own_text=True),
     Case("468 channels", REFIT, own_text=True),
