@@ -11,6 +11,7 @@ from benchmarks.studies.choice import accuracy
 from benchmarks.studies.field import OWN, _nearest, cases_of, wanted
 from benchmarks.studies.peers import PEERS, blocks, flap, llm_pruner, modegpt, two_ssp
 from benchmarks.studies.peers.layers import Layer, gram, layers_of, to_remove, watched
+from benchmarks.tables.field import field, field_short
 from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
@@ -259,3 +260,37 @@ def test_cases_of_the_field():
     assert [share for case, share, _ in runs if case == "SLEB"] == [0.8, 0.9, 0.8, 0.9]
     assert _nearest(lambda n: 3 * n, 10, 17) == 6
     assert to_remove(small_model(), 1.0) == 0
+
+
+def test_tables_of_the_field():
+    """The best mean over the seeds first; the dense model last; a cell for each column."""
+
+    def row(case, excess, **others):
+        texts = dict.fromkeys(("wikipedia", "news", "documentation"), excess)
+        return {
+            **{"model": "M.Q4.gguf", "case": case, "share": 0.8, "seed": 0, "windows": 24},
+            **{"excess": texts, "kl": texts, "agreement": texts, "accuracy": 0.5, "items": 86},
+            "generated": {"repeated": 0.25, "perplexity": 3.0, "continuations": 20},
+            **{"parameters": 80_000_000, "seconds": 61.4, "peak_bytes": 2**30, "plain": True},
+            **{"device": "a CPU", "date": "2026-11-30"},
+            **others,
+        }
+
+    rows = [
+        row("dense", 0.0, share=1.0),
+        row("FLAP", 0.7, plain=False, paper="arXiv 2312.11983"),
+        row("dotresize, equal widths", 0.4),
+        row("dotresize, equal widths", 0.5, seed=1),
+        row("ShortGPT", 0.3, share=0.9),
+    ]
+    lines = [line for line in field(rows).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    assert names[2:5] == ["dotresize, equal widths", "FLAP", "dense"]
+    assert "| plain | 80.0 M | 0.450 | 0.400, 0.500 | 0.450 |" in lines[2]
+    assert "| simulated |" in lines[3]
+    assert names[7] == "ShortGPT"
+    short = field_short(rows, "M.Q4.gguf")
+    assert "| **dotresize, equal widths** | plain | 0.400, 0.500 | 0.450 | 0.450 | 61 s |" in short
+    assert "ShortGPT" not in short
+    assert field([]) == field_short([], "M") == "No rows yet."

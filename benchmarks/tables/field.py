@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dotresize.cli.report import millions
 
-from ..studies.field import DENSE
 from .lines import Row, average, head, line
 
+DENSE = "dense"  # as the study calls it
 COLUMNS = (
     *("excess", "of each seed", "KL", "top-1", "choice", "repeated", "perplexity of it"),
     *("time", "peak memory"),
@@ -48,7 +48,7 @@ def field(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def shortly(rows: list[Row], model: str, share: float = 0.8) -> str:
+def field_short(rows: list[Row], model: str, share: float = 0.8) -> str:
     """Return the excess, the KL and the agreement of every method at one share."""
     if not rows:
         return "No rows yet."
