@@ -121,11 +121,11 @@ SHARES = (
 # What more text, and shorter windows of it, are worth: the channels that are kept here are those of
 # the other tables.
 RECIPES = (
-    Case("equal widths", INNER, own_text=True),
-    Case("equal widths, likely text of its own", INNER, own_text=True, likely=True),
-    Case("equal widths, given text alone", INNER),
-    Case("a width for each layer", INNER | BY_LAYER, own_text=True),
-    Case("468 channels", REFIT, own_text=True),
+    Case("equal widths", INNER, True, True),
+    Case("equal widths, likely text of its own", INNER, True, True, likely=True),
+    Case("equal widths, given text alone", INNER, True),
+    Case("a width for each layer", INNER | BY_LAYER, True, True),
+    Case("468 channels", REFIT, True, True),
 )
 
 CASES = (
