@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # What the figures of a table rest on.
-AREAS = {
+AREAS: dict[str, tuple[str, ...]] = {
     "cpu": ("csrc", "dotresize/ops"),
     "ot": ("csrc", "dotresize/ops", "dotresize/ot"),
     "gpu": ("kernels", "dotresize/ops"),
@@ -37,6 +37,12 @@ AREAS = {
         "dotresize/recovery.py",
     ),
 }
+
+
+AREAS["field"] = (
+    *AREAS["compressor"],
+    *("benchmarks/studies/peers", "benchmarks/studies/field.py", "benchmarks/studies/choice.py"),
+)
 
 
 def measured_code(commit: str | None = None) -> dict[str, object]:

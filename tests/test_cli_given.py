@@ -18,6 +18,7 @@ from conftest import copy_of, fails
 from safetensors.torch import load_file, save_file
 
 from dotresize.cli import main, presets
+from dotresize.cli.choices import TextChoices
 from dotresize.cli.presets import PRESETS
 
 COMMAND = [sys.executable, "-m", "dotresize"]
@@ -205,6 +206,23 @@ def test_an_interrupt_of_which_an_import_makes_another_error(kind):
     assert done.stderr == "dotresize: interrupted; nothing was left behind\n"
 
 
+def test_a_preset_takes_no_more_than_the_texts_hold(caplog):
+    """Half of the shortest, of each; or what any text gives; and what was typed is typed."""
+    caplog.set_level("INFO", "dotresize")
+    choices = TextChoices(window=10, eval_windows=None, windows=384, default_windows=True)
+    streams = [torch.zeros(1200), torch.zeros(5000)]
+    assert choices.within(streams).windows == 120
+    assert "the texts have room for 120 windows, not for 384" in caplog.text
+    assert choices.within([torch.zeros(200)]).windows == 32
+    assert replace(choices, windows=12).within(streams).windows == 12
+    assert replace(choices, default_windows=False).within(streams).windows == 384
+
+
+def test_a_search_without_a_budget_is_refused(arguments, capsys):
+    line = fails([*arguments, "--no-search"], capsys)
+    assert "--search: there is none without --params" in line
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset, arguments, monkeypatch):
     """Each says how much text is read and whether shapes are tried; options say otherwise."""
@@ -220,6 +238,12 @@ def test_presets(preset, arguments, monkeypatch):
     assert report["calibration"]["tokens"] == 8 * 32  # half of them its own
     searched = bool(report["budget"]["tried"])
     assert searched == PRESETS[preset].search
+    other = "--no-search" if PRESETS[preset].search else "--search"
+    whole[2] += "-3"
+    assert main([*whole, other, "--compare"]) == 0
+    report = json.loads((Path(whole[2]) / "dotresize.json").read_text())
+    assert bool(report["budget"]["tried"]) != searched
+    assert len(report["compared"]) > 1
     for others in (["--width", "16"], ["--memory", "2GB"], ["--scope", "location"]):
         arguments[2] += "-2"
         assert main([*arguments, "--preset", preset, "--windows", "3", *others]) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import os
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import ON_GPU, PATIENCE, device_of, tiny_model
 from torch.utils.data import DataLoader, Dataset
 
 from dotresize import assignment, compress, l1_cost, sinkhorn
+from dotresize.models.in_use import alone_with
 
 
 def work(seed: int, backend: str = "auto", neurons: int = 260) -> tuple[torch.Tensor, ...]:
@@ -95,3 +98,48 @@ def test_models_narrowed_in_threads():
         for i, one in enumerate(made):
             assert all(map(torch.equal, one.result().values(), expected[i % 2].values()))
     assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_one_thread_at_a_time_has_a_model():
+    """Shallow copies and the base model are the same one; its own thread may enter again."""
+    model, other = tiny_model(), tiny_model()
+    entered = []
+
+    def enter(one):
+        with alone_with(one):
+            entered.append(one)
+
+    with alone_with(model), alone_with(copy.copy(model)), alone_with(model.model):
+        waiting = [
+            threading.Thread(target=enter, args=(one,))
+            for one in (copy.copy(model), model.model, model)
+        ]
+        free = threading.Thread(target=enter, args=(other,))
+        for thread in (*waiting, free):
+            thread.start()
+        free.join(PATIENCE)
+        assert entered == [other]
+    for thread in waiting:
+        thread.join(PATIENCE)
+    assert len(entered) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_waits_for_no_thread_of_its_parent():
+    model, begun, ended = tiny_model(), threading.Event(), threading.Event()
+
+    def hold():
+        with alone_with(model):
+            begun.set()
+            ended.wait(PATIENCE)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    begun.wait(PATIENCE)
+    child = os.fork()
+    if child == 0:
+        with alone_with(model):
+            os._exit(0)
+    ended.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

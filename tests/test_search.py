@@ -281,3 +281,7 @@ def test_no_search_narrows_feed_forwards_alone(tokens):
     assert [own for own in report["budget"]["tried"] if own["excess"] is not None]
     with pytest.raises(ValueError, match="search: there is none without params"):
         compress(model, tokens, width=16, search=False)
+    handle = CausalLM.in_memory(model)
+    searched = prepare(handle, tokens, make_options(params=0.8, self_windows=0))
+    with pytest.raises(ValueError, match=r"for no budget of params 0\.8 without a search"):
+        compress(model, tokens, params=0.8, search=False, statistics=searched)

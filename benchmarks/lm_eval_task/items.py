@@ -60,10 +60,10 @@ def write_items(
 ) -> dict[str, int]:
     """Write each source's items as ``SOURCE.jsonl``; return how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = [text for path in calibration for text in _texts(path)]
+    known = [text for path in calibration for text in texts_of(path)]
     counts = {}
     for path in held_out:
-        items = make_items(_texts(path), known, most)
+        items = make_items(texts_of(path), known, most)
         lines = (json.dumps(item) + "\n" for item in items)
         (folder / path.name).write_text("".join(lines), encoding="utf-8")
         counts[path.stem] = len(items)
@@ -75,7 +75,8 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _texts(path: Path) -> list[str]:
+def texts_of(path: Path) -> list[str]:
+    """Return the texts of a file of JSON lines."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 

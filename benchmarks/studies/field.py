@@ -3,7 +3,8 @@
     python -m benchmarks.studies.field --out FILE [--model MODEL] [--seeds 0 1] [--shares 0.9 0.8]
 
 Every method gets the same windows of calibration text, and leaves the same share of the parameters
-outside the embeddings, as nearly as its units allow. None is trained afterwards. Perplexity, KL and
+outside the embeddings, as nearly as its units allow. This package also has the model write as much
+again, but for one row. None is trained afterwards. Perplexity, KL and
 top-1 agreement are measured on texts that are never calibrated on, accuracy on a multiple choice of
 their words, and of greedy continuations how much they repeat and what the dense model thinks of
 them. A row is appended as soon as it is there; a run that is started again skips what FILE has.
@@ -14,7 +15,7 @@ The peers are in peers/, written from their papers; Gemma 3 270M is where first_
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import logging
 import math
 import sys
@@ -29,7 +30,6 @@ import torch
 from torch import Tensor
 
 from dotresize.accounting import count_parameters, peak_memory
-from dotresize.checkpoint import load_with_tokenizer
 from dotresize.compression import make_options
 from dotresize.evaluate import Predictions, greedy_text, prompts_of, quality
 from dotresize.models.causal_lm import CausalLM
@@ -37,6 +37,7 @@ from dotresize.narrow.budget import parameters_at
 from dotresize.narrow.pipeline import narrow_model
 
 from ..demo.texts import model_file, write_texts
+from ..lm_eval_task.items import texts_of
 from ..rows import append, read, where
 from .choice import accuracy, items_of
 from .peers import PEERS
@@ -81,11 +82,12 @@ class Field:
     def __init__(self, path: Path, windows: int) -> None:
         self.study = Study(windows, model=path)
         self.model, self.dense = self.study.model, self.study.dense
-        _, tokenizer = load_with_tokenizer(str(path), torch.device("cpu"), to_narrow=True)
         with tempfile.TemporaryDirectory() as folder:
-            calibration, held_out = ([_texts(p) for p in ps] for ps in write_texts(Path(folder)))
+            calibration, held_out = ([texts_of(p) for p in ps] for ps in write_texts(Path(folder)))
         known = [text for texts in calibration for text in texts]
-        self.items = [item for texts in held_out for item in items_of(texts, known, tokenizer)]
+        self.items = [
+            item for texts in held_out for item in items_of(texts, known, self.study.tokenizer)
+        ]
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.prompts = prompts_of(self.study.texts.values(), positions)
         self._predictions: dict[str, Predictions] = {}
@@ -119,7 +121,7 @@ class Field:
         """Return a row: what a method leaves of the model, its time and its memory."""
         tokens = self.study.given("all", seed)
         whole = count_parameters(self.model)["non_embedding"]
-        _forget_peak()
+        before = _memory_in_use()
         start = time.perf_counter()
         about: dict[str, Any]
         if case == DENSE:
@@ -134,11 +136,11 @@ class Field:
         else:
             made, left, about = self._own(OWN[case], tokens, share, seed)
         seconds = time.perf_counter() - start
-        peak = peak_memory()["host"]
+        added = peak_memory()["host"] - before
         return {
             **{"case": case, "share": share, "seed": seed, "windows": len(tokens)},
             **{"parameters": left, "dense_parameters": whole, "seconds": seconds},
-            "peak_bytes": peak,
+            "added_bytes": added,
             **about,
             **self.measure(made, case),
         }
@@ -167,20 +169,18 @@ class Field:
         return made, report["parameters"]["narrow"]["non_embedding"], about
 
 
-def _texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _nearest(parameters: Callable[[int], int], most: int, wanted: float) -> int:
     """Return the number up to ``most`` that comes nearest to so many parameters."""
     return min(range(1, most + 1), key=lambda n: abs(parameters(n) - wanted))
 
 
-def _forget_peak() -> None:
-    """Have the process's peak of memory begin anew, where Linux has it so."""
+def _memory_in_use() -> int:
+    """Return the bytes in use, and have the process's peak begin anew at them, on Linux."""
+    gc.collect()
     path = Path("/proc/self/clear_refs")
     if path.exists():
         path.write_text("5")
+    return peak_memory()["host"]
 
 
 def cases_of(model: CausalLM) -> list[str]:

@@ -86,12 +86,13 @@ class Study:
         self.windows, self.window, self._gradients = windows, window, gradients
         path = model or model_file()
         self.name = path.name
-        self.model, tokenizer = load_with_tokenizer(str(path), torch.device("cpu"), to_narrow=True)
-        self._first, _ = added_around(tokenizer)
+        cpu = torch.device("cpu")
+        self.model, self.tokenizer = load_with_tokenizer(str(path), cpu, to_narrow=True)
+        self._first, _ = added_around(self.tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             calibration, held_out = write_texts(Path(folder))
-            self.streams = [tokenize(path, tokenizer) for path in calibration]
-            texts = [tokenize(path, tokenizer) for path in held_out]
+            self.streams = [tokenize(path, self.tokenizer) for path in calibration]
+            texts = [tokenize(path, self.tokenizer) for path in held_out]
         self.texts = {
             name: evaluation_windows(text, WINDOW, EVAL_WINDOWS, self._first)
             for name, text in zip(SOURCES, texts, strict=True)

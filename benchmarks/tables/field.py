@@ -7,12 +7,13 @@ from pathlib import Path
 
 from dotresize.cli.report import millions
 
+from ..studies.quality_cases import WINDOWS
 from .lines import Row, average, head, line
 
 DENSE = "dense"  # as the study calls it
 COLUMNS = (
     *("excess", "of each seed", "KL", "top-1", "choice", "repeated", "perplexity of it"),
-    *("time", "peak memory"),
+    *("time", "memory"),
 )
 
 
@@ -21,10 +22,10 @@ def field(rows: list[Row]) -> str:
     if not rows:
         return "No rows yet."
     lines: list[str] = []
-    models = dict.fromkeys(row["model"] for row in rows)
-    for model in models:
+    rows = [row for row in rows if row["windows"] == WINDOWS]
+    of_dense = {row["model"]: row for row in rows if row["case"] == DENSE}
+    for model, dense in of_dense.items():
         own = [row for row in rows if row["model"] == model]
-        dense = next(row for row in own if row["case"] == DENSE)
         for share in sorted({row["share"] for row in own if row["case"] != DENSE}):
             lines += [f"**{_name(model)}, {share:.0%} of the parameters outside the embeddings:**"]
             lines += ["", *head(["", "checkpoint", "parameters", *COLUMNS])]
@@ -33,28 +34,31 @@ def field(rows: list[Row]) -> str:
                 lines.append(line([case, _plain(cases[case]), *_cells(cases[case])]))
             lines += [line([DENSE, "plain", *_cells([dense])]), ""]
     row = rows[-1]
-    continued, windows = row["generated"]["continuations"], row["windows"]
+    continued, right = row["generated"]["continuations"], dense["accuracy"]
+    error = (right * (1 - right) / row["items"]) ** 0.5
     lines += [
-        f"Means of the seeds, on three kinds of text; {windows} windows of 512 tokens for all, and "
+        f"Means of the seeds, on three kinds of text; {WINDOWS} windows of 512 tokens for all, and "
         "as many of its own text for dotresize",
-        "unless the given text is alone. choice: accuracy of a multiple choice of "
-        f"{row['items']} items (chance is 0.25, the standard error about 0.04);",
-        f"repeated: share of 4-grams of {continued} greedy continuations that had been there "
-        "before, and their perplexity under the dense model.",
-        "Simulated: at full width, with zeros. Time without evaluation, peak memory of the process "
-        f"while the model was made; {_devices(rows)}.",
-        "Rows: `benchmarks/results/field.jsonl`.",
+        "unless the given text is alone. SLEB, and 2SSP for its attentions, judge on 4 of the "
+        f"windows. choice: accuracy of a multiple choice of {row['items']} items",
+        f"(chance is 0.25, the standard error about {error:.2f}); repeated: share of 4-grams of "
+        f"{continued} greedy continuations that had been there before, and their",
+        "perplexity under the dense model. Simulated: at full width, with zeros. Time without "
+        "evaluation, two runs at once of a thread each; memory: at most so much",
+        f"more than before the model was made. {_devices(rows)}. Rows: "
+        "`benchmarks/results/field.jsonl`.",
     ]
     return "\n".join(lines)
 
 
 def field_short(rows: list[Row], model: str, share: float = 0.8) -> str:
     """Return the excess, the KL and the agreement of every method at one share."""
-    if not rows:
+    of_model = [row for row in rows if (row["model"], row["windows"]) == (model, WINDOWS)]
+    found = [row for row in of_model if row["share"] == share]
+    if not found:
         return "No rows yet."
-    found = [row for row in rows if row["model"] == model and row["share"] == share]
     cases = _cases(found)
-    lines = head(["", "checkpoint", "excess, two seeds", "KL", "top-1", "time"])
+    lines = head(["", "checkpoint", "excess, of each seed", "KL", "top-1", "time"])
     for case in sorted(cases, key=lambda case: _mean(cases[case], average)):
         of_case = cases[case]
         shown = _cells(of_case)
@@ -63,7 +67,9 @@ def field_short(rows: list[Row], model: str, share: float = 0.8) -> str:
     lines += [
         "",
         f"{_name(model)}, {share:.0%} of the parameters outside the embeddings, "
-        f"{found[0]['windows']} windows of 512 tokens; {_devices(found)}.",
+        f"{WINDOWS} windows of 512 tokens for all,",
+        "and as many of the model's own text for dotresize unless the given text is alone. "
+        f"{_devices(found)}.",
     ]
     return "\n".join(lines)
 
@@ -110,5 +116,11 @@ def _cells(rows: list[Row]) -> list[str]:
         f"{_mean(texts, lambda text: text['repeated']):.2f}",
         f"{_mean(texts, lambda text: text['perplexity']):.1f}",
         f"{_mean(rows, lambda row: row['seconds']):.0f} s",
-        f"{_mean(rows, lambda row: row['peak_bytes']) / 2**30:.1f} GiB",
+        _memory(rows),
     ]
+
+
+def _memory(rows: list[Row]) -> str:
+    """Return what was added at most to the memory in use; rows of before did not measure it."""
+    added = [row["added_bytes"] for row in rows if "added_bytes" in row]
+    return f"{sum(added) / len(added) / 2**30:.1f} GiB" if added else "-"

@@ -7,10 +7,12 @@ field's ``flag``. Both what is passed on and what is compared follow from the fi
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dotresize.cli.presets import PRESETS
 from dotresize.compression import make_options
@@ -19,6 +21,10 @@ from dotresize.narrow.targets import read_targets
 from dotresize.ops.arguments import check_word
 
 _Kind = TypeVar("_Kind")
+# Windows that any text gives, however short: they may overlap.
+ANY_TEXT = 32
+
+logger = logging.getLogger("dotresize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +41,15 @@ class TextChoices:
     Attributes:
         calibration, eval, unseen: files; the last ones are of kinds that the calibration has not.
         windows: for calibration, of ``window`` tokens each, placed by ``seed``.
-        default_window: whether nobody asked for that length, so that a model may shorten it.
+        default_windows, default_window: whether nobody asked for that number, or that length, so
+            that short texts, or a model, may make it less.
         eval_windows: of each text to evaluate on; None for all.
     """
 
     calibration: list[str] | None = None
     windows: int = 0
     window: int
+    default_windows: bool = field(default=False, metadata={"resume": False})
     default_window: bool = field(default=False, metadata={"resume": False})
     seed: int = 0
     eval: list[str] | None = None
@@ -53,6 +61,19 @@ class TextChoices:
         positions = getattr(config, "max_position_embeddings", None) or self.window
         shorter = self.default_window and positions < self.window
         return replace(self, window=positions) if shorter else self
+
+    def within(self, streams: list[Tensor]) -> TextChoices:
+        """Return the choices with no more windows of a preset than texts have room for.
+
+        streams: the tokens of each text. Half of what the shortest holds is taken of each, so that
+        windows hardly overlap, and some are left to evaluate on; ``ANY_TEXT`` windows always.
+        """
+        room = len(streams) * min(len(stream) for stream in streams) // self.window // 2
+        count = min(self.windows, max(room, ANY_TEXT))
+        if not self.default_windows or count == self.windows:
+            return self
+        logger.info("the texts have room for %d windows, not for %d", count, self.windows)
+        return replace(self, windows=count)
 
     @property
     def files(self) -> list[str]:
@@ -87,11 +108,12 @@ def fill_in(args: argparse.Namespace, device: torch.device) -> None:
     """
     check_word("preset", args.preset, PRESETS)
     preset = PRESETS[args.preset]
+    args.default_windows = args.windows is None
     if args.windows is None:
         args.windows = preset.windows[device.type]
     # An offloaded model's budget cannot be measured, and is not asked for.
-    if not preset.search and args.memory is None and compress_options(args).budgeted:
-        args.no_search = True
+    if args.search is None and args.memory is None and compress_options(args).budgeted:
+        args.search = preset.search
 
 
 def compress_options(args: argparse.Namespace, **others: Any) -> Options:
@@ -103,8 +125,7 @@ def compress_options(args: argparse.Namespace, **others: Any) -> Options:
     if args.sensitivity is not None:
         check_word("sensitivity", args.sensitivity, ("on", "off"))
         given["sensitivity"] = args.sensitivity == "on"
-    flags: dict[str, Any] = {"refit": not args.no_refit, "search": not args.no_search}
-    return make_options(**flags, **given | others)
+    return make_options(refit=not args.no_refit, **given | others)
 
 
 def settings(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:

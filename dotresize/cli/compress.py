@@ -119,8 +119,7 @@ def compress(args: argparse.Namespace) -> int:
             )
         check_weights(model.module)
         wanted, widths = planned[0]
-        fitted = choices.fitted(model.config)
-        streams, tokens, texts = _inputs(fitted, model, tokenizer)
+        fitted, streams, tokens, texts = _inputs(choices, model, tokenizer)
         if args.compare:
             _check_compared(texts)
         quantised = checkpoint.is_quantised(args.model, count_parameters(model)["total"])
@@ -177,7 +176,6 @@ def compress(args: argparse.Namespace) -> int:
 def sweep(args: argparse.Namespace) -> int:
     """Make a page of the compared methods and the one asked for, at every width; and no models."""
     device = find_device(args.device)
-    fill_in(args, device)
     html_page.check()
     choices = chosen(TextChoices, args)
     for width in args.widths:
@@ -193,7 +191,7 @@ def sweep(args: argparse.Namespace) -> int:
         choose_widths(outline, replace(options, width=width))
     model, tokenizer = checkpoint.load_with_tokenizer(args.model, device, to_narrow=True)
     check_weights(model.module)
-    _, tokens, texts = _inputs(choices.fitted(model.config), model, tokenizer)
+    _, _, tokens, texts = _inputs(choices, model, tokenizer)
     _check_compared(texts)
     wanted: list[Options] = []
     for width in args.widths:
@@ -255,8 +253,10 @@ def _write_page(
 
 def _inputs(
     choices: TextChoices, model: CausalLM, tokenizer: Any
-) -> tuple[list[Tensor], Tensor, Texts]:
-    """Return calibration streams, windows of them, and evaluation texts."""
+) -> tuple[TextChoices, list[Tensor], Tensor, Texts]:
+    """Return the choices as model and texts allow, streams, windows of them, evaluation texts."""
+    choices = choices.fitted(model.config)
     streams = calibration_streams(choices, model, tokenizer)
+    choices = choices.within(streams)
     tokens = calibration_windows(choices, streams, tokenizer)
-    return streams, tokens, evaluation_texts(choices, model, tokenizer, streams)
+    return choices, streams, tokens, evaluation_texts(choices, model, tokenizer, streams)

@@ -85,8 +85,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     compress.add_argument(
         "--preset",
         default=DEFAULT,
-        help=f"how much work: {', '.join(PRESETS)} ({DEFAULT}); what it means of --windows and the "
-        "search may be said by these",
+        help=f"how much work: {', '.join(PRESETS)} ({DEFAULT}); --windows and --search say "
+        "otherwise",
     )
     size = groups["how narrow"]
     size.add_argument(
@@ -101,9 +101,10 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
         help="what --params is a share of: total or non_embedding (total)",
     )
     size.add_argument(
-        "--no-search",
-        action="store_true",
-        help="spend --params on the feed-forwards alone, wherever they can meet it",
+        "--search",
+        action=argparse.BooleanOptionalAction,
+        help="look for the shape that spends --params best, or spend it on the feed-forwards alone "
+        "wherever they can meet it (by --preset)",
     )
     size.add_argument(
         "--width",
@@ -114,7 +115,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"
     )
-    _add_narrowing(groups)
+    _add_narrowing(groups, windows=None)
     groups["method"].add_argument(
         "--targets", metavar="FILE", help="JSON list of the neurons that stay (the largest)"
     )
@@ -160,12 +161,12 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     groups["how narrow"].add_argument(
         "--widths", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)"
     )
-    sweep.set_defaults(energy=None, params=None, targets=None, no_search=False)
-    sweep.set_defaults(preset=DEFAULT, memory=None, width=None)
-    _add_narrowing(groups)
+    sweep.set_defaults(energy=None, params=None, targets=None)
+    _add_narrowing(groups, windows=32)
 
 
-def _add_narrowing(groups: _Groups) -> None:
+def _add_narrowing(groups: _Groups, *, windows: int | None) -> None:
+    """Add the options of verbs that narrow; windows: see ``_add_texts``."""
     size = groups["how narrow"]
     size.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
     size.add_argument(
@@ -212,7 +213,7 @@ def _add_narrowing(groups: _Groups) -> None:
     )
     method.add_argument("--ridge", type=float, help="of the refit (by how much text there is)")
     method.add_argument("--untie", action="store_true", help="give a tied head its own weights")
-    _add_texts(groups, windows=None)
+    _add_texts(groups, windows=windows)
     groups["text"].add_argument(
         "--self-windows",
         type=int,

@@ -168,6 +168,8 @@ def default_size(model: CausalLM, options: Options, *, whole: bool | None = None
     logger.info("no size was asked for: %s %g", name, DEFAULT_SIZE)
     size: dict[str, Any] = {name: DEFAULT_SIZE}
     sized = replace(options, **size)
+    if name != "params":
+        sized = replace(sized, search=True)  # what is meant where nothing is searched
     if not model.architecture.fixed_residual:
         sized.check()  # of choices that would do nothing at this size
     return sized

@@ -204,7 +204,7 @@ class Options:
     energy: float | None = None
     params: float | None = None
     params_count: str = "total"
-    search: bool = field(default=True, metadata={"flag": "no_search"})
+    search: bool = True
     method: WidthMethod
     targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     ff_width: float | None = None

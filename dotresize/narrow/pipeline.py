@@ -167,7 +167,7 @@ def narrow_model(
             "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
         )
     first = first_token(model, windows)
-    alone = prepared is None  # who prepares before has said what was chosen
+    unprepared = prepared is None  # who prepares before has said what was chosen
     if isinstance(prepared, Statistics):
         split = None
         if options.params is not None:
@@ -191,7 +191,7 @@ def narrow_model(
     _warn_of_few(windows, model, width, inner, options)
     given = Calibrated(model, windows, statistics, options)
     seconds = dict.fromkeys(STAGES, 0.0)
-    if alone or widths.residual is None:
+    if unprepared or widths.residual is None:
         announce_found(model, width, None if options.layer_widths else inner)
     seconds["self-generated text"] = statistics.seconds.get("self-generated text", 0.0)
     heeds = bool(options.meant("sensitivity")) and cut
@@ -326,11 +326,12 @@ def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> No
         raise ValueError("statistics: were collected on other tokens")
     if options.params is None:
         return
-    asked = (options.params, options.params_count, options.layer_widths)
-    if split is None or (split.params, split.count, split.layer_widths) != asked:
-        by_layer = " with layer_widths" if options.layer_widths else ""
+    asked = (options.params, options.params_count, options.layer_widths, options.search)
+    if split is None or (split.params, split.count, split.layer_widths, split.search) != asked:
+        how = " with layer_widths" if options.layer_widths else ""
+        how += "" if options.search else " without a search"
         raise ValueError(
-            f"statistics: were prepared for no budget of params {options.params:g}{by_layer}"
+            f"statistics: were prepared for no budget of params {options.params:g}{how}"
         )
 
 

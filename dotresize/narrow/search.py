@@ -86,6 +86,7 @@ class Split:
         width, inner: residual and feed-forward width.
         params, count: the share of which parameters that they fit.
         layer_widths: whether layers may get widths of their own.
+        search: whether other shapes were to be tried.
         dropped: numbers of the layers that are left out.
         allocation: of feed-forward widths to the layers; None where all get the same.
         tried: the shapes that it was chosen from.
@@ -96,6 +97,7 @@ class Split:
     params: float = 1.0
     count: str = "total"
     layer_widths: bool = False
+    search: bool = True
     dropped: tuple[int, ...] = ()
     allocation: Allocation | None = None
     tried: tuple[Tried, ...] = ()
@@ -146,6 +148,7 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0
     split = _best(model, tokens, options, own)
     count, layer_widths = options.params_count, options.layer_widths
     split = replace(split, params=options.params, count=count, layer_widths=layer_widths)
+    split = replace(split, search=options.search)
     inner = str(split.inner)
     if split.allocation is not None:
         inner = f"{min(split.allocation.widths)} to {inner}"

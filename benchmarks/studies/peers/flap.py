@@ -7,8 +7,10 @@ W loses its input j best where the input is nearly constant:
 
 Scores are standardised within each layer's attention and each feed-forward, a head's is the mean
 of its inputs', and one threshold for the whole model leaves the parameters that are wanted. What
-the removed inputs wrote on average becomes the writer's bias. A unit of attention is a key-value
-head with the query heads that share it; a layer with only one keeps it, as one score has no spread.
+the removed inputs wrote on average becomes the writer's bias. Those of an attention are squared
+first, which the paper does not say, but the code of its figures does. A unit of attention is a
+key-value head with the query heads that share it; a layer with only one keeps it, as one score has
+no spread.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def prune(model: CausalLM, tokens: Tensor, share: float) -> Pruned:
         seen[number][1].add(inner)
     scores, sizes = [], []
     for layer, (attention, inner) in zip(layers, seen, strict=True):
-        groups = _standard(attention.variance * _columns(layer.o))
+        groups = _standard((attention.variance * _columns(layer.o)).square())
         groups = groups.view(layer.groups, -1).mean(1)
         scores += [groups, _standard(inner.variance * _columns(layer.down))]
         if layer.groups == 1:

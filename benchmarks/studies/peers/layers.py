@@ -1,4 +1,4 @@
-"""What the peers have in common: the matrices of a layer, what they read, and what is left."""
+"""The matrices of a layer as all peers see them: what they read, and what is left of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dotresize.accounting import count_parameters
 from dotresize.calibration.residual_stream import Streams, captured_inputs
 from dotresize.models.causal_lm import CausalLM
 
@@ -85,7 +86,10 @@ class Layer:
 
     @torch.no_grad()
     def remove_groups(self, gone: Tensor) -> int:
-        """Put zeros for key-value heads, a mask, and for all that share them."""
+        """Put zeros where key-value heads, a mask, are written; return how many parameters go.
+
+        Those of their queries, keys and values are counted, and left: nothing reads them.
+        """
         self.o.weight[:, self.inputs_of(gone)] = 0
         return int(gone.sum()) * self.of_group
 
@@ -95,13 +99,12 @@ class Layer:
 
 
 def layers_of(model: CausalLM) -> list[Layer]:
+    """Return all layers."""
     return [Layer(model, i) for i in range(len(model.layers))]
 
 
 def to_remove(model: CausalLM, share: float) -> int:
     """Return how many parameters outside the embeddings go where this share of them stays."""
-    from dotresize.accounting import count_parameters
-
     return round((1 - share) * count_parameters(model)["non_embedding"])
 
 
@@ -121,9 +124,3 @@ def watched(
                     out = streams.run(layer.module, i)
                 streams.stream[i] = out
                 yield number, [*read, out]
-
-
-def gram(x: Tensor) -> Tensor:
-    """Return the sum of x'x over all tokens, float64."""
-    x = x.flatten(0, -2)
-    return (x.mT @ x).double()

@@ -6,7 +6,8 @@ head the rows of query, key and value and the columns of the output projection t
 Units go within each layer, the same share in all layers but the first four and the last two (4 to
 30 of a Llama's 32). No training follows, as for all that is compared here.
 
-The attention's share is rounded to whole heads; the feed-forwards make up for the rest.
+The attention's share is rounded to whole heads, of which one is left; the feed-forwards make up for
+the rest.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def counts(layer: Layer, layers: int, wanted: int) -> tuple[int, int]:
     part = each / (layer.of_attention + layer.of_feed_forward)
     if part >= 1:
         raise ValueError(f"LLM-Pruner: {layers} layers have not {wanted} parameters to remove")
-    groups = round(part * layer.groups)
-    return groups, round((each - groups * layer.of_group) / layer.of_neuron)
+    groups = min(round(part * layer.groups), layer.groups - 1)
+    neurons = round((each - groups * layer.of_group) / layer.of_neuron)
+    if neurons >= layer.inner:
+        raise ValueError(f"LLM-Pruner: {layers} feed-forwards have not so many neurons to remove")
+    return groups, neurons
 
 
 def take_gradients(model: CausalLM, tokens: Tensor) -> None:

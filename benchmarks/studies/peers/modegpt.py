@@ -18,11 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dotresize.least_squares import gram
 from dotresize.models.causal_lm import CausalLM
 
 from .blocks import block_influence
-from .layers import Layer, Pruned, gram, layers_of, to_remove, watched
+from .layers import Layer, Pruned, layers_of, to_remove, watched
 
+# What the paper leaves open, or was not read in it, was chosen once, before anything was measured:
 EPSILON = 0.1
 MOST = 0.8  # of a layer: at so much the allocation is cut off, and others take the rest
 RIDGE = 1e-2  # of the leverage, in units of the mean diagonal of G
@@ -65,11 +67,14 @@ def allocation(influence: Tensor, sparsity: float) -> Tensor:
 
 def _decomposed(model: CausalLM, tokens: Tensor, parts: list[float], *, attention: bool) -> Pruned:
     layers = layers_of(model)
+    if attention and any(one.bias is not None for layer in layers for one in (layer.q, layer.v)):
+        raise ValueError("MoDeGPT: queries or values have biases, which this does not decompose")
     inner = [torch.zeros((), dtype=torch.float64)] * len(layers)
     read = [torch.zeros((), dtype=torch.float64)] * len(layers)
     for number, (x, h, _) in watched(model, tokens, lambda one: [one.q, one.down]):
-        inner[number] = inner[number] + gram(h)
-        read[number] = read[number] + gram(x) if attention else read[number]
+        inner[number] = inner[number] + gram(h.flatten(0, -2)).double()
+        if attention:
+            read[number] = read[number] + gram(x.flatten(0, -2)).double()
     removed, chosen = 0, []
     for layer, part, of_inner, of_read in zip(layers, parts, inner, read, strict=True):
         cut = 0
@@ -82,6 +87,10 @@ def _decomposed(model: CausalLM, tokens: Tensor, parts: list[float], *, attentio
                 cut += cut_queries(layer, _regular(of_read), rows)
         whole = layer.of_feed_forward + attention * layer.of_attention
         width = layer.inner - round((part * whole - cut) / layer.of_neuron)
+        if not 0 < width <= layer.inner:
+            raise ValueError(
+                f"MoDeGPT: a feed-forward of {layer.inner} neurons cannot keep {width}"
+            )
         removed += cut + nystrom(layer, of_inner, width)
         chosen.append([rows, rank, width])
     return Pruned(model, removed, {"rows_rank_width": chosen})
