@@ -22,7 +22,17 @@ from .field import field, field_short
 from .gpu import ceilings, details, kept_plan, peers_table
 from .llama_cpp import llama_cpp
 from .models import families, first_token, large, merging, projected
-from .quality import amounts, headline, map_time, maps, multiple_choice, recovered, speed, study
+from .quality import (
+    amounts,
+    headline,
+    map_time,
+    maps,
+    multiple_choice,
+    recipes,
+    recovered,
+    speed,
+    study,
+)
 from .shapes import budget, layers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -261,6 +271,7 @@ TABLES = {
     "docs/studies.md": {
         "study": lambda: study(rows("quality.jsonl")),
         "field": lambda: field(rows("field.jsonl")),
+        "recipes": lambda: recipes(rows("recipes.jsonl")),
         "budget": lambda: budget(rows("budget.jsonl")),
     },
     "docs/families.md": {"families": families},
@@ -295,6 +306,7 @@ SOURCES = {
     "quality": ("quality.jsonl", "compressor"),
     "study": ("quality.jsonl", "compressor"),
     "field": ("field.jsonl", "field"),
+    "recipes": ("recipes.jsonl", "compressor"),
     "field_short": ("field.jsonl", "field"),
     "maps": ("maps.jsonl", "compressor"),
     "amounts": ("amounts.jsonl", "compressor"),

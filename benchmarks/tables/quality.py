@@ -165,6 +165,26 @@ def amounts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def recipes(rows: list[Row]) -> str:
+    """Return the excess by how much text is read, in how long windows, and whose it is."""
+    if not rows:
+        return "No rows yet."
+    columns = ["", "calibration", "windows, given and its own", "tokens of each"]
+    lines = head([*columns, *SOURCES, "mean"])
+    for row in sorted(rows, key=lambda row: (row["mixture"], row["windows"], -row["window"])):
+        count = f"{row['windows']} and {row['own_windows']}"
+        cells = [row["case"], row["mixture"], count, str(row["window"]), *_excess(row)]
+        lines.append(line(cells))
+    last = rows[-1]
+    lines += [
+        "",
+        "SmolLM2-135M, 1126 of 1536 inner neurons in every layer; one seed, so read nothing into "
+        f"less than 0.03. {last['device']}, {last['date']}.",
+        "Rows: `benchmarks/results/recipes.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def map_time(rows: list[Row]) -> str:
     """Return the time of transport's limit beside that of twenty transports."""
     lines = head(
