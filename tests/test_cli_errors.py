@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("--seed", str(10**30), "must fit in 64 bits"),
         ("--device", "meta", "must be auto, cpu or cuda"),
         ("--windows", "0", "--windows 0: must be at least one for each of the 1"),
-        ("--preset", "quick", "--preset quick: must be one of fast, balanced, best"),
+        ("--preset", "quick", "--preset 'quick': must be one of fast, balanced, best"),
         ("--window", "1", "--window 1"),
         ("--window", "100000", "--window 100000: the model has 256 positions"),
         ("--eval-windows", "0", "--eval-windows 0"),

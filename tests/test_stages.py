@@ -123,7 +123,8 @@ def test_every_option_is_compared(arguments):
         for kind in (Options, TextChoices, RecoveryChoices)
         for field in fields(kind)
     } - recorded.keys()
-    assert unrecorded == {"backend", "batch_windows", "default_window", "figures"}
+    defaults = {"default_window", "default_windows"}
+    assert unrecorded == {"backend", "batch_windows", "figures", *defaults}
     other = make_parser().parse_args([*arguments, "--factor", "qr"])
     with pytest.raises(ValueError, match=r"made with another factor \(None then, qr now\)"):
         refuse_changes(Path("out"), settings(other, Options), recorded | FIRST_TOKEN)
