@@ -11,7 +11,7 @@ from benchmarks.studies.choice import accuracy
 from benchmarks.studies.field import OWN, _nearest, cases_of, wanted
 from benchmarks.studies.peers import PEERS, blocks, flap, llm_pruner, modegpt, two_ssp
 from benchmarks.studies.peers.layers import Layer, layers_of, to_remove, watched
-from benchmarks.tables.field import field, field_short
+from benchmarks.tables.field import field
 from dotresize.accounting import count_parameters
 from dotresize.evaluate import perplexity
 from dotresize.least_squares import gram
@@ -307,7 +307,4 @@ def test_tables_of_the_field():
     assert "| plain | 80.0 M | 0.450 | 0.400, 0.500 | 0.450 |" in lines[2]
     assert "| simulated |" in lines[3]
     assert names[7] == "ShortGPT"
-    short = field_short(rows, "M.Q4.gguf")
-    assert "| **dotresize, equal widths** | plain | 0.400, 0.500 | 0.450 | 0.450 | 61 s |" in short
-    assert "ShortGPT" not in short
-    assert field([]) == field_short([], "M") == "No rows yet."
+    assert field([]) == "No rows yet."

@@ -51,29 +51,6 @@ def field(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def field_short(rows: list[Row], model: str, share: float = 0.8) -> str:
-    """Return the excess, the KL and the agreement of every method at one share."""
-    of_model = [row for row in rows if (row["model"], row["windows"]) == (model, WINDOWS)]
-    found = [row for row in of_model if row["share"] == share]
-    if not found:
-        return "No rows yet."
-    cases = _cases(found)
-    lines = head(["", "checkpoint", "excess, of each seed", "KL", "top-1", "time"])
-    for case in sorted(cases, key=lambda case: _mean(cases[case], average)):
-        of_case = cases[case]
-        shown = _cells(of_case)
-        name = f"**{case}**" if case.startswith("dotresize") else case
-        lines.append(line([name, _plain(of_case), shown[2], shown[3], shown[4], shown[8]]))
-    lines += [
-        "",
-        f"{_name(model)}, {share:.0%} of the parameters outside the embeddings, "
-        f"{WINDOWS} windows of 512 tokens for all,",
-        "and as many of the model's own text for dotresize unless the given text is alone. "
-        f"{_devices(found)}.",
-    ]
-    return "\n".join(lines)
-
-
 def _name(model: str) -> str:
     return Path(model).stem.partition(".")[0]
 
