@@ -6,7 +6,7 @@ head the rows of query, key and value and the columns of the output projection t
 Units go within each layer, the same share in all layers but the first four and the last two (4 to
 30 of a Llama's 32). No training follows, as for all that is compared here.
 
-The attention's share is rounded to whole heads, of which one is left; the feed-forwards make up for
+The attention's share is rounded down to whole heads, as by its code; the feed-forwards make up for
 the rest.
 """
 
@@ -44,7 +44,7 @@ def counts(layer: Layer, layers: int, wanted: int) -> tuple[int, int]:
     part = each / (layer.of_attention + layer.of_feed_forward)
     if part >= 1:
         raise ValueError(f"LLM-Pruner: {layers} layers have not {wanted} parameters to remove")
-    groups = min(round(part * layer.groups), layer.groups - 1)
+    groups = int(part * layer.groups + 1e-3)  # a whole number of them stays whole
     neurons = round((each - groups * layer.of_group) / layer.of_neuron)
     if neurons >= layer.inner:
         raise ValueError(f"LLM-Pruner: {layers} feed-forwards have not so many neurons to remove")
