@@ -184,7 +184,7 @@ def test_modegpt_cuts_more_where_layers_do_less():
 
 
 def test_2ssp_removes_attentions_by_its_rule():
-    """Of 32 layers of Llama-2-7B, whose feed-forwards have 2.016 times an attention's weights."""
+    """A feed-forward of Llama-2-7B has 2.016 times the weights of an attention; it has 32 layers."""
     with torch.device("meta"):
         model = CausalLM.in_memory(transformers.LlamaForCausalLM(transformers.LlamaConfig()))
     layer = Layer(model, 0)
@@ -243,7 +243,7 @@ def test_sleb_goes_on_from_a_longer_search():
     fewer = blocks.sleb(model, TOKENS, 0.875)
     assert set(fewer.about["layers"]) < set(more.about["layers"])
     assert 0 < fewer.seconds < more.seconds
-    # By hand: every layer left out in turn, and the likeliest one gone.
+    # The layer that goes first is the one without which whole models have the lowest perplexity.
     found = [
         perplexity(blocks._without(model, [i], None).model, blocks._Search(model, TOKENS)._tokens)
         for i in range(8)

@@ -146,9 +146,14 @@ def split_budget(model: CausalLM, tokens: Tensor, options: Options, own: int = 0
     """
     assert options.params is not None
     split = _best(model, tokens, options, own)
-    count, layer_widths = options.params_count, options.layer_widths
-    split = replace(split, params=options.params, count=count, layer_widths=layer_widths)
-    split = replace(split, search=options.search)
+    layer_widths = options.layer_widths
+    split = replace(
+        split,
+        params=options.params,
+        count=options.params_count,
+        layer_widths=layer_widths,
+        search=options.search,
+    )
     inner = str(split.inner)
     if split.allocation is not None:
         inner = f"{min(split.allocation.widths)} to {inner}"

@@ -103,6 +103,13 @@ def layers_of(model: CausalLM) -> list[Layer]:
     return [Layer(model, i) for i in range(len(model.layers))]
 
 
+def least(scores: Tensor, count: int) -> Tensor:
+    """Return a mask of the ``count`` lowest scores."""
+    found = torch.zeros(len(scores), dtype=torch.bool)
+    found[scores.topk(count, largest=False).indices] = True
+    return found
+
+
 def to_remove(model: CausalLM, share: float) -> int:
     """Return how many parameters outside the embeddings go where this share of them stays."""
     return round((1 - share) * count_parameters(model)["non_embedding"])

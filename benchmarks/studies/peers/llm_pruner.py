@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dotresize.models.causal_lm import CausalLM
 
-from .layers import Layer, Pruned, layers_of, to_remove
+from .layers import Layer, Pruned, layers_of, least, to_remove
 
 SKIPPED_FIRST, SKIPPED_LAST = 4, 2
 
@@ -31,8 +31,8 @@ def prune(model: CausalLM, tokens: Tensor, share: float) -> Pruned:
     take_gradients(new, tokens)
     removed = 0
     for layer in inside:
-        gone = _least(importance_of_groups(layer), groups)
-        removed += layer.remove_neurons(_least(importance_of_neurons(layer), neurons))
+        gone = least(importance_of_groups(layer), groups)
+        removed += layer.remove_neurons(least(importance_of_neurons(layer), neurons))
         removed += layer.remove_groups(gone)
     new.module.zero_grad(set_to_none=True)
     return Pruned(new, removed, {"layers": len(inside), "groups": groups, "neurons": neurons})
@@ -80,9 +80,3 @@ def _of_rows(layer: Layer) -> list[Tensor]:
 def _salience(linear: nn.Linear) -> Tensor:
     assert linear.weight.grad is not None
     return (linear.weight.detach() * linear.weight.grad).abs()
-
-
-def _least(scores: Tensor, count: int) -> Tensor:
-    gone = torch.zeros(len(scores), dtype=torch.bool)
-    gone[scores.topk(count, largest=False).indices] = True
-    return gone

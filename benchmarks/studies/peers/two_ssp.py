@@ -16,7 +16,7 @@ from torch import Tensor
 from dotresize.evaluate import perplexity
 from dotresize.models.causal_lm import CausalLM
 
-from .layers import Layer, Pruned, layers_of, to_remove, watched
+from .layers import Layer, Pruned, layers_of, least, to_remove, watched
 
 ALPHA = 1.5
 JUDGED_TOKENS = 2048
@@ -35,9 +35,7 @@ def prune(model: CausalLM, tokens: Tensor, share: float) -> Pruned:
         norms[number] += inner.double().norm(dim=1).sum(0)
     removed = 0
     for layer, norm in zip(layers, norms, strict=True):
-        gone = torch.zeros(layer.inner, dtype=torch.bool)
-        gone[norm.topk(neurons, largest=False).indices] = True
-        removed += layer.remove_neurons(gone)
+        removed += layer.remove_neurons(least(norm, neurons))
     few = tokens[: max(1, JUDGED_TOKENS // tokens.shape[1])]
     order = [_remove_attention(new, layers, few) for _ in range(attentions)]
     removed += attentions * layers[0].of_attention
