@@ -184,7 +184,7 @@ def test_modegpt_cuts_more_where_layers_do_less():
 
 
 def test_2ssp_removes_attentions_by_its_rule():
-    """A feed-forward of Llama-2-7B has 2.016 times the weights of an attention; it has 32 layers."""
+    """A feed-forward of Llama-2-7B has 2.016 times the weights of attention; it has 32 layers."""
     with torch.device("meta"):
         model = CausalLM.in_memory(transformers.LlamaForCausalLM(transformers.LlamaConfig()))
     layer = Layer(model, 0)

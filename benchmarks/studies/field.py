@@ -6,8 +6,8 @@ Every method gets the same windows of calibration text, and leaves the same shar
 outside the embeddings, as nearly as its units allow. This package also has the model write as much
 again, but for one row. None is trained afterwards. Perplexity, KL and top-1 agreement are measured
 on texts that are never calibrated on, accuracy on a multiple choice of their words, and of greedy
-continuations how much they repeat and what the dense model thinks of them. A row is appended as soon
-as it is there; a run that is started again skips what FILE has.
+continuations how much they repeat and what the dense model thinks of them. A row is appended as
+soon as it is there; a run that is started again skips what FILE has.
 
 The peers are in peers/, written from their papers; Gemma 3 270M is where first_token.py says.
 """
