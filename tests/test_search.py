@@ -24,7 +24,8 @@ from dotresize.narrow.calibrate import with_own_text
 from dotresize.narrow.curves import curves_of
 from dotresize.narrow.pipeline import prepare
 from dotresize.narrow.refit import FIRST_WEIGHT
-from dotresize.narrow.search import Judge, Split, Tried, _predicted, shape_of, split_budget
+from dotresize.narrow.search import Judge, _predicted, split_budget
+from dotresize.narrow.split import Split, Tried, shape_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,7 @@ from dotresize.cli.names import PARTIAL, partial_folder
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.allocation import Allocation
 from dotresize.narrow.pipeline import Prepared
-from dotresize.narrow.search import Split
+from dotresize.narrow.split import Split
 
 logger = logging.getLogger("dotresize")
 

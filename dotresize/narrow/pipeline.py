@@ -41,7 +41,8 @@ from dotresize.narrow.curves import curves_of
 from dotresize.narrow.feed_forward_only import narrow_feed_forwards
 from dotresize.narrow.options import Calibrated, Narrowed, Options, Shape
 from dotresize.narrow.refit import FIRST_WEIGHT, first_weight
-from dotresize.narrow.search import Split, shape_of, split_budget
+from dotresize.narrow.search import split_budget
+from dotresize.narrow.split import Split, shape_of
 from dotresize.ops.backends import choose
 
 logger = logging.getLogger("dotresize")
