@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
+from test_compress import logits
 from test_offload import opened, stored
 
 from dotresize import compress
@@ -109,7 +111,7 @@ WIDE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
 )
 def test_what_is_taken_was_measured(excess, cut, tokens, monkeypatch):
     monkeypatch.setattr(Judge, "_excess", probe_as(excess))
-    choices = {"params": 0.7, "params_count": "non_embedding", "self_windows": 0}
+    choices = {"params": 0.7, "params_count": "non_embedding", "self_windows": 0, "search": True}
     narrow, report = compress(tiny_model(**WIDE), tokens, **choices)
     found = narrow.config.hidden_size, narrow.config.intermediate_size
     tried = [(m["width"], m["ff_width"]) for m in report["budget"]["tried"]]
@@ -121,7 +123,7 @@ def test_the_middle_is_taken_only_if_it_is_better(tokens, monkeypatch):
     """Also where neither width alone can meet the budget."""
     both = probe_as(lambda x, y: 9.0 if x < 0.8 and y < 0.8 else 1.0)
     monkeypatch.setattr(Judge, "_excess", both)
-    choices = {"params": 0.12, "params_count": "non_embedding", "self_windows": 0}
+    choices = {"params": 0.12, "params_count": "non_embedding", "self_windows": 0, "search": True}
     _, report = compress(tiny_model(**WIDE), tokens, **choices)
     assert report["budget"]["excess"] == 1.0
     ends = probe_as(lambda x, y: 2.0 if x < 0.8 and y < 0.8 else math.inf)
@@ -135,7 +137,7 @@ def test_the_middle_is_taken_only_if_it_is_better(tokens, monkeypatch):
 def test_a_budget_of_one_width(kind, tokens):
     """Where only one width can be cut, the budget is that width."""
     model = tiny_model(kind)
-    narrow, report = compress(model, tokens, params=0.85, self_windows=0)
+    narrow, report = compress(model, tokens, params=0.85, self_windows=0, search=True)
     dense, found = (count_parameters(CausalLM.in_memory(m))["total"] for m in (model, narrow))
     assert 0.6 * dense < found <= 0.85 * dense
     assert (report["budget"]["tried"] == []) == (kind in ("mixtral", "qwen3_moe"))
@@ -169,8 +171,27 @@ def test_choices_of_the_default_budget(tokens):
         compress(model, tokens, self_windows=0, method="slicegpt", ff_method="nystrom")
 
 
+def test_a_model_that_stays_in_its_files_has_a_budget_of_feed_forwards(tokens, caplog, tmp_path):
+    """The same weights as in memory; other shapes cannot be tried."""
+    caplog.set_level("INFO", logger="dotresize")
+    source = tiny_model(intermediate_size=160)
+    model = opened(stored(source, tmp_path / "model"))
+    whole, held = compress(source, tokens, self_windows=0)
+    narrow, report = narrow_model(model, tokens, make_options(self_windows=0))
+    assert "no size was asked for: params 0.8" in caplog.text
+    assert report["budget"] == held["budget"]
+    assert report["feed_forward"]["new"] == held["feed_forward"]["new"] < 160
+    narrow.save(tmp_path / "narrow")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    torch.testing.assert_close(logits(again, tokens), logits(whole, tokens))
+    for choices in ({"params": 0.3}, {"params": 0.8, "search": True}):
+        with pytest.raises(ValueError, match=r"params 0\.\d: takes a search of shapes, for which"):
+            narrow_model(model, tokens, make_options(self_windows=0, **choices))
+
+
 @pytest.mark.parametrize(("kind", "size"), [("llama", "width"), ("gpt2", "ff_width")])
-def test_a_model_that_stays_in_its_files_has_no_budget(kind, size, tokens, caplog, tmp_path):
+def test_a_model_that_stays_in_its_files_has_no_other_budget(kind, size, tokens, caplog, tmp_path):
+    """Its feed-forwards would keep less than half of their neurons."""
     caplog.set_level("INFO", logger="dotresize")
     model = opened(stored(tiny_model(kind), tmp_path / "model"))
     _, report = narrow_model(model, tokens, make_options())
@@ -197,7 +218,7 @@ def test_the_smallest_budgets_are_kept_to(kind, share, tokens):
 def test_a_gain_is_compared_as_a_loss_is(tokens, monkeypatch):
     """A pair must be better by the margin also where narrowing gains."""
     monkeypatch.setattr(Judge, "_excess", probe_as(lambda x, y: -0.48 if x and y else -0.5))
-    choices = {"params": 0.7, "params_count": "non_embedding", "self_windows": 0}
+    choices = {"params": 0.7, "params_count": "non_embedding", "self_windows": 0, "search": True}
     _, report = compress(tiny_model(**WIDE), tokens, **choices)
     assert report["budget"]["tried"][-1]["excess"] == -0.48
     assert report["budget"]["excess"] == -0.5

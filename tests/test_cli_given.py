@@ -237,7 +237,7 @@ def test_presets(preset, arguments, monkeypatch):
     report = json.loads((Path(arguments[2]) / "dotresize.json").read_text())
     assert report["calibration"]["tokens"] == 8 * 32  # half of them its own
     searched = bool(report["budget"]["tried"])
-    assert searched == PRESETS[preset].search
+    assert searched == (PRESETS[preset].search is True)
     other = "--no-search" if PRESETS[preset].search else "--search"
     whole[2] += "-3"
     assert main([*whole, other, "--compare"]) == 0

@@ -72,11 +72,32 @@ def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
         (["--compare"], "--compare: needs the whole model in memory; leave --memory out"),
         (["--method", "slicegpt"], "--method slicegpt: needs the whole model"),
         (["--self-windows", "2"], "--self-windows: needs the whole model"),
+        (["--search"], "--search: "),
     ],
     ids=str,
 )
 def test_refusals(words, message, by_parts, capsys):
     assert re.search(message, fails([*by_parts, *words], capsys))
+    assert not Path(f"{by_parts[2]}.partial").exists()
+
+
+@pytest.mark.parametrize("widths", [[], ["--layer-widths"]])
+def test_a_budget_of_feed_forwards(widths, by_parts, model_directory, tmp_path, capsys):
+    """It takes no search; a budget that takes one is refused before the model is read."""
+    source = copy_of(model_directory, tmp_path / "source")
+    tiny_model(intermediate_size=160).save_pretrained(source)
+    by_parts[1] = str(source)
+    at = by_parts.index("--width")
+    by_parts[at : at + 2] = ["--params", "0.8", *widths]
+    assert main(by_parts) == 0
+    report = json.loads((Path(by_parts[2]) / "dotresize.json").read_text())
+    total = report["parameters"]
+    assert 0.7 < total["narrow"]["total"] / total["dense"]["total"] <= 0.8
+    assert report["width"]["new"] == 24
+    capsys.readouterr()
+    by_parts[at + 1] = "0.3"
+    by_parts[2] += "-2"
+    assert "--params 0.3: takes a search of shapes, for which the whole" in fails(by_parts, capsys)
     assert not Path(f"{by_parts[2]}.partial").exists()
 
 

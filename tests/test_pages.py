@@ -135,4 +135,4 @@ def test_the_picture_of_sizes_is_of_the_committed_rows(tmp_path):
         for path in (tmp_path / "bits.svg", ROOT / "docs" / "bits.svg")
     ]
     assert texts[0] == texts[1]
-    assert {"dense", "--params 0.8", "Q4_K_M"} <= set(texts[0])
+    assert {"dense", "--params 0.8 --search", "Q4_K_M"} <= set(texts[0])

@@ -64,7 +64,7 @@ def test_layers_that_do_nothing_are_left_out(kind, tokens, tmp_path, monkeypatch
     """And what they took is left to the feed-forwards of the others; the checkpoint is plain."""
     model = with_idle_layers(kind, 5, 11)
     monkeypatch.setattr(Judge, "_excess", lambda _, shape, __: 1.0 - len(shape.dropped))
-    choices = {"params": 0.88, "params_count": "non_embedding", "self_windows": 0}
+    choices = {"params": 0.88, "params_count": "non_embedding", "self_windows": 0, "search": True}
     narrow, report = compress(model, tokens, **choices)
     assert report["layers"] == {"old": 16, "new": 14, "dropped": [5, 11]}
     dense, found = (report["parameters"][name]["non_embedding"] for name in ("dense", "narrow"))
@@ -83,7 +83,7 @@ def test_layers_that_do_nothing_are_left_out(kind, tokens, tmp_path, monkeypatch
 
 
 def test_no_layer_of_a_few_is_left_out(tokens):
-    _, report = compress(tiny_model(), tokens, params=0.7, self_windows=0)
+    _, report = compress(tiny_model(), tokens, params=0.7, self_windows=0, search=True)
     assert report["layers"] == {"old": 3, "new": 3, "dropped": []}
 
 
@@ -91,7 +91,7 @@ def test_no_layer_of_a_few_is_left_out(tokens):
 def test_no_layer_is_left_out_where_they_differ_by_number(kind, tokens):
     """llama.cpp has their pattern in its code: behind a gap it would be another one."""
     model = tiny_model(kind, num_hidden_layers=16)
-    _, report = compress(model, tokens, params=0.85, self_windows=0)
+    _, report = compress(model, tokens, params=0.85, self_windows=0, search=True)
     assert report["layers"]["dropped"] == []
     assert all(own["dropped"] == () for own in report["budget"]["tried"])
 
@@ -118,7 +118,7 @@ def test_padding_with_a_layer_less(tokens, monkeypatch):
     model = with_idle_layers("llama", 1)
     set_inner_widths(architecture_of(model.config), model, [40, 24] * 8)
     monkeypatch.setattr(Judge, "_excess", lambda _, shape, __: 1.0 - len(shape.dropped))
-    choices = {"params": 0.96, "params_count": "non_embedding", "self_windows": 0}
+    choices = {"params": 0.96, "params_count": "non_embedding", "self_windows": 0, "search": True}
     narrow, report = compress(model, tokens, layer_widths=True, pad=True, **choices)
     assert report["layers"]["dropped"] == [1]
     assert report["plain_checkpoint"]
@@ -131,12 +131,12 @@ def test_a_shape_without_finite_predictions_is_never_taken(tokens, monkeypatch):
     for i, sign in zip((3, 4, 5, 6), (1, -1, 1, -1), strict=True):
         model.model.layers[i].mlp.down_proj.bias.data[0] = sign * 4e4
     assert torch.isfinite(logits(model, tokens)).all()
-    _, report = compress(model, tokens, params=0.8, self_windows=0)
+    _, report = compress(model, tokens, params=0.8, self_windows=0, search=True)
     assert report["layers"]["dropped"] not in ([4], [5])
     json.dumps(report, allow_nan=False)
     monkeypatch.setattr(Judge, "_excess", lambda *_: math.inf)
     with pytest.raises(ValueError, match=r"params 0\.8: no shape that was tried has a finite"):
-        compress(tiny_model(), tokens, params=0.8, self_windows=0)
+        compress(tiny_model(), tokens, params=0.8, self_windows=0, search=True)
 
 
 def test_what_was_prepared_is_what_is_asked_for(tokens):
@@ -149,7 +149,7 @@ def test_what_was_prepared_is_what_is_asked_for(tokens):
 
 
 def test_a_width_for_each_layer_within_a_budget(tokens, tmp_path):
-    choices = {"params": 0.7, "params_count": "non_embedding", "layer_widths": True}
+    choices = {"params": 0.7, "params_count": "non_embedding", "layer_widths": True, "search": True}
     model = with_idle_layers("llama", 5)
     narrow, report = compress(model, tokens, self_windows=0, **choices)
     dense, found = (report["parameters"][name]["non_embedding"] for name in ("dense", "narrow"))
@@ -169,7 +169,7 @@ def test_a_width_for_each_layer_within_a_budget(tokens, tmp_path):
 @pytest.mark.parametrize("layer_widths", [False, True])
 def test_a_split_passes_through_json(layer_widths, tokens):
     model = CausalLM.in_memory(with_idle_layers("llama", 3))
-    options = make_options(params=0.8, layer_widths=layer_widths, self_windows=2)
+    options = make_options(params=0.8, layer_widths=layer_widths, self_windows=2, search=True)
     written, _ = with_own_text(model, tokens, options)
     split = split_budget(model, written, options, 2)
     again = Split.recorded(**json.loads(json.dumps(split.record())))
@@ -194,7 +194,7 @@ def test_the_command_says_what_it_left_out(arguments, tmp_path, capsys, caplog, 
     command = [word for word in arguments if word != "--quiet"]
     command[1] = str(source)
     command[command.index("--width") : command.index("--width") + 2] = [
-        *("--params", "0.88", "--params-count", "non_embedding")
+        *("--params", "0.88", "--params-count", "non_embedding", "--search")
     ]
     assert main([*command, "--compare"]) == 0
     assert "without layer 5 and 11" in caplog.text
@@ -262,6 +262,32 @@ def test_nothing_is_compared_where_the_budget_is_everything(arguments, caplog, c
     assert capsys.readouterr().out.splitlines()[0].split() == ["dense", "transport", "+", "refit"]
 
 
+@pytest.mark.parametrize("share", [0.85, 0.6])
+def test_the_default_searches_where_feed_forwards_are_not_enough(share, tokens):
+    """They are narrowed alone as long as they keep half of their neurons."""
+    model = tiny_model()
+    choices = {"params": share, "params_count": "non_embedding", "self_windows": 0}
+    alone, report = compress(model, tokens, search=False, **choices)
+    enough = report["feed_forward"]["new"] >= 20
+    assert enough == (share == 0.85)
+    narrow, report = compress(model, tokens, **choices)
+    assert bool(report["budget"]["tried"]) != enough
+    if enough:
+        assert torch.equal(logits(narrow, tokens), logits(alone, tokens))
+    searched = compress(model, tokens, search=True, **choices)[1]
+    assert searched["budget"]["tried"]
+
+
+def test_a_choice_about_the_residual_has_it_tried(tokens):
+    """Which would do nothing otherwise; without a search it is refused."""
+    choices = {"params": 0.85, "params_count": "non_embedding", "self_windows": 0}
+    for name, choice in {"reg": {"reg": 1.0}, "method": {"method": "pca"}}.items():
+        _, report = compress(tiny_model(), tokens, **choices, **choice)
+        assert any(own["width"] < 24 for own in report["budget"]["tried"])
+        with pytest.raises(ValueError, match=f"{name}.*: without search the residual keeps its"):
+            compress(tiny_model(), tokens, search=False, **choices, **choice)
+
+
 def test_no_search_narrows_feed_forwards_alone(tokens):
     """And searches all the same where they have too few parameters for that."""
     model = tiny_model()
@@ -280,8 +306,9 @@ def test_no_search_narrows_feed_forwards_alone(tokens):
     _, report = compress(model, tokens, params=0.4, **choices)
     assert report["width"]["new"] < 24
     assert [own for own in report["budget"]["tried"] if own["excess"] is not None]
-    with pytest.raises(ValueError, match="search: there is none without params"):
-        compress(model, tokens, width=16, search=False)
+    for search in (True, False):
+        with pytest.raises(ValueError, match="search: there is none without params"):
+            compress(model, tokens, width=16, search=search)
     handle = CausalLM.in_memory(model)
     searched = prepare(handle, tokens, make_options(params=0.8, self_windows=0))
     with pytest.raises(ValueError, match=r"for no budget of params 0\.8 without a search"):

@@ -165,7 +165,12 @@ def test_compress(other):
     model = tiny_model("llama")
     torch.manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (6, 24))
-    ways = [{"width": 24}, {"width": 24, "method": "dot"}, {"ff_width": 32}, {"params": 0.8}]
+    ways = [
+        {"width": 24},
+        {"width": 24, "method": "dot"},
+        {"ff_width": 32},
+        {"params": 0.8, "search": True},
+    ]
 
     def everything() -> list:
         return [

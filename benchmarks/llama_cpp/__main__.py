@@ -46,7 +46,7 @@ TYPES = ("f32", "q8_0", "q4_0", "q4_k_m", "q3_k_m")
 # The rows of the table, by what dotresize compress is asked for.
 NARROWED = {
     "width 0.8": ["--width", "0.8"],
-    "params 0.8": [],
+    "params 0.8 --search": ["--search"],
     "ff-width 0.73": ["--ff-width", "0.73"],
     "ff-width 0.73 --layer-widths": ["--ff-width", "0.73", "--layer-widths"],
 }

@@ -43,7 +43,7 @@ def main() -> int:
     for count in args.windows:
         for seed in args.seeds:
             start = time.perf_counter()
-            options = make_options(params=args.params, seed=seed)
+            options = make_options(params=args.params, search=True, seed=seed)
             tokens = random_windows(streams, count, WINDOW, seed)
             tokens, _ = with_own_text(model, tokens, options)
             split = split_budget(model, tokens, options, len(tokens) - count)

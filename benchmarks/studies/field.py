@@ -65,7 +65,7 @@ class Own:
 
 GIVEN_ALONE = {"self_windows": 0}
 OWN: dict[str, Own] = {
-    "dotresize, the search": Own("params"),
+    "dotresize, the search": Own("params", options={"search": True}),
     "dotresize, equal widths": Own("ff_width"),
     "dotresize, equal widths, given text alone": Own("ff_width", options=GIVEN_ALONE),
     "dotresize, a width for each layer": Own("ff_width", False, {"layer_widths": True}),

@@ -78,7 +78,7 @@ ONE: dict[str, Any] = LIMIT | {"steps": 1}
 HEEDS = {"sensitivity": True}
 # 27 % of the inner neurons are 20 % of the parameters outside the embeddings.
 INNER = {"ff_width": 1126}
-BUDGET = {"params": 0.8}
+BUDGET = {"params": 0.8, "search": True}
 INNER_PLAIN = INNER | {"refit": False}
 
 # What the default map rests on: each refitted, with text of the model's own.

@@ -111,7 +111,7 @@ def fill_in(args: argparse.Namespace, device: torch.device) -> None:
     args.default_windows = args.windows is None
     if args.windows is None:
         args.windows = preset.windows[device.type]
-    # An offloaded model's budget cannot be measured, and is not asked for.
+    # Shapes of an offloaded model cannot be tried.
     if args.search is None and args.memory is None and compress_options(args).budgeted:
         args.search = preset.search
 

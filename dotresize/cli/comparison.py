@@ -90,7 +90,7 @@ def compared_at_budget(options: Options, model: CausalLM) -> list[Options]:
     """
     budget = Budget(model, options)
     bare = replace(options, params=None, params_count="total", layer_widths=False, pad=False)
-    bare = replace(bare, search=True, refit=False, figures=False)  # there is none without params
+    bare = replace(bare, search=None, refit=False, figures=False)  # there is none without params
     fixed = bool(model.architecture.fixed_residual)
     selection = bare if fixed else bare.with_method(METHODS["magnitude"])
     found = []

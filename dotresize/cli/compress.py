@@ -220,7 +220,7 @@ def _planned(
     shows_map = args.report is not None and not residual_stays(outline, wanted)
     wanted = replace(wanted, figures=shows_map)
     if wanted.params is not None:
-        check_budget(outline, wanted)
+        check_budget(outline, wanted, whole=args.memory is None)
     announce(outline, widths, wanted)
     return wanted, widths
 

@@ -28,7 +28,7 @@ def check(size: str, model: str, options: Options, others: dict[str, bool]) -> N
     if not Path(model).is_dir():
         raise ValueError(f"--memory: reads a model directory by parts, not {model}")
     held = {
-        "--params": options.params is not None,
+        "--search": options.search is True,
         f"--{options.method.spelled}": not options.method.plain,
         "--self-windows": bool(options.self_windows),
         **others,

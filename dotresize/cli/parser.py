@@ -92,8 +92,8 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--params",
         type=float,
-        help="share of the parameters to keep: widths are cut, or a layer or two left out, "
-        "whatever loses least (0.8 if no size is given)",
+        help="share of the parameters to keep (0.8 if no size is given): feed-forwards are "
+        "narrowed, or what --search finds",
     )
     size.add_argument(
         "--params-count",
@@ -103,14 +103,15 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--search",
         action=argparse.BooleanOptionalAction,
-        help="look for the shape that spends --params best, or spend it on the feed-forwards alone "
-        "wherever they can meet it (by --preset)",
+        help="measure which shape spends --params best, both widths and a layer or two less, or "
+        "narrow feed-forwards alone wherever they can meet it (where they would keep less than "
+        "half, and with --preset best)",
     )
     size.add_argument(
         "--width",
         type=float,
-        help="instead, of the residual stream: a share up to 1, or an exact number (if nothing "
-        "else is given and no budget can be measured, as with --memory, 0.8)",
+        help="instead, of the residual stream: a share up to 1, or an exact number (0.8 if "
+        "no size is given, and --params would take a search that cannot be had)",
     )
     size.add_argument(
         "--energy", type=float, help="instead: the share of the activations' variance to keep"

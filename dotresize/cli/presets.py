@@ -15,15 +15,15 @@ class Preset:
 
     Attributes:
         windows: of calibration text, by the type of the device.
-        search: whether the shape that spends ``--params`` best is looked for.
+        search: as the option of that name in ``narrow.options.Options``.
     """
 
     windows: dict[str, int]
-    search: bool = True
+    search: bool | None = None
 
 
 PRESETS = {
-    "fast": Preset({"cpu": 12, "cuda": 96}, search=False),
-    DEFAULT: Preset({"cpu": 32, "cuda": 384}),
-    "best": Preset({"cpu": 128, "cuda": 1536}),
+    "fast": Preset({"cpu": 24, "cuda": 96}),
+    DEFAULT: Preset({"cpu": 64, "cuda": 384}),
+    "best": Preset({"cpu": 384, "cuda": 1536}, search=True),
 }

@@ -12,13 +12,16 @@ import torch
 from dotresize.accounting import count_parameters
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import widths_left, without_layers
-from dotresize.models.resized import resized
-from dotresize.narrow.choose_width import residual_step
+from dotresize.models.resized import has_biases, resized
+from dotresize.narrow.curves import LEAST
 from dotresize.narrow.options import Options
 from dotresize.narrow.round_width import round_width
 
 # No feed-forward gets fewer neurons: the width 1 is read as a share, all of it.
 LEAST_INNER = 2
+# Where feed-forwards keep this share of their neurons, a search for another shape found none that
+# was better for SmolLM2-135M, in 2.5 times the time (docs/studies.md).
+ENOUGH = 0.5
 
 
 class Budget:
@@ -110,9 +113,41 @@ class Budget:
         return max((k for k in self.widths() if self.inner_at(k) == whole), default=0)
 
 
-def check_budget(model: CausalLM, options: Options) -> None:
-    """Raise ValueError for a budget that no widths meet. model: its config is enough."""
+def inner_without_search(model: CausalLM, options: Options) -> int | None:
+    """Return the feed-forward width that spends a budget alone; None where shapes are searched.
+
+    model: its config is enough.
+
+    Raises:
+        ValueError: no search is wanted, and a choice is of the residual, which keeps its width.
+    """
+    if options.search or not model.architecture.has_inner_width:
+        return None
+    inner, share = Budget(model, options).inner_at(model.width), LEAST
+    if options.search is None:
+        if options.of_residual:
+            return None
+        share = ENOUGH
+    if inner < share * model.inner_width:
+        return None
+    for name in options.of_residual:
+        raise ValueError(f"{name}: without search the residual keeps its width; leave {name} out")
+    return inner
+
+
+def check_budget(model: CausalLM, options: Options, *, whole: bool = True) -> None:
+    """Raise ValueError for a budget that cannot be met. model: its config is enough.
+
+    whole: whether the model will be in memory, which a search of shapes asks for.
+    """
     budget = Budget(model, options)
+    if inner_without_search(model, options) is not None:
+        return
+    if not whole:
+        raise ValueError(
+            f"params {options.params:g}: takes a search of shapes, for which the whole model must "
+            "be in memory; give ff_width or width"
+        )
     if model.architecture.fixed_residual:
         if not budget.inner_at(model.width):
             raise ValueError(budget.refusal("no feed-forward width has so few"))
@@ -120,6 +155,12 @@ def check_budget(model: CausalLM, options: Options) -> None:
         budget.pairs()
     elif not budget.width_alone():
         raise ValueError(budget.refusal("no width has so few"))
+
+
+def residual_step(model: CausalLM, options: Options) -> int:
+    """Return what every residual width that is chosen for the user is a multiple of."""
+    kept = options.keep_type or has_biases(model.config)
+    return model.architecture.divisor(model.config) if kept else model.architecture.width_multiple
 
 
 def parameters_at(

@@ -15,7 +15,8 @@ from dotresize.models.causal_lm import CausalLM
 from dotresize.models.layer_widths import differ
 from dotresize.models.resized import becomes_mistral, has_biases, resized
 from dotresize.narrow.allocation import check_room, multiple_for
-from dotresize.narrow.options import OF_METHODS, Inner, Options
+from dotresize.narrow.budget import inner_without_search, residual_step
+from dotresize.narrow.options import Inner, Options
 from dotresize.narrow.round_width import FEW, FEW_STEP, STEPS, round_width
 from dotresize.narrow.targets import check_kept
 
@@ -30,8 +31,8 @@ class Widths:
     """The widths of a narrowed model.
 
     Attributes:
-        residual: None where the variance or a budget decides it later.
-        inner: of the feed-forward blocks; None where it stays, or a budget decides it later.
+        residual: None where the variance or a search decides it later.
+        inner: of the feed-forward blocks; None where it stays, or a search decides it later.
     """
 
     residual: int | None
@@ -45,11 +46,16 @@ def choose_widths(model: CausalLM, options: Options) -> Widths:
     """
     check_residual(model, options)
     check_parallel(model, options)
+    alone = None if options.params is None else inner_without_search(model, options)
     inner = choose_inner_width(model, options)
+    if alone is not None and alone < model.inner_width:
+        inner = alone
     equal = by_layer(model, inner)
     if options.layer_widths and equal is not None:
         full = model.inner_widths
         check_room(full, sum(equal), multiple_for(full, options))
+    if alone is not None:
+        return Widths(model.width, inner)
     if options.energy is not None or options.params is not None:
         return Widths(None, inner)
     width = choose_width(model, options)
@@ -161,15 +167,14 @@ def default_size(model: CausalLM, options: Options, *, whole: bool | None = None
     if options.sized:
         return options
     whole = model.store.whole if whole is None else whole
-    if model.architecture.fixed_residual:
-        name = "params" if whole else "ff_width"
-    else:
-        name = "params" if options.budgeted and whole else "width"
+    name = "ff_width" if model.architecture.fixed_residual else "width"
+    if options.budgeted:
+        budget = replace(options, params=DEFAULT_SIZE)
+        if whole or inner_without_search(model, budget) is not None:
+            name = "params"
     logger.info("no size was asked for: %s %g", name, DEFAULT_SIZE)
     size: dict[str, Any] = {name: DEFAULT_SIZE}
     sized = replace(options, **size)
-    if name != "params":
-        sized = replace(sized, search=True)  # what is meant where nothing is searched
     if not model.architecture.fixed_residual:
         sized.check()  # of choices that would do nothing at this size
     return sized
@@ -185,13 +190,8 @@ def check_residual(model: CausalLM, options: Options) -> None:
             f"width: {kind} keeps its residual ({architecture.fixed_residual}); give ff_width or "
             "params alone"
         )
-    of_residual = {
-        options.method.spelled.partition(" ")[0]: not options.method.default,
-        "untie": options.untie,
-        **{name: getattr(options, name) is not None for name in OF_METHODS},
-    }
-    for name, given in of_residual.items():
-        if architecture.fixed_residual and given:
+    for name in [*options.of_residual, *(["untie"] if options.untie else [])]:
+        if architecture.fixed_residual:
             raise ValueError(f"{name}: {kind} keeps its residual; leave {name} out")
     if not architecture.has_inner_width and options.ff_width is not None:
         raise ValueError("ff_width: experts have no single inner width; give width or params")
@@ -246,18 +246,12 @@ def width_for_energy(statistics: Statistics, model: CausalLM, options: Options) 
     )
 
 
-def residual_step(model: CausalLM, options: Options) -> int:
-    """Return what every residual width that is chosen for the user is a multiple of."""
-    kept = options.keep_type or has_biases(model.config)
-    return model.architecture.divisor(model.config) if kept else model.architecture.width_multiple
-
-
 def announce(model: CausalLM, widths: Widths, options: Options) -> None:
     """Say which widths were chosen, under which type the result is saved, and what it costs."""
-    changes: list[tuple[str, int, int, float | None]] = []
+    changes: list[tuple[str, int, int, float]] = []
     if widths.residual is not None and options.width is not None:
         changes.append(("width", model.width, widths.residual, options.width))
-    if widths.inner is not None:
+    if widths.inner is not None and options.ff_width is not None:
         changes.append(("feed-forward width", model.inner_width, widths.inner, options.ff_width))
     if options.layer_widths and not options.pad:
         logger.info(

@@ -150,13 +150,14 @@ class Options:
         width: residual width, a share up to 1, rounded to what hardware takes
             (narrow/round_width.py), or an exact number of channels.
         energy: instead of width: the share of the activations' variance to keep, rounded up.
-        params: instead of both widths: the share of the parameters to keep, by the widths, or
-            with a layer or two less, whatever costs least (narrow/search.py). 0.8 if nothing else
-            says how narrow to get; where no budget can be measured (an offloaded model, a map for
-            each location, given targets), width is 0.8 instead.
+        params: instead of both widths: the share of the parameters to keep; see ``search``. 0.8 if
+            nothing else says how narrow to get; where that takes a search and none can be had (an
+            offloaded model, a map for each location, given targets), width is 0.8 instead.
         params_count: "total", or "non_embedding": without embedding and head.
-        search: look for the shape that spends ``params`` best (narrow/search.py); otherwise it is
-            spent on the feed-forwards alone, wherever they can meet it.
+        search: True measures what both widths cost, and a layer or two less, and takes the
+            cheapest shape (narrow/search.py). False spends ``params`` on the feed-forwards alone,
+            wherever they can meet it. If not given, they are narrowed alone as long as they keep
+            half of their neurons and nothing is asked of the residual's map.
         method: "dot" (transport), "pca" (principal directions), or, to compare with, "magnitude"
             (selection) or "slicegpt" (a map for each location, found in order).
         targets: the neurons onto which the others are transported once ("dot"), or which alone
@@ -204,7 +205,7 @@ class Options:
     energy: float | None = None
     params: float | None = None
     params_count: str = "total"
-    search: bool = True
+    search: bool | None = None
     method: WidthMethod
     targets: Targets = field(default=None, compare=False)  # tensors have no one truth value
     ff_width: float | None = None
@@ -262,6 +263,17 @@ class Options:
         return self.method.plain and self.targets is None
 
     @property
+    def of_residual(self) -> list[str]:
+        """The choices that do nothing where the residual keeps its width, by name."""
+        method = [] if self.method.default else [self.method.spelled.partition(" ")[0]]
+        return method + [name for name in OF_METHODS if self._given(name)]
+
+    def _given(self, name: str) -> bool:
+        """Return whether a choice of ``OF_METHODS`` was made, other than to leave it out."""
+        value = getattr(self, name)
+        return value is not None and value is not False
+
+    @property
     def _keeps_residual(self) -> bool:
         """Whether only the feed-forward blocks were asked to be narrowed."""
         of_residual = (self.width, self.energy, self.params, self.targets)
@@ -314,7 +326,7 @@ class Options:
             raise ValueError("pad: does nothing without layer_widths")
         if self.params_count != "total" and not self.budgeted:
             raise ValueError(f"params_count {self.params_count}: does nothing without params")
-        if not self.search and not self.budgeted:
+        if self.search is not None and not self.budgeted:
             raise ValueError("search: there is none without params")
         by_rule = "energy" if self.energy is not None else "params"
         if isinstance(self.targets, Tensor) and getattr(self, by_rule) is not None:
@@ -323,8 +335,7 @@ class Options:
 
     def _check_of_method(self) -> None:
         for name in OF_METHODS:
-            given = getattr(self, name)
-            if given is None or given is False:
+            if not self._given(name):
                 continue
             if name not in self.method.takes:
                 others = {"targets": "dot or magnitude", "sensitivity": "dot or pca"}.get(
@@ -357,10 +368,11 @@ class Options:
         whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         if not whole or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {shown(self.seed)}: must fit in 64 bits")
-        for name in ("search", "refit", "untie", "figures", "keep_type", "layer_widths", "pad"):
+        for name in ("refit", "untie", "figures", "keep_type", "layer_widths", "pad"):
             check_flag(name, getattr(self, name))
-        if self.sensitivity is not None:
-            check_flag("sensitivity", self.sensitivity)
+        for name in ("search", "sensitivity"):
+            if getattr(self, name) is not None:
+                check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
         if self.reg is not None and not 0 < self.reg < math.inf:

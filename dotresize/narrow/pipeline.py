@@ -330,7 +330,7 @@ def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> No
     asked = (options.params, options.params_count, options.layer_widths, options.search)
     if split is None or (split.params, split.count, split.layer_widths, split.search) != asked:
         how = " with layer_widths" if options.layer_widths else ""
-        how += "" if options.search else " without a search"
+        how += {None: "", True: " with a search", False: " without a search"}[options.search]
         raise ValueError(
             f"statistics: were prepared for no budget of params {options.params:g}{how}"
         )

@@ -33,7 +33,7 @@ from dotresize.models.bfloat16 import in_bfloat16
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.fewer_layers import alike, widths_left
 from dotresize.narrow.allocation import allocation_of
-from dotresize.narrow.budget import Budget, check_budget
+from dotresize.narrow.budget import Budget, check_budget, inner_without_search
 from dotresize.narrow.calibrate import collect_for, held_out, spread
 from dotresize.narrow.choose_width import DEFAULT_SIZE, by_layer
 from dotresize.narrow.curves import LEAST, Curves, curves_of
@@ -98,7 +98,10 @@ def _without(dropped: tuple[int, ...]) -> str:
 
 
 def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
-    check_budget(model, options)
+    check_budget(model, options, whole=model.store.whole)
+    alone = inner_without_search(model, options)
+    if alone is not None:
+        return _feed_forwards_alone(model, tokens, options, alone)
     budget = Budget(model, options)
     if not model.architecture.has_inner_width:
         return Split(budget.width_alone(), model.inner_width)
@@ -106,10 +109,6 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     pairs = [(model.width, budget.inner_at(model.width))] if fixed else budget.pairs()
     if (model.width, model.inner_width) in pairs:
         return Split(model.width, model.inner_width)
-    if not options.search:
-        alone = _feed_forwards_alone(model, tokens, options, budget)
-        if alone is not None:
-            return alone
     ends = pairs if fixed else ends_of(pairs, model)
     judge = Judge(model, tokens, options, own)
     predicted = sorted(_predicted(model, tokens, options), key=lambda split: _loss(split))
@@ -127,17 +126,11 @@ def _best(model: CausalLM, tokens: Tensor, options: Options, own: int) -> Split:
     return replace(best, tried=tuple(judge.tried))
 
 
-def _feed_forwards_alone(
-    model: CausalLM, tokens: Tensor, options: Options, budget: Budget
-) -> Split | None:
-    """Return the shape that narrows nothing but feed-forwards; None where they are too small."""
-    inner, least = budget.inner_at(model.width), LEAST * model.inner_width
-    if inner < least:
-        return None
-    if not options.layer_widths:
-        return Split(model.width, inner)
+def _feed_forwards_alone(model: CausalLM, tokens: Tensor, options: Options, inner: int) -> Split:
+    """Return the shape that narrows nothing but feed-forwards, all together to this width."""
     equal = by_layer(model, inner)
-    assert equal is not None
+    if not options.layer_widths or equal is None:
+        return Split(model.width, inner)
     share = sum(equal) / sum(model.inner_widths)
     curves = curves_of(model, tokens, share, options, first=FIRST_WEIGHT)
     return min(_of_layers(model, options, curves, ()), key=_loss)

@@ -39,7 +39,7 @@ class Split:
         width, inner: residual and feed-forward width.
         params, count: the share of which parameters that they fit.
         layer_widths: whether layers may get widths of their own.
-        search: whether other shapes were to be tried.
+        search: what was said of trying other shapes.
         dropped: numbers of the layers that are left out.
         allocation: of feed-forward widths to the layers; None where all get the same.
         tried: the shapes that it was chosen from.
@@ -50,7 +50,7 @@ class Split:
     params: float = 1.0
     count: str = "total"
     layer_widths: bool = False
-    search: bool = True
+    search: bool | None = None
     dropped: tuple[int, ...] = ()
     allocation: Allocation | None = None
     tried: tuple[Tried, ...] = ()

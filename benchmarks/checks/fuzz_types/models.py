@@ -98,7 +98,7 @@ def same_model(found: Any, wanted: Any, given: Any) -> str | None:
 
 
 SIZES = (
-    *({"width": 24}, {"ff_width": 0.75}, {"params": 0.8}, {"energy": 0.9}),
+    *({"width": 24}, {"ff_width": 0.75}, {"params": 0.8, "search": True}, {"energy": 0.9}),
     *({"width": 24, "method": "dot"}, {"width": 24, "scope": "location"}, {"ff_width": 32}),
 )
 
