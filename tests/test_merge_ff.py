@@ -193,9 +193,21 @@ def test_labels_that_do_not_count():
     assert both["metric"]["dense"] == pytest.approx(one["metric"]["dense"])
 
 
-def test_a_metric_is_asked_for_where_there_is_no_loss():
-    with pytest.raises(ValueError, match="neither labels nor input_ids: give a metric"):
-        merge_feed_forward(build("vit"), inputs("vit"), k=2)
+@pytest.mark.parametrize("kind", ["vit", "bert", "marian"])
+def test_a_metric_is_asked_for_where_there_is_no_loss(kind):
+    """Only decoders alone have their next token to be judged by."""
+    batches = [{name: x for name, x in b.items() if name != "labels"} for b in inputs(kind)]
+    with pytest.raises(ValueError, match="the batches have no labels: give a metric"):
+        merge_feed_forward(build(kind), batches, k=2)
+
+
+def test_frames_of_padding_do_not_count():
+    """The mask is of frames, of which the encoder makes one token of two."""
+    model, batches = build("whisper"), inputs("whisper")
+    _, report = merge_feed_forward(model, batches, k=2)
+    assert report["stacks"]["encoder"]["tokens"] == sum(
+        int(batch["attention_mask"].sum()) // 2 for batch in batches
+    )
 
 
 def test_no_batches_and_nothing_that_counts():

@@ -167,7 +167,7 @@ def counted(stack: Stack, batch: dict[str, Tensor]) -> Tensor | None:
     if stack.mask is None:
         return None
     if stack.mask in batch:
-        return batch[stack.mask] != 0
+        return batch[stack.mask][..., :: stack.stride] != 0
     if stack.mask.startswith("decoder") and "labels" in batch:
         return batch["labels"] != -100
     return None

@@ -70,9 +70,9 @@ def merge_feed_forward(
             says which tokens count. About 10,000 tokens are enough.
         k: how many become one, the same in every stack or by the stack's name ("encoder",
             "decoder"); a stack left out stays as it is.
-        metric: of a model; higher is better. By default minus the mean loss on the batches, of
-            the next token where they have no labels. It is called with torch's own defaults:
-            float32, the CPU, no autocast.
+        metric: of a model; higher is better. By default minus the mean loss on the batches; a
+            language model's without labels are judged by the next token. It is called with
+            torch's own defaults: float32, the CPU, no autocast.
         anchor: the layer of a window that the others are aligned to: first, middle or last.
         permute: False averages the layers as they are.
         soft: align by the entropic transport plan at this reg, in units of the mean of
@@ -107,7 +107,7 @@ def merge_feed_forward(
     batches = _inputs_of(batches)
     baselines = check_flag("baselines", baselines)
     stacks, sizes = _checked(model, batches, k, start, anchor, permute, soft, backend)
-    metric = _default_metric(batches) if metric is None else metric
+    metric = _default_metric(model, batches) if metric is None else metric
     if not callable(metric):
         raise ValueError(f"metric is {shown(metric)}: must be a callable, model -> float")
     begin = time.perf_counter()
@@ -253,15 +253,17 @@ def _value(metric: Metric, model: Any) -> float:
         raise ValueError(f"the metric is {shown(value)}: must be a number") from None
 
 
-def _default_metric(batches: list[dict[str, Tensor]]) -> Metric:
+def _default_metric(model: Any, batches: list[dict[str, Tensor]]) -> Metric:
     """Return minus the mean loss over all that the loss is of; see ``merge_feed_forward``."""
-    if not all("labels" in batch or "input_ids" in batch for batch in batches):
-        raise ValueError("the batches have neither labels nor input_ids: give a metric")
+    every = stacks_of(model)
+    stack, causal = every[-1], [s.name for s in every] == ["decoder"]
+    if not all("labels" in batch or (causal and "input_ids" in batch) for batch in batches):
+        also = " nor input_ids" if causal else ""
+        raise ValueError(f"the batches have no labels{also}: give a metric")
 
     @torch.inference_mode()
     def minus_loss(model: Any) -> float:
         total, count = 0.0, 0
-        stack, causal = stacks_of(model)[-1], [s.name for s in stacks_of(model)] == ["decoder"]
         for batch in batches:
             inputs = {name: x.to(model.device) for name, x in batch.items()}
             if "labels" not in inputs:

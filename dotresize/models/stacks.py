@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ class Stack:
         writer: weight from the inner neurons back.
         stacked: equal parts that readers hold one above the other.
         mask: the model input that says which of its tokens count; None where all do.
+        stride: how many numbers of the mask there are for a token, whose first counts.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stack:
     writer: str
     stacked: int = 1
     mask: str | None = "attention_mask"
+    stride: int = 1
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -40,13 +42,40 @@ class Stack:
 
 
 _READERS, _WRITER = ("fc1.weight",), "fc2.weight"
+_DECODER = Stack(
+    "decoder", "model.decoder.layers", _READERS, _WRITER, mask="decoder_attention_mask"
+)
+_TRANSLATOR = Stack("encoder", "model.encoder.layers", _READERS, _WRITER), _DECODER
+
+
+def _of_images(layers: str) -> tuple[Stack]:
+    return (Stack("encoder", layers, ("mlp.fc1.weight",), "mlp.fc2.weight", mask=None),)
+
+
+def _of_text(prefix: str) -> tuple[Stack]:
+    reader = "intermediate.dense.weight"
+    return (Stack("encoder", f"{prefix}.encoder.layer", (reader,), "output.dense.weight"),)
+
 
 STACKS: dict[str, tuple[Stack, ...]] = {
-    "vit": (Stack("encoder", "vit.layers", ("mlp.fc1.weight",), "mlp.fc2.weight", mask=None),),
-    "marian": (
-        Stack("encoder", "model.encoder.layers", _READERS, _WRITER),
-        Stack("decoder", "model.decoder.layers", _READERS, _WRITER, mask="decoder_attention_mask"),
+    "beit": _of_images("beit.layers"),
+    "deit": _of_images("deit.layers"),
+    "dinov2": _of_images("dinov2.encoder.layer"),
+    "vit": _of_images("vit.layers"),
+    **dict.fromkeys(("bart", "m2m_100", "marian", "mbart"), _TRANSLATOR),
+    # A convolution makes one token of two frames.
+    "whisper": (replace(_TRANSLATOR[0], stride=2), _DECODER),
+    "bert": _of_text("bert"),
+    "camembert": _of_text("roberta"),
+    "deberta-v2": _of_text("deberta"),
+    "distilbert": (
+        Stack("encoder", "distilbert.transformer.layer", ("ffn.lin1.weight",), "ffn.lin2.weight"),
     ),
+    "electra": _of_text("electra"),
+    "modernbert": (Stack("encoder", "model.layers", ("mlp.Wi.weight",), "mlp.Wo.weight", 2),),
+    "mpnet": _of_text("mpnet"),
+    "roberta": _of_text("roberta"),
+    "xlm-roberta": _of_text("roberta"),
 }
 for _family in FAMILIES:
     _part = _family.sublayers[-1]
