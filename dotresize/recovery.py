@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def fine_tune(
     progress = tqdm(total=steps, desc="recover", unit="step", disable=None)
     best = None if metric is None else _Best(metric, Path(folder), tenth)
     try:
-        with _generators_kept(), progress, declared(model):
+        with _generators_kept(), progress, declared(model), _own_names(model):
             trainer = transformers.Trainer(
                 model=model.float().train(),
                 args=arguments,
@@ -309,6 +310,20 @@ def _last_state(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(found.pop())
     return None
+
+
+@contextlib.contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Have Trainer write the weights of its states by the model's own names.
+
+    It reads them by these, whereas ``save_pretrained`` gives those of some models (experts, image
+    encoders) the names of older versions: a state's weights would be passed over in silence.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 @contextlib.contextmanager

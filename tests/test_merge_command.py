@@ -210,7 +210,7 @@ def test_the_profile_is_drawn(words, tmp_path, capsys):
         (["--plot", "x.svg", "--start", "0"], "--plot: there is nothing to draw with --start"),
         (["--plot", "x.txt"], "--plot x.txt: must be a .svg, .png or .pdf file"),
         (["--plot", "/no/where/x.svg"], "its directory does not exist"),
-        (["--merge", "9"], "--merge 9: must be 2 to 3, the model's layers"),
+        (["--merge", "9"], "--merge 9: must be 2 to 3, the layers of the decoder"),
         (["--anchor", "best"], "--anchor best: must be one of first, middle, last"),
         (["--soft", "0"], "--soft 0: must be positive"),
         (["--soft", "1", "--no-permute"], "--soft 1: must be positive, and without --no-permute"),

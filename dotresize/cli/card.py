@@ -100,7 +100,8 @@ def narrowed_card(report: dict[str, Any], name: str, origin: Origin) -> str:
         columns["without recovery"] = report["training_free"]
     columns["this model"] = report
     library = "transformers" if report["plain_checkpoint"] else "dotresize"
-    return model_card(f"{name}, narrowed", origin, library, lines, columns)
+    cells = quality_cells(list(columns.values()))
+    return model_card(f"{name}, narrowed", origin, library, lines, list(columns), cells)
 
 
 def _loaded(report: dict[str, Any]) -> str:
@@ -126,7 +127,10 @@ def model_card(
     origin: Origin,
     library: str,
     lines: list[str],
-    columns: dict[str, dict[str, Any]],
+    columns: list[str],
+    figures: list[tuple[str, list[str]]],
+    *,
+    pipeline: str = "text-generation",
 ) -> str:
     """Return a model card.
 
@@ -134,19 +138,20 @@ def model_card(
         origin: of the base model; its hub id and licence go into the metadata, as far as known.
         library: which loads it.
         lines: what was done, and how to load the result.
-        columns: ``report.FIGURES``, under the name of the model that they are of.
+        columns: the models whose figures are shown.
+        figures: lines of the table: a name, and one cell for each model.
+        pipeline: what the hub calls the task.
     """
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(
         library_name=library,
-        pipeline_tag="text-generation" if library == "transformers" else None,
+        pipeline_tag=pipeline if library == "transformers" else None,
         base_model=origin.hub_id,
         tags=["dotresize", "compressed"],
         **origin.licence,
     )
     table = []
-    figures = quality_cells(list(columns.values()))
     if figures:
         table = ["", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         table += [f"| {name} | {' | '.join(values)} |" for name, values in figures]

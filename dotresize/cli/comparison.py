@@ -199,7 +199,7 @@ def recovered(
             dense.module,
             model.module,
             tokens,
-            folder=stages.path / name,
+            folder=stages.training(name),
             seed=seed,
             learning_rate=choices.learning_rate,
         )

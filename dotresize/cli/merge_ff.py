@@ -1,15 +1,16 @@
-"""``dotresize merge-ff``: merge a language model's feed-forwards, and write what is left of it."""
+"""``dotresize merge-ff``: merge a language model's feed-forwards, and write what is left of it.
+
+Other tasks are in merge_labelled.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import logging
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,19 @@ from dotresize.cli.checks import (
     find_device,
 )
 from dotresize.cli.choices import RecoveryChoices, Source, TextChoices, chosen, settings
+from dotresize.cli.examples import TASKS
+from dotresize.cli.merge_labelled import merge_labelled
+from dotresize.cli.merging import (
+    MergeChoices,
+    all_of,
+    card_lines,
+    check_plot,
+    gone_of,
+    plot,
+    remedy,
+    saved,
+)
+from dotresize.cli.presets import MERGE_WINDOWS, SELECT_WINDOWS
 from dotresize.cli.resume import FIRST_TOKEN, Stages, digests, files_of, run_in_stages
 from dotresize.cli.storage import Storage, check_dtype
 from dotresize.cli.texts import (
@@ -43,81 +57,72 @@ from dotresize.cli.texts import (
 )
 from dotresize.evaluate import perplexity
 from dotresize.merging.checkpoint import MergedStore, PlainStore
-from dotresize.merging.merge import ANCHORS, UNLIKE, alike_windows, merge_feed_forward
+from dotresize.merging.merge import merge_feed_forward
 from dotresize.merging.tie import dropped
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.stacks import layers_of, stacks_of
+from dotresize.ops.arguments import check_word
 from dotresize.ops.backends import choose
 from dotresize.recovery import BATCH_WINDOWS
+
+# The task without labelled examples.
+LANGUAGE = "lm"
+# The options that are of some tasks alone.
+_OF_TASKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("windows", "select_windows", "eval_windows"), (LANGUAGE,)),
+    **dict.fromkeys(("examples", "eval_examples"), tuple(TASKS)),
+}
 
 logger = logging.getLogger("dotresize")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeChoices:
-    """What a user may choose about a merging; see ``dotresize.merge_feed_forward``.
+class Selection:
+    """What chooses the layers: the perplexity on so many calibration windows."""
 
-    Attributes:
-        plain: whether the output repeats the shared tensors, for plain transformers.
-    """
-
-    merge: int
-    anchor: str = "first"
-    no_permute: bool = False
-    soft: float | None = None
-    start: int | None = None
-    select_windows: int = 4
-    plain: bool = False
-    backend: str = field(default="auto", metadata={"resume": False})
-
-    def check(self, windows: int) -> None:
-        """Raise ValueError for a choice that would be refused whatever the model."""
-        if self.anchor not in ANCHORS:
-            raise ValueError(f"--anchor {self.anchor}: must be one of {', '.join(ANCHORS)}")
-        if self.soft is not None and (self.no_permute or not 0 < self.soft < float("inf")):
-            raise ValueError(f"--soft {self.soft:g}: must be positive, and without --no-permute")
-        if not 1 <= self.select_windows <= windows:
-            raise ValueError(f"--select-windows {self.select_windows}: must be 1 to {windows}")
-
-    def check_layers(self, layers: int) -> None:
-        """Raise ValueError for a window that a model with so many layers does not have."""
-        if not 2 <= self.merge <= layers:
-            raise ValueError(f"--merge {self.merge}: must be 2 to {layers}, the model's layers")
-        last = layers - self.merge
-        if self.start is not None and not 0 <= self.start <= last:
-            raise ValueError(f"--start {self.start}: must be 0 to {last} for {layers} layers")
+    select_windows: int
 
 
 def merge_ff(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    device = find_device(args.device)
     if distributed.size() > 1:
         raise ValueError("merge-ff: runs in one process; run it without torchrun")
+    check_word("task", args.task, (LANGUAGE, *TASKS))
+    for name, tasks in _OF_TASKS.items():
+        if getattr(args, name) is not None and args.task not in tasks:
+            raise ValueError(f"{name}: does nothing with --task {args.task}")
+    if args.task != LANGUAGE:
+        return merge_labelled(args)
+    return _merge_language_model(args)
+
+
+def _merge_language_model(args: argparse.Namespace) -> int:
+    device = find_device(args.device)
+    args.windows = MERGE_WINDOWS if args.windows is None else args.windows
+    if args.select_windows is None:
+        args.select_windows = SELECT_WINDOWS
     merging, choices = chosen(MergeChoices, args), chosen(TextChoices, args)
+    select = chosen(Selection, args).select_windows
     recovery = chosen(RecoveryChoices, args)
     check_texts(choices)
     check_windows(choices)
     check_dtype(args.dtype)
     choose(merging.backend, device)
-    merging.check(choices.windows)
+    merging.check()
+    if not 1 <= select <= choices.windows:
+        raise ValueError(f"--select-windows {select}: must be 1 to {choices.windows}")
     check_recovery(recovery, device)
-    recorded = settings(args, Source, MergeChoices, TextChoices, RecoveryChoices)
+    recorded = settings(args, Source, MergeChoices, Selection, TextChoices, RecoveryChoices)
     recorded["model_files"] = files_of(args.model)
     recorded |= FIRST_TOKEN | {"dtype": args.dtype}
     recorded["text_sha256"] = digests(choices.files)
 
     def check() -> None:
         if args.plot is not None:
-            _check_plot(args.plot, merging)
+            check_plot(args.plot, merging)
         outline = checkpoint.outline(args.model)
         check_positions(choices, outline.config)
-        stack = stacks_of(outline.module)[0]
-        merging.check_layers(len(layers_of(outline.module, stack)))
-        alike = alike_windows(outline.module, stack, merging.merge)
-        if not alike:
-            raise ValueError(f"--merge {merging.merge}: everywhere in the model {UNLIKE}")
-        if merging.start is not None and merging.start not in alike:
-            raise ValueError(f"--start {merging.start}: {UNLIKE}")
+        merging.check_layers(outline.module)
 
     def run(stages: Stages) -> int:
         with stage("reading the model", {}):
@@ -138,7 +143,7 @@ def merge_ff(args: argparse.Namespace) -> int:
             rows = [_report("dense", model, reference)]
             with stage("merging", {}, f"tries windows of {merging.merge} layers"):
                 merged, main = stages.model(
-                    "merged", lambda: _merged(merging, model, tokens), tokenizer, device
+                    "merged", lambda: _merged(merging, select, model, tokens), tokenizer, device
                 )
             chosen_window = main["stacks"]["decoder"]
             first, *_, last = chosen_window["window"]
@@ -148,16 +153,16 @@ def merge_ff(args: argparse.Namespace) -> int:
             result = rows[-1]["perplexity"]
             storage.round(merged, main)
             if args.compare:
-                rows += _compared(merging, model, tokens, judge, chosen_window)
+                rows += _compared(merging, select, model, tokens, judge, main["stacks"])
         main |= {
             "rows": {report.label(row): _figures(row) for row in rows},
             "versions": versions(),
             "peak_memory_bytes": peak_memory(),
-            "settings": _all_of(args) | recorded,
+            "settings": all_of(args) | recorded,
         }
         if recovery.recover is not None:
             main["recovery"] = main["rows"]["merged + recovery"].pop("recovery")
-        main["saved"] = _saved(main["parameters"], plain=merging.plain)
+        main["saved"] = saved(main["parameters"], plain=merging.plain)
         storage.cast(merged)
         # Stages stay in the format that shares: what goes on from them must train what is shared.
         written = CausalLM(merged.module, PlainStore(merged.module)) if merging.plain else merged
@@ -169,11 +174,11 @@ def merge_ff(args: argparse.Namespace) -> int:
             logger.info("--plain repeats the shared tensors: as many bytes as the dense model's")
         report.say(f"{report.table(rows)}\n\n{args.out} loads with {loader}")
         if args.plot is not None:
-            _plot(args.plot, main)
+            plot(args.plot, main, "perplexity")
         dense = rows[0]["perplexity"]
         if not texts.windows:
-            dense, result = _on_calibration(merging, main, merged, tokens)
-        warning = report.warning_of(dense, result, _remedy(merging, recovery))
+            dense, result = _on_calibration(main, merged, tokens[:select])
+        warning = report.warning_of(dense, result, remedy(merging, recovery))
         if warning is not None:
             logger.warning(warning)
         return 0
@@ -182,43 +187,15 @@ def merge_ff(args: argparse.Namespace) -> int:
     return run_in_stages(args.out, recorded, also, resume=args.resume, check=check, run=run)
 
 
-def _all_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was typed, and what was not, for the record."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("typed", "verb", "default_window")
-    }
-
-
-def _check_plot(path: str, merging: MergeChoices) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'dotresize[plot]'")
-    if Path(path).suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"--plot {path}: must be a .svg, .png or .pdf file")
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--plot {path}: its directory does not exist")
-    if merging.start is not None:
-        raise ValueError("--plot: there is nothing to draw with --start, which tries one window")
-
-
 def _merged(
-    merging: MergeChoices, model: CausalLM, tokens: Tensor, **others: Any
+    merging: MergeChoices, select: int, model: CausalLM, tokens: Tensor, **others: Any
 ) -> tuple[CausalLM, dict[str, Any]]:
     """Merge by the choices; windows are judged by perplexity on the first of the tokens."""
-    given = {
-        "permute": not merging.no_permute,
-        "soft": merging.soft,
-        "anchor": merging.anchor,
-        "start": merging.start,
-    }
     merged, found = merge_feed_forward(
         model.module,
         [{"input_ids": ids} for ids in tokens.split(2)],
-        k=merging.merge,
-        metric=partial(_minus_perplexity, windows=tokens[: merging.select_windows]),
-        backend=merging.backend,
-        **given | others,
+        metric=partial(_minus_perplexity, windows=tokens[:select]),
+        **merging.given | others,
     )
     return CausalLM(merged, MergedStore(merged)), found
 
@@ -235,40 +212,14 @@ def _minus_perplexity(module: Any, windows: Tensor) -> float:
 
 
 def _on_calibration(
-    merging: MergeChoices, main: dict[str, Any], merged: CausalLM, tokens: Tensor
+    main: dict[str, Any], merged: CausalLM, windows: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return perplexities on the windows that chose the layers: the dense model's, the result's.
 
     The result's is taken again, since the one of the report is from before a recovery.
     """
-    name, windows = "calibration windows", tokens[: merging.select_windows]
-    after = -_minus_perplexity(merged.module, windows)
-    return {name: -main["metric"]["dense"]}, {name: after}
-
-
-def _remedy(merging: MergeChoices, recovery: RecoveryChoices) -> str:
-    """Return what may help against a bad result."""
-    longer = "train it with --recover" if recovery.recover is None else "train longer (--recover)"
-    return longer if merging.merge == 2 else f"merge fewer layers (--merge), or {longer}"
-
-
-def _saved(parameters: dict[str, int], *, plain: bool) -> str:
-    """Return what the output saves and what it does not, for the record and the card."""
-    fewer = f"{(parameters['dense'] - parameters['merged']) / 1e6:.1f} M parameters"
-    if not plain:
-        return (
-            f"Saved: {fewer}, in the file and in memory, since every shared tensor is stored "
-            "once. Not saved: computing time. Other tools refuse this directory; "
-            "`dotresize merge-ff --plain` writes one that they load."
-        )
-    return (
-        "Saved in this directory: nothing. The shared tensors are repeated, so that every tool "
-        "loads it, and the weights take as many bytes as the dense model's, in the file and in "
-        f"memory; computing takes as long. The {fewer} are saved in tools that share tensors "
-        "(`dotresize merge-ff` without `--plain`), or by compression whose window is longer "
-        "than a layer (`zstd --long=27` has 128 MB; gzip finds nothing). Training it further in "
-        "other tools unties the copies."
-    )
+    name = "calibration windows"
+    return {name: -main["metric"]["dense"]}, {name: -_minus_perplexity(merged.module, windows)}
 
 
 class _Judge:
@@ -317,22 +268,20 @@ class _Judge:
 
 def _compared(
     merging: MergeChoices,
+    select: int,
     model: CausalLM,
     tokens: Tensor,
     judge: _Judge,
-    chosen_window: dict[str, Any],
+    stacks: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Return reports of the same window merged in other ways, and dropped but for the anchor."""
-    others: dict[str, dict[str, Any]] = {
-        "without permutation": {"permute": False, "soft": None},
-        "soft alignment": {"permute": True, "soft": merging.soft or 0.03},
-    }
+    start = stacks["decoder"]["window"][0]
     rows: list[dict[str, Any]] = []
-    for name, choices in others.items():
-        other, _ = _merged(merging, model, tokens, start=chosen_window["window"][0], **choices)
+    for name, choices in merging.others.items():
+        other, _ = _merged(merging, select, model, tokens, start=start, **choices)
         rows += judge.others(name, other)
     module, stack = copy.deepcopy(model.module), stacks_of(model.module)[0]
-    gone = [i for i in chosen_window["window"] if i != chosen_window["anchor"]]
+    gone = gone_of(stacks)["decoder"]
     layers = layers_of(model.module, stack)
     lost = sum(p.numel() for i in gone for p in layers[i].parameters())
     with dropped(module, stack, gone):
@@ -358,43 +307,19 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": total, **quality, **training}
 
 
-def _plot(path: str, found: dict[str, Any]) -> None:
-    """Draw the perplexity of every window, by its first layer."""
-    from matplotlib.figure import Figure
-
-    profile = found["stacks"]["decoder"]["profile"]
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    sound = [entry for entry in profile if entry["metric"] is not None]
-    axes.plot([entry["start"] for entry in sound], [-entry["metric"] for entry in sound], "o-")
-    axes.axhline(-found["metric"]["dense"], color="grey", linestyle="--", label="dense")
-    axes.set(xlabel="first layer of the window", ylabel="perplexity, merged", yscale="log")
-    axes.legend()
-    figure.savefig(path)
-
-
 def _card(found: dict[str, Any], name: str, origin: Origin) -> str:
     """Return the model card of a merged model."""
-    first, *_, last = found["stacks"]["decoder"]["window"]
-    before, after = (found["parameters"][which] / 1e6 for which in ("dense", "merged"))
-    if found["settings"]["plain"]:
-        share, counts = "have equal feed-forwards", f"{after:.1f} M of {before:.1f} M are distinct"
-        loader = "`AutoModelForCausalLM.from_pretrained`"
-        library = "transformers"
-    else:
-        share, counts = "share one feed-forward", f"{before:.1f} M became {after:.1f} M"
-        loader, library = "`dotresize.load`", "dotresize"
-    lines = [
-        f"Layers {first} to {last} {share}; of the parameters, {counts}.",
-        f"{loader} loads it (made by dotresize {found['versions']['dotresize']}).",
-        "",
-        found["saved"],
-    ]
     columns = {"base": found["rows"]["dense"]}
     if found.get("recovery"):
         columns["without recovery"] = found["rows"]["merged"]
         columns["this model"] = found["rows"]["merged + recovery"]
     else:
         columns["this model"] = found["rows"]["merged"]
-    title = f"{name}, feed-forwards merged"
-    return card.model_card(title, origin, library, lines, columns)
+    return card.model_card(
+        f"{name}, feed-forwards merged",
+        origin,
+        "transformers" if found["settings"]["plain"] else "dotresize",
+        card_lines(found, "`AutoModelForCausalLM.from_pretrained`"),
+        list(columns),
+        report.quality_cells(list(columns.values())),
+    )

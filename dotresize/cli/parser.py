@@ -7,7 +7,14 @@ from collections import defaultdict
 from typing import NoReturn
 
 from dotresize import __version__
-from dotresize.cli.presets import DEFAULT, PRESETS
+from dotresize.cli.presets import (
+    DEFAULT,
+    EVAL_EXAMPLES,
+    EXAMPLES,
+    MERGE_WINDOWS,
+    PRESETS,
+    SELECT_WINDOWS,
+)
 
 _MODEL = "directory, .gguf file or hub id"
 # What is not an option.
@@ -249,8 +256,7 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--select-windows",
         type=int,
-        default=4,
-        help="calibration windows whose perplexity chooses the layers (4)",
+        help=f"calibration windows whose perplexity chooses the layers ({SELECT_WINDOWS})",
     )
     output = groups["output"]
     output.add_argument(
@@ -272,7 +278,23 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     groups["running"].add_argument(
         "--resume", action="store_true", help="go on with an interrupted --recover in OUT.partial"
     )
-    _add_texts(groups, windows=20)
+    _add_texts(groups, windows=None, meant=str(MERGE_WINDOWS))
+    text = groups["text"]
+    text.add_argument(
+        "--task",
+        default="lm",
+        help="lm; image: --calibration and --eval are folders with a folder of images for each "
+        "label; translation: each is two files, whose lines translate each other (lm)",
+    )
+    text.add_argument(
+        "--examples",
+        type=int,
+        help="of images or sentence pairs: how many neurons are aligned and layers chosen by "
+        f"({EXAMPLES})",
+    )
+    text.add_argument(
+        "--eval-examples", type=int, help=f"and how many are scored, at most ({EVAL_EXAMPLES})"
+    )
     _add_common(groups)
 
 
@@ -298,8 +320,10 @@ def _add_recovery(groups: _Groups) -> None:
     )
 
 
-def _add_texts(groups: _Groups, *, windows: int | None) -> None:
-    """Add the texts; windows: how many are meant, None where a preset says so."""
+def _add_texts(
+    groups: _Groups, *, windows: int | None, meant: str = f"by --preset, {DEFAULT}"
+) -> None:
+    """Add the texts; windows: how many, None where that is found out later, and ``meant`` said."""
     text = groups["text"]
     text.add_argument(
         "--calibration",
@@ -312,7 +336,7 @@ def _add_texts(groups: _Groups, *, windows: int | None) -> None:
         "--windows",
         type=int,
         default=windows,
-        help=f"calibration windows ({'by --preset' if windows is None else windows})",
+        help=f"calibration windows ({meant if windows is None else windows})",
     )
     text.add_argument(
         "--seed",

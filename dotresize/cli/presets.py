@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 DEFAULT = "balanced"
 
+# Of ``merge-ff``: windows of a language model's calibration, and those that choose the layers;
+# labelled examples to align by, and to score on at most.
+MERGE_WINDOWS, SELECT_WINDOWS = 20, 4
+EXAMPLES, EVAL_EXAMPLES = 128, 1000
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -112,10 +112,14 @@ def quality_cells(
 
 def table(reports: list[dict[str, Any]]) -> str:
     """Return reports side by side, one column each; the first is usually the dense model's."""
-    rows = cells(reports)
-    heading = ("", [label(r) for r in reports])
+    return side_by_side([label(r) for r in reports], cells(reports))
+
+
+def side_by_side(columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    """Return a table for the terminal: of each row a name, and a cell for each column."""
+    heading = ("", columns)
     first = max(len(name) for name, _ in rows)
-    widths = [max(len(column[i]) for _, column in [heading, *rows]) for i in range(len(reports))]
+    widths = [max(len(column[i]) for _, column in [heading, *rows]) for i in range(len(columns))]
     lines = []
     for name, line in [heading, *rows]:
         padded = "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))

@@ -165,6 +165,11 @@ class Stages:
         )
         return model, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
+    def training(self, name: str) -> Path:
+        """Return the folder of a training, from which it goes on when it was interrupted."""
+        self._begin()
+        return self.path / name
+
     def offload(self) -> Path:
         """Return the folder that ``shards`` names from now on, empty."""
         self._begin()
@@ -222,7 +227,7 @@ def already_done(out: str, settings: dict[str, Any]) -> bool:
 
 def refuse_changes(made: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Raise ValueError naming the first setting that was another when ``made`` was written."""
-    if FIRST_TOKEN.keys() - before.keys():
+    if settings.keys() & FIRST_TOKEN.keys() - before.keys():
         raise ValueError(
             f"output {made}: was calibrated on windows without the token that the tokenizer puts "
             "first (BOS); it cannot be resumed"
