@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
-from merge_models import KINDS, LAYERS, SECRET, build, closeness, inputs, logits, with_secret
+from merge_models import (
+    KINDS,
+    LANGUAGE,
+    LAYERS,
+    SECRET,
+    build,
+    closeness,
+    inputs,
+    logits,
+    with_secret,
+)
 
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
@@ -16,8 +27,10 @@ from dotresize.models.stacks import layers_of, stacks_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("anchor", ["first", "middle", "last"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "anchor"),
+    [*((kind, "middle") for kind in KINDS), *product(LANGUAGE, ("first", "last"))],
+)
 def test_secret_permutations_are_merged_without_loss(kind, anchor):
     model = with_secret(kind)
     before = copy.deepcopy(model.state_dict())

@@ -108,6 +108,8 @@ LAYERS = (
     Case("a width for each layer", INNER | BY_LAYER, own_text=True),
     Case("the search", OUTSIDE, own_text=True),
     Case("the search, with a width for each layer", OUTSIDE | BY_LAYER, own_text=True),
+    Case("80 % in total, equal widths", {"params": 0.8}, own_text=True),
+    Case("80 % in total, the search", BUDGET, own_text=True),
 )
 
 # For models of other sizes, whose layers may differ in kind: four fifths of the feed-forwards.

@@ -1,0 +1,68 @@
+"""What merging feed-forwards costs on real tasks, and what a short training brings back.
+
+    python -m benchmarks.studies.merge_tasks images --out FILE [--data FOLDER] [--seeds 0 1 2]
+
+Each task trains its model once, and keeps it in --cache. Then a third and a half of the
+feed-forwards are merged, with and without permutation, and as many layers dropped; other windows
+and anchors for the third. Each is trained by the same steps. A row is appended as soon as a case is
+finished; a run that is started again skips the rows that FILE has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ...rows import append, read, where
+from . import images
+
+TASKS = {"images": images}
+# Steps of the training that makes the dense model.
+STEPS = {"images": 8000}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--out", type=Path, required=True, help="rows are appended to this file")
+    parser.add_argument("--data", type=Path, help="where the data set lies (as its package has it)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "dotresize", help="for the models"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    chosen = TASKS[args.task]
+    data = args.data or chosen.DATA
+    task = chosen.task(data, args.cache / args.task, STEPS[args.task])
+    rows = read(args.out) if args.out.exists() else []
+    done = {(row["task"], row["case"], str(row.get("merged")), row["seed"]) for row in rows}
+    about = where(torch.get_num_threads()) | {"task": task.name, "data": task.data}
+
+    def keep(row: dict) -> None:
+        append(args.out, [about | row])
+        found = row.get("after", row["before"])
+        sys.stdout.write(f"{row['case']}, {row.get('merged')}, seed {row['seed']}: {found}\n")
+        sys.stdout.flush()
+
+    if (task.name, "dense", "None", 0) not in done:
+        keep({"case": "dense", "seed": 0} | task.dense())
+    for seed in args.seeds:
+        for case in task.cases():
+            merged = dict(case.stacks)
+            if (task.name, case.name, str(merged), seed) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                found = task.run(case, seed, Path(folder))
+            score = next(iter(found["after"]))
+            keep({"case": case.name, "merged": merged, "seed": seed, "score": score} | found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What merging is tried at, whatever the task: windows, anchors, and what it is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dotresize.accounting import unique_parameters
+from dotresize.merging.merge import merge_feed_forward
+from dotresize.merging.tie import dropped
+from dotresize.models.stacks import layers_of, stacks_of
+from dotresize.recovery import fine_tune
+
+Examples = list[dict[str, Tensor]]
+Scores = Callable[[Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to have fewer feed-forwards.
+
+    Attributes:
+        stacks: how many of each stack's become one, by its name.
+        permute: False averages them as they are.
+        anchor: as of ``merge_feed_forward``.
+        start: the window's first layer; "best" of all by the metric, "first" or "last".
+        dropped: leave out the layers of the window but the anchor, instead of merging.
+    """
+
+    name: str
+    stacks: Mapping[str, int]
+    permute: bool = True
+    anchor: str = "first"
+    start: str = "best"
+    dropped: bool = False
+
+
+def cases_of(stacks: Mapping[str, int], *, ablate: bool) -> Iterator[Case]:
+    """Yield a merging and what it is compared with; to ablate, other windows and anchors too."""
+    yield Case("merged", stacks)
+    yield Case("without permutation", stacks, permute=False)
+    yield Case("layers dropped", stacks, dropped=True)
+    if ablate:
+        for start in ("first", "last"):
+            yield Case(f"merged, the {start} window", stacks, start=start)
+        for anchor in ("middle", "last"):
+            yield Case(f"merged, anchor {anchor}", stacks, anchor=anchor)
+
+
+@dataclass
+class Task:
+    """A trained model, its data, and what it is worth.
+
+    Attributes:
+        name, data: of the task, and the data set.
+        model: the dense one.
+        train: labelled examples, inputs without the batch axis.
+        batches: on which neurons are aligned, by a seed.
+        metric: chooses the window, on examples that are neither trained nor scored on.
+        scores: on the test set, by the score's name; the first is what is drawn.
+        training: keywords of ``fine_tune`` for the training after a merging.
+        merged: the numbers of feed-forwards that are tried, the first with other windows, too.
+    """
+
+    name: str
+    data: str
+    model: Any
+    train: Examples
+    batches: Callable[[int], list[dict[str, Tensor]]]
+    metric: Callable[[Any], float]
+    scores: Scores
+    training: dict[str, Any]
+    merged: list[Mapping[str, int]] = field(default_factory=list)
+
+    def cases(self) -> list[Case]:
+        """Return what is tried."""
+        every = enumerate(self.merged)
+        return [case for i, stacks in every for case in cases_of(stacks, ablate=not i)]
+
+    def dense(self) -> dict[str, Any]:
+        """Return the row of the model as it is."""
+        return {"before": self.scores(self.model), "parameters": unique_parameters(self.model)}
+
+    def run(self, case: Case, seed: int, folder: Path) -> dict[str, Any]:
+        """Return the row of a case: scores before and after training, and the windows' profile.
+
+        folder: for the state of the training.
+        """
+        starts: dict[str, int] | None = None
+        if case.start != "best":
+            counts = {s.name: len(layers_of(self.model, s)) for s in stacks_of(self.model)}
+            last = case.start == "last"
+            starts = {name: (counts[name] - k) * last for name, k in case.stacks.items()}
+        merged, report = merge_feed_forward(
+            self.model,
+            self.batches(seed),
+            k=dict(case.stacks),
+            metric=self.metric,
+            anchor=case.anchor,
+            permute=case.permute,
+            start=starts,
+        )
+        lost = 0
+        with ExitStack() as opened:
+            if case.dropped:
+                merged = copy.deepcopy(self.model)
+                lost = self._drop(merged, report["stacks"], opened)
+            before = self.scores(merged)
+            torch.manual_seed(seed)
+            training = fine_tune(merged, self.train, folder=folder, seed=seed, **self.training)
+            after = self.scores(merged)
+            parameters = unique_parameters(merged) - lost
+        return {
+            **{"before": before, "after": after, "parameters": parameters},
+            "windows": {name: found["window"] for name, found in report["stacks"].items()},
+            "profile": {name: found["profile"] for name, found in report["stacks"].items()},
+            "tokens": {name: found["tokens"] for name, found in report["stacks"].items()},
+            "seconds": report["seconds"] | {"training": training["seconds"]},
+            "training": {name: training[name] for name in ("steps", "learning_rate")},
+        }
+
+    def _drop(self, model: Any, stacks: dict[str, Any], opened: ExitStack) -> int:
+        """Have a model do without the layers of its windows but the anchors; their parameters."""
+        lost = 0
+        for stack in stacks_of(model):
+            if stack.name not in stacks:
+                continue
+            found = stacks[stack.name]
+            gone = [i for i in found["window"] if i != found["anchor"]]
+            layers = layers_of(model, stack)
+            lost += sum(p.numel() for i in gone for p in layers[i].parameters())
+            opened.enter_context(dropped(model, stack, gone))
+        return lost
