@@ -18,7 +18,7 @@ from ..code import digest
 from ..rows import read
 from . import checks
 from .api import api
-from .field import field
+from .field import field, field_short
 from .gpu import ceilings, details, kept_plan, peers_table
 from .llama_cpp import llama_cpp
 from .models import families, first_token, large, merging, projected
@@ -249,6 +249,7 @@ TABLES = {
         "solvers": solvers,
         "gpu": gpu,
         "demo": demo,
+        "field_short": lambda: field_short(rows("field.jsonl"), "SmolLM2-135M-Instruct.Q4_1.gguf"),
         "llama_cpp": lambda: llama_cpp(_llama_cpp_rows()),
         "peers": lambda: checks.peers(rows("peer_tests.jsonl"), rows("pot_tests.jsonl")),
     },
@@ -305,6 +306,7 @@ SOURCES = {
     "quality": ("quality.jsonl", "compressor"),
     "study": ("quality.jsonl", "compressor"),
     "field": ("field.jsonl", "field"),
+    "field_short": ("field.jsonl", "field"),
     "recipes": ("recipes.jsonl", "compressor"),
     "maps": ("maps.jsonl", "compressor"),
     "amounts": ("amounts.jsonl", "compressor"),

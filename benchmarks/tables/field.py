@@ -51,6 +51,27 @@ def field(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def field_short(rows: list[Row], model: str, share: float = 0.8) -> str:
+    """Return excess, KL and agreement of every method at one share, this package's in bold."""
+    found = [row for row in rows if row["model"] == model and row["share"] == share]
+    if not found:
+        return "No rows yet."
+    cases = _cases(found)
+    lines = head(["", "checkpoint", "excess", "of each seed", "KL", "top-1", "time"])
+    for case in sorted(cases, key=lambda case: _mean(cases[case], average)):
+        _, excess, seeds, kl, top, *_, took, _ = _cells(cases[case])
+        name = f"**{case}**" if case.startswith("dotresize") else case
+        lines.append(line([name, _plain(cases[case]), excess, seeds, kl, top, took]))
+    lines += [
+        "",
+        f"{_name(model)}, {share:.0%} of the parameters outside the embeddings, "
+        f"{found[0]['windows']} windows of 512 tokens for all; {_devices(found)}.",
+        "Excess: ln(perplexity / dense perplexity), a mean of three kinds of text. Rows: "
+        "`benchmarks/results/field.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def _name(model: str) -> str:
     return Path(model).stem.partition(".")[0]
 

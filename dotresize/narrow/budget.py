@@ -20,7 +20,7 @@ from dotresize.narrow.round_width import round_width
 # No feed-forward gets fewer neurons: the width 1 is read as a share, all of it.
 LEAST_INNER = 2
 # Where feed-forwards keep this share of their neurons, a search for another shape found none that
-# was better for SmolLM2-135M, in 2.5 times the time (docs/studies.md).
+# was better for SmolLM2-135M, in twice the time (docs/studies.md).
 ENOUGH = 0.5
 
 
