@@ -145,7 +145,7 @@ def recover(
 
 def fine_tune(
     model: Any,
-    examples: list[dict[str, Tensor]],
+    examples: list[Any],
     *,
     folder: str | Path,
     steps: int,
@@ -154,17 +154,20 @@ def fine_tune(
     seed: int = 0,
     loss: Callable[..., Tensor] | None = None,
     metric: Callable[[Any], float] | None = None,
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Train a model in place; parameters that are shared stay so.
 
     Args:
         model: narrowed or merged, of any transformers class.
-        examples: inputs without the batch axis, with labels.
+        examples: inputs without the batch axis, with labels; or whatever ``collate`` takes.
         folder, learning_rate, seed: as of ``recover``.
         steps: of ``batch`` examples each, which are used again where they are too few.
         loss: of (outputs, labels); the model's own if not given.
         metric: of the model, higher is better: taken ten times, and the weights with the best are
             those that it ends with.
+        collate: makes a batch of model inputs, with labels, of some examples, when their turn
+            comes; by default they are stacked, and must be of one length.
 
     Returns:
         figures for the report: steps, learning rate, losses, seconds, and the metric's values.
@@ -210,6 +213,7 @@ def fine_tune(
                 model=model.float().train(),
                 args=arguments,
                 train_dataset=examples,
+                data_collator=collate,
                 compute_loss_func=loss,
                 callbacks=[_callback(progress, best)],
             )
@@ -279,12 +283,13 @@ def _callback(bar: Any, best: _Best | None) -> Any:
     return Steps()
 
 
-def _claim(
-    folder: Path, model: Any, examples: list[dict[str, Tensor]], choices: dict[str, float]
-) -> None:
+def _claim(folder: Path, model: Any, examples: list[Any], choices: dict[str, float]) -> None:
     """Claim a folder for a run; ValueError where it holds another run's state."""
     digest = hashlib.sha256()
     for example in examples:
+        if not isinstance(example, dict):
+            digest.update(repr(example).encode())
+            continue
         for name in sorted(example):
             digest.update(torch.as_tensor(example[name]).cpu().contiguous().numpy().tobytes())
     for parameter in model.parameters():

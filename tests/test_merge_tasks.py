@@ -178,6 +178,12 @@ def test_recovery_is_resumed(kind, request, monkeypatch, capsys):
         patch.setattr(merge_labelled.card, "write_output", stop)
         assert main(words) == 1
     assert "--resume goes on from it" in capsys.readouterr().err
+    if kind == "of_pairs":
+        file = Path(words[8])
+        before = file.read_text()
+        file.write_text(before.replace("w3", "w4"))
+        assert "made with another examples_sha256" in fails([*words, "--resume"], capsys)
+        file.write_text(before)
     assert main([*words, "--resume"]) == 0
     assert (Path(words[2]) / "model.safetensors").read_bytes() == expected
     assert not Path(f"{words[2]}.partial").exists()

@@ -66,6 +66,11 @@ class Task(ABC):
         Raises ValueError, naming the option, for what cannot be read.
         """
 
+    @classmethod
+    @abstractmethod
+    def content(cls, example: Example) -> bytes:
+        """Return all that an example holds, for what ``--resume`` compares."""
+
     @abstractmethod
     def inputs(self, examples: list[Example]) -> dict[str, Tensor]:
         """Return one batch of model inputs, with labels, on the host."""
@@ -106,6 +111,11 @@ class Images(Task):
                 raise ValueError(f"{option} {path}: holds no images in a folder for each label")
             found += [(file, file.parent.name) for file in files]
         return found
+
+    @classmethod
+    def content(cls, example: Example) -> bytes:
+        file, label = example
+        return label.encode() + file.read_bytes()
 
     def check(self, examples: list[Example]) -> None:
         for file, name in examples:
@@ -178,6 +188,10 @@ class Translation(Task):
         if not found:
             raise ValueError(f"{option} {paths[0]}: holds no sentences")
         return found
+
+    @classmethod
+    def content(cls, example: Example) -> bytes:
+        return repr(example).encode()
 
     def inputs(self, examples: list[Example]) -> dict[str, Tensor]:
         sources, targets = ([pair[i] for pair in examples] for i in (0, 1))

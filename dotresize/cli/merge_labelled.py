@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import logging
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -79,7 +80,14 @@ class _Examples:
 
     calibration: list[Example]
     training: list[Example]
-    held_out: list[Example] = field(default_factory=list)
+    held_out: list[Example]
+
+    def digest(self, task: type[Task]) -> str:
+        """Return the SHA-256 of all that they hold."""
+        digest = hashlib.sha256()
+        for example in (*self.calibration, *self.training, *self.held_out):
+            digest.update(task.content(example))
+        return digest.hexdigest()
 
 
 def merge_labelled(args: argparse.Namespace) -> int:
@@ -98,6 +106,7 @@ def merge_labelled(args: argparse.Namespace) -> int:
     found = _drawn(task_type, choices, 0 if recovery.recover is None else recovery.recover * BATCH)
     recorded = settings(args, Source, MergeChoices, ExampleChoices, RecoveryChoices)
     recorded |= {"model_files": files_of(args.model), "dtype": args.dtype}
+    recorded["examples_sha256"] = found.digest(task_type)
 
     def check() -> None:
         if args.plot is not None:
@@ -194,15 +203,11 @@ class _Judge:
         found = {name: self.row(name, model)}
         if self._recovery.recover is None:
             return found
-        batch = self._task.inputs(self._found.training)
-        examples = [
-            {key: values[i] for key, values in batch.items()}
-            for i in range(len(self._found.training))
-        ]
         with stage("recovery", {}, f"of {self._recovery.recover} steps"):
             training = fine_tune(
                 model,
-                examples,
+                self._found.training,
+                collate=self._task.inputs,
                 folder=self._stages.training(f"training-{name.replace(' ', '-')}"),
                 steps=self._recovery.recover,
                 batch=BATCH,
