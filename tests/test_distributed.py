@@ -47,6 +47,7 @@ def assert_close(one: Path, other: Path) -> None:
         ["--memory", "4GB", "--ff-width", "30", "--eval-windows", "1"],
         ["--scope", "location"],
         ["--params", "0.8", "--search", "--layer-widths", "--multiple-of", "4"],
+        ["--params", "0.9"],
     ],
     ids=str,
 )

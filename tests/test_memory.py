@@ -72,7 +72,6 @@ def test_stopped_and_gone_on(stage, by_parts, capsys, monkeypatch, tmp_path):
         (["--compare"], "--compare: needs the whole model in memory; leave --memory out"),
         (["--method", "slicegpt"], "--method slicegpt: needs the whole model"),
         (["--self-windows", "2"], "--self-windows: needs the whole model"),
-        (["--search"], "--search: "),
     ],
     ids=str,
 )
@@ -95,8 +94,9 @@ def test_a_budget_of_feed_forwards(widths, by_parts, model_directory, tmp_path, 
     assert 0.7 < total["narrow"]["total"] / total["dense"]["total"] <= 0.8
     assert report["width"]["new"] == 24
     capsys.readouterr()
-    by_parts[at + 1] = "0.3"
     by_parts[2] += "-2"
+    assert "--search: needs the whole model" in fails([*by_parts, "--search"], capsys)
+    by_parts[at + 1] = "0.3"
     assert "--params 0.3: takes a search of shapes, for which the whole" in fails(by_parts, capsys)
     assert not Path(f"{by_parts[2]}.partial").exists()
 

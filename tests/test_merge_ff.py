@@ -22,6 +22,7 @@ from merge_models import (
 from dotresize import merge_feed_forward
 from dotresize.accounting import unique_parameters
 from dotresize.merging.align import features
+from dotresize.merging.tie import dropped
 from dotresize.models.stacks import layers_of, stacks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,6 +213,37 @@ def test_a_metric_is_asked_for_where_there_is_no_loss(kind):
     batches = [{name: x for name, x in b.items() if name != "labels"} for b in inputs(kind)]
     with pytest.raises(ValueError, match="the batches have no labels: give a metric"):
         merge_feed_forward(build(kind), batches, k=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_layers_are_as_if_they_were_not_there(kind):
+    model = build(kind)
+    wanted = copy.deepcopy(model)
+    lost = 0
+    for stack in stacks_of(wanted):
+        layers = layers_of(wanted, stack)
+        lost += sum(p.numel() for i in (2, 5) for p in layers[i].parameters())
+        kept = [layer for i, layer in enumerate(layers) if i not in (2, 5)]
+        owner, _, last = stack.layers.rpartition(".")
+        setattr(wanted.get_submodule(owner), last, torch.nn.ModuleList(kept))
+    gone = {stack.name: [2, 5] for stack in stacks_of(model)}
+    before = logits(model, kind)
+    with dropped(model, gone) as parameters:
+        torch.testing.assert_close(logits(model, kind), logits(wanted, kind))
+        assert parameters == lost
+    assert torch.equal(logits(model, kind), before)
+
+
+def test_text_without_the_layer_that_counts():
+    """A cache counts its tokens in layer 0; the first tokens are the same without a cache."""
+    model = build("bart")
+    batch = {name: x for name, x in inputs("bart", 1)[0].items() if name != "labels"}
+    choices = {"max_new_tokens": 12, "max_length": None, "do_sample": False, "num_beams": 1}
+    cached = model.generation_config.use_cache
+    with dropped(model, {"decoder": [0, 1]}):
+        found = model.generate(**batch, **choices)
+        assert torch.equal(found, model.generate(**batch, **choices, use_cache=False))
+    assert model.generation_config.use_cache == cached
 
 
 def test_frames_of_padding_do_not_count():

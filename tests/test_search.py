@@ -311,5 +311,5 @@ def test_no_search_narrows_feed_forwards_alone(tokens):
             compress(model, tokens, width=16, search=search)
     handle = CausalLM.in_memory(model)
     searched = prepare(handle, tokens, make_options(params=0.8, self_windows=0))
-    with pytest.raises(ValueError, match=r"for no budget of params 0\.8 without a search"):
+    with pytest.raises(ValueError, match=r"for no budget of params 0\.8 with search False"):
         compress(model, tokens, params=0.8, search=False, statistics=searched)

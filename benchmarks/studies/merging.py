@@ -26,8 +26,7 @@ from torch import Tensor
 
 from dotresize.accounting import unique_parameters
 from dotresize.merging.merge import merge_feed_forward
-from dotresize.merging.tie import dropped
-from dotresize.models.stacks import stacks_of
+from dotresize.merging.tie import dropped, gone_of
 from dotresize.recovery import fine_tune
 
 from ..demo.texts import model_file, write_texts
@@ -169,16 +168,8 @@ def _compared(
 
 
 def _without_layers(model: Any, report: dict[str, Any], test: Metric) -> float:
-    first, *more = stacks_of(model)
-    gone = {
-        name: [i for i in found["window"] if i != found["anchor"]]
-        for name, found in report["stacks"].items()
-    }
-    with dropped(model, first, gone[first.name]):
-        if not more:
-            return test(model)
-        with dropped(model, more[0], gone[more[0].name]):
-            return test(model)
+    with dropped(model, gone_of(report["stacks"])):
+        return test(model)
 
 
 def language(folder: Path) -> dict[str, Any]:

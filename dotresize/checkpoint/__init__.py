@@ -91,16 +91,22 @@ def load_with_tokenizer(
             where, config=config, output_loading_info=True, **weights, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-    damaged = {
-        kind: names for kind, names in problems.items() if names and kind != "unexpected_keys"
-    }
-    if damaged:
-        kind, names = next(iter(damaged.items()))
-        raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+    check_complete(source, problems)
     _forget_quantisation(module)
     if to_narrow:
         module = causal_model(module)
     return CausalLM.in_memory(module.to(device).eval()), tokenizer
+
+
+def check_complete(source: str, problems: dict[str, Any]) -> None:
+    """Raise ValueError for weights that transformers found missing, or of another shape.
+
+    problems: what ``from_pretrained`` returns with ``output_loading_info``.
+    """
+    for kind, names in problems.items():
+        if names and kind != "unexpected_keys":
+            first = sorted(map(str, names))[0]
+            raise ValueError(f"model {source}: {kind.replace('_', ' ')}: {first}")
 
 
 def outline(source: str) -> CausalLM:

@@ -8,7 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dotresize.checkpoint import check_complete
 from dotresize.checkpoint.source import first_line, locate, one_line
 
 # Examples that pass a model at a time, and tokens of a sentence, its translation, at most.
@@ -45,18 +51,22 @@ class Task(ABC):
         """Read model and processor; ValueError in one line for what is none of the task."""
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
+            transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         where, options = locate(source)
         if "gguf_file" in options:
             raise ValueError(f"model {source}: --task {self.word} reads a directory or a hub id")
         with one_line(source):
             kind = getattr(transformers, self.auto)
-            self.module = kind.from_pretrained(where, use_safetensors=True, **options).to(device)
+            module, problems = kind.from_pretrained(
+                where, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            )
             self.processor = getattr(transformers, self.auto_processor).from_pretrained(
                 where, **options
             )
-        self.module.eval()
+        check_complete(source, problems)
+        self.module = module.to(device).eval()
 
     @classmethod
     @abstractmethod
@@ -82,10 +92,15 @@ class Task(ABC):
     def check(self, examples: list[Example]) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ValueError for examples that are not of the model."""
 
-    def batches(self, examples: list[Example]) -> list[dict[str, Tensor]]:
-        """Return batches of model inputs, with labels, on the host."""
-        every = range(0, len(examples), BATCH)
-        return [self.inputs(examples[first : first + BATCH]) for first in every]
+    def batches(self, examples: list[Example]) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of model inputs, with labels, in the model's type, on its device."""
+        kind, device = self.module.dtype, self.module.device
+        for first in range(0, len(examples), BATCH):
+            inputs = self.inputs(examples[first : first + BATCH])
+            yield {
+                name: x.to(device, kind if x.is_floating_point() else x.dtype)
+                for name, x in inputs.items()
+            }
 
 
 class Images(Task):
@@ -100,8 +115,10 @@ class Images(Task):
             raise ValueError("--task image needs pillow: pip install 'dotresize[merge]'")
         from PIL import Image
 
-        known = Image.registered_extensions()
+        readable = Image.registered_extensions()
+        known = {suffix for suffix, kind in readable.items() if kind in Image.OPEN}
         found: list[Example] = []
+        check_distinct(option, paths)
         for path in paths:
             if not Path(path).is_dir():
                 raise ValueError(f"{option} {path}: must be a folder with a folder for each label")
@@ -109,6 +126,9 @@ class Images(Task):
             files = [file for file in files if file.suffix.lower() in known]
             if not files:
                 raise ValueError(f"{option} {path}: holds no images in a folder for each label")
+            for file in files:
+                with _opened(file):
+                    pass
             found += [(file, file.parent.name) for file in files]
         return found
 
@@ -119,40 +139,46 @@ class Images(Task):
 
     def check(self, examples: list[Example]) -> None:
         for file, name in examples:
-            self._label(file, name)
+            if name not in self._labels:
+                some = ", ".join([*self._labels][:8])
+                raise ValueError(f"{file.parent}: is none of the model's labels: {some}, ...")
 
-    def _label(self, file: Path, name: str) -> int:
-        """Return a label's number, which may also be what its folder is called."""
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        """The number of each label, by its name, and by itself where no label is called so."""
         names = self.module.config.id2label
         known = {str(label): number for number, label in names.items()}
-        known |= {str(number): number for number in names if str(number) not in known}
-        if name not in known:
-            some = ", ".join(map(str, [*names.values()][:8]))
-            raise ValueError(f"{file.parent}: is none of the model's labels: {some}, ...")
-        return known[name]
+        return known | {str(number): number for number in names if str(number) not in known}
 
     def inputs(self, examples: list[Example]) -> dict[str, Tensor]:
-        from PIL import Image
-
         mode = "L" if getattr(self.module.config, "num_channels", 3) == 1 else "RGB"
         images = []
         for file, _ in examples:
-            try:
-                with Image.open(file) as image:
-                    images.append(image.convert(mode))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{file}: is no image: {first_line(error)}") from None
+            with _opened(file) as image:
+                images.append(image.convert(mode))
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        labels = [self._label(file, name) for file, name in examples]
+        labels = [self._labels[name] for _, name in examples]
         return {"pixel_values": pixels, "labels": torch.tensor(labels)}
 
     @torch.inference_mode()
     def scores(self, model: Any, examples: list[Example]) -> dict[str, float]:
         right = 0
         for batch in self.batches(examples):
-            found = model(pixel_values=batch["pixel_values"].to(model.device)).logits.argmax(-1)
-            right += int((found.cpu() == batch["labels"]).sum())
+            found = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            right += int((found == batch["labels"]).sum())
         return {"accuracy": 100 * right / len(examples)}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Give an opened image; ValueError for a file that is none, however its reader says so."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Exception as error:
+        raise ValueError(f"{file}: is no image: {first_line(error)}") from None
 
 
 class Translation(Task):
@@ -169,6 +195,7 @@ class Translation(Task):
             raise ValueError(
                 f"{option}: must be two files, whose lines translate each other, not {len(paths)}"
             )
+        check_distinct(option, paths)
         lines = []
         for path in paths:
             try:
@@ -192,6 +219,13 @@ class Translation(Task):
     @classmethod
     def content(cls, example: Example) -> bytes:
         return repr(example).encode()
+
+    def check(self, examples: list[Example]) -> None:
+        if hasattr(self.processor, "tgt_lang"):
+            raise ValueError(
+                f"--task translation: {self.module.config.model_type} wants to be told the "
+                "languages; merge it by dotresize.merge_feed_forward, in Python"
+            )
 
     def inputs(self, examples: list[Example]) -> dict[str, Tensor]:
         sources, targets = ([pair[i] for pair in examples] for i in (0, 1))
@@ -221,8 +255,8 @@ class Translation(Task):
         found: list[str] = []
         for batch in self.batches(examples):
             ids = model.generate(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
                 **{"max_new_tokens": min(LONGEST, self._positions) - 1, "max_length": None},
                 **{"num_beams": 1, "do_sample": False},
             )
@@ -232,6 +266,15 @@ class Translation(Task):
             "BLEU": float(sacrebleu.corpus_bleu(found, wanted).score),
             "chrF": float(sacrebleu.corpus_chrf(found, wanted).score),
         }
+
+
+def check_distinct(option: str, paths: list[str]) -> None:
+    """Raise ValueError for a path that an option is given twice."""
+    seen: set[Path] = set()
+    for path in paths:
+        if Path(path).resolve() in seen:
+            raise ValueError(f"{option} {path}: is given twice")
+        seen.add(Path(path).resolve())
 
 
 TASKS: dict[str, type[Task]] = {task.word: task for task in (Images, Translation)}

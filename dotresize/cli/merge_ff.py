@@ -41,7 +41,6 @@ from dotresize.cli.merging import (
     all_of,
     card_lines,
     check_plot,
-    gone_of,
     plot,
     remedy,
     saved,
@@ -58,7 +57,7 @@ from dotresize.cli.texts import (
 from dotresize.evaluate import perplexity
 from dotresize.merging.checkpoint import MergedStore, PlainStore
 from dotresize.merging.merge import merge_feed_forward
-from dotresize.merging.tie import dropped
+from dotresize.merging.tie import dropped, gone_of
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.stacks import layers_of, stacks_of
 from dotresize.ops.arguments import check_word
@@ -91,6 +90,8 @@ def merge_ff(args: argparse.Namespace) -> int:
     for name, tasks in _OF_TASKS.items():
         if getattr(args, name) is not None and args.task not in tasks:
             raise ValueError(f"{name}: does nothing with --task {args.task}")
+    if args.task != LANGUAGE and not args.default_window:
+        raise ValueError(f"window: does nothing with --task {args.task}")
     if args.task != LANGUAGE:
         return merge_labelled(args)
     return _merge_language_model(args)
@@ -280,11 +281,8 @@ def _compared(
     for name, choices in merging.others.items():
         other, _ = _merged(merging, select, model, tokens, start=start, **choices)
         rows += judge.others(name, other)
-    module, stack = copy.deepcopy(model.module), stacks_of(model.module)[0]
-    gone = gone_of(stacks)["decoder"]
-    layers = layers_of(model.module, stack)
-    lost = sum(p.numel() for i in gone for p in layers[i].parameters())
-    with dropped(module, stack, gone):
+    module = copy.deepcopy(model.module)
+    with dropped(module, gone_of(stacks)) as lost:
         found = judge.others("layers dropped", CausalLM.in_memory(module))
     for row in found:
         row["parameters"] = {"narrow": {"total": row["parameters"]["narrow"]["total"] - lost}}

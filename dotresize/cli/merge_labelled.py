@@ -8,7 +8,6 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,19 +23,18 @@ from dotresize.cli.merging import (
     all_of,
     card_lines,
     check_plot,
-    gone_of,
     plot,
     remedy,
     saved,
 )
 from dotresize.cli.presets import EVAL_EXAMPLES, EXAMPLES
 from dotresize.cli.resume import Stages, files_of, run_in_stages
-from dotresize.cli.storage import DTYPES, check_dtype
+from dotresize.cli.storage import Storage, check_dtype
+from dotresize.cli.texts import Texts
 from dotresize.merging.checkpoint import MergedStore, PlainStore
 from dotresize.merging.merge import merge_feed_forward
-from dotresize.merging.tie import dropped
+from dotresize.merging.tie import dropped, gone_of
 from dotresize.models.causal_lm import CausalLM
-from dotresize.models.stacks import layers_of, stacks_of
 from dotresize.ops.backends import choose
 from dotresize.recovery import fine_tune
 
@@ -69,7 +67,8 @@ class ExampleChoices:
             raise ValueError("--calibration: give labelled examples")
         for name in ("examples", "eval_examples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
+                shown = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{shown}: must be at least 1")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed}: must fit in 64 bits")
 
@@ -120,7 +119,7 @@ def merge_labelled(args: argparse.Namespace) -> int:
         for examples in (found.calibration, found.training, found.held_out):
             task.check(examples)
         with stage("merging", {}, f"tries windows of {merging.merge} layers"):
-            batches = task.batches(found.calibration)
+            batches = list(task.batches(found.calibration))
             merged, main = merge_feed_forward(task.module, batches, **merging.given)
         for name, own in main["stacks"].items():
             first, *_, last = own["window"]
@@ -137,11 +136,12 @@ def merge_labelled(args: argparse.Namespace) -> int:
             "settings": all_of(args) | recorded,
         }
         main["saved"] = saved(main["parameters"], plain=merging.plain)
-        if args.dtype != "auto":
-            merged.to(DTYPES[args.dtype])
         store = PlainStore(merged) if merging.plain else MergedStore(merged)
+        made = CausalLM(merged, store)
+        storage = Storage(args.dtype, quantised=False, texts=Texts({}, []))
+        storage.round(made, main)
+        storage.cast(made)
         with stage("writing", {}, args.out):
-            made = CausalLM(merged, store)
             card.write_output(
                 args.out, made, task.processor, main, partial(_card, task), args.model
             )
@@ -196,7 +196,8 @@ class _Judge:
         """Return the figures of a model as it is."""
         with stage("evaluation", {}, f"of {name} on {len(self._found.held_out)} examples"):
             scores = self._task.scores(model, self._found.held_out)
-        return {"parameters": unique_parameters(model), "scores": scores}
+        count = len(self._found.held_out)
+        return {"parameters": unique_parameters(model), "scores": scores, "examples": count}
 
     def rows(self, name: str, model: Any) -> dict[str, dict[str, Any]]:
         """Return the figures of a model, and with ``--recover`` of what training makes of it."""
@@ -239,12 +240,8 @@ def _compared(
     for name, others in merging.others.items():
         given = merging.given | others | {"start": starts}
         add(name, partial(_merged, task, batches, given))
-    module, gone, lost = copy.deepcopy(task.module), gone_of(stacks), 0
-    with ExitStack() as opened:
-        for stack in stacks_of(module):
-            layers = layers_of(module, stack)
-            lost += sum(p.numel() for i in gone[stack.name] for p in layers[i].parameters())
-            opened.enter_context(dropped(module, stack, gone[stack.name]))
+    module = copy.deepcopy(task.module)
+    with dropped(module, gone_of(stacks)) as lost:
         add("layers dropped", lambda: module)
     for name in rows:
         if name.startswith("layers dropped"):

@@ -83,16 +83,6 @@ def all_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def gone_of(stacks: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Return which layers of each stack its anchor stands for where layers are dropped instead.
-
-    stacks: of the report of ``merge_feed_forward``.
-    """
-    return {
-        name: [i for i in found["window"] if i != found["anchor"]] for name, found in stacks.items()
-    }
-
-
 def remedy(merging: MergeChoices, recovery: RecoveryChoices) -> str:
     """Return what may help against a bad result."""
     longer = "train it with --recover" if recovery.recover is None else "train longer (--recover)"

@@ -110,9 +110,9 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--search",
         action=argparse.BooleanOptionalAction,
-        help="measure which shape spends --params best, both widths and a layer or two less, or "
-        "narrow feed-forwards alone wherever they can meet it (where they would keep less than "
-        "half, and with --preset best)",
+        help="--search measures which shape spends --params best, both widths and a layer or two "
+        "less; --no-search narrows feed-forwards alone wherever they can meet it (a search where "
+        "they would keep less than half, and with --preset best)",
     )
     size.add_argument(
         "--width",
@@ -271,7 +271,10 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
         "file is as large as the dense model's",
     )
     output.add_argument(
-        "--plot", metavar="FILE", help="draw the perplexity of every window (needs matplotlib)"
+        "--plot",
+        metavar="FILE",
+        help="draw what every window loses: perplexity, or a labelled task's loss (needs "
+        "matplotlib)",
     )
     _add_dtype(groups)
     _add_recovery(groups)
@@ -284,7 +287,8 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
         "--task",
         default="lm",
         help="lm; image: --calibration and --eval are folders with a folder of images for each "
-        "label; translation: each is two files, whose lines translate each other (lm)",
+        "label; translation: each is two files, whose lines translate each other; --merge and "
+        "--start are of encoder and decoder alike (lm)",
     )
     text.add_argument(
         "--examples",
@@ -313,16 +317,15 @@ def _add_recovery(groups: _Groups) -> None:
         "--recover",
         type=int,
         metavar="STEPS",
-        help="distil the dense model into it, for so many steps (needs accelerate)",
+        help="train it for so many steps: distil the dense model into it, or, of a labelled task, "
+        "learn the labels (needs accelerate)",
     )
     recovery.add_argument(
         "--learning-rate", type=float, default=2e-4, help="of --recover, at its highest (2e-4)"
     )
 
 
-def _add_texts(
-    groups: _Groups, *, windows: int | None, meant: str = f"by --preset, {DEFAULT}"
-) -> None:
+def _add_texts(groups: _Groups, *, windows: int | None, meant: str = "by --preset") -> None:
     """Add the texts; windows: how many, None where that is found out later, and ``meant`` said."""
     text = groups["text"]
     text.add_argument(

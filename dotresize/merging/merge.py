@@ -229,10 +229,12 @@ class _Choice:
             "without permutation": self._within(
                 tied(self._model, self._stack, window, plain), metric
             ),
-            "layers dropped": self._within(dropped(self._model, self._stack, others), metric),
+            "layers dropped": self._within(
+                dropped(self._model, {self._stack.name: others}), metric
+            ),
         }
 
-    def _within(self, context: AbstractContextManager[None], metric: Metric) -> float:
+    def _within(self, context: AbstractContextManager[Any], metric: Metric) -> float:
         with context:
             return _measured(metric, self._model)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dotresize.least_squares import FLOAT
-from dotresize.models.stacks import Stack, layers_of
+from dotresize.models.stacks import Stack, layers_of, stacks_of
 
 
 def merged(
@@ -68,23 +69,45 @@ def tied(
 
 
 @contextmanager
-def dropped(model: Any, stack: Stack, window: list[int]) -> Iterator[None]:
-    """Let the stream pass the window's layers by for the length of a block.
+def dropped(model: Any, gone: dict[str, list[int]]) -> Iterator[int]:
+    """Let the stream pass layers by for the length of a block; yields the parameters they have.
 
-    Generation with a cache needs layer 0, which counts the tokens.
+    gone: numbers of layers, by the name of their stack. Without layer 0, in which a cache counts
+    its tokens, text is generated without a cache.
     """
-    layers = [layers_of(model, stack)[i] for i in window]
-    for layer in layers:
-        layer.forward = _pass_by  # on the instance, in front of the method
+    parameters = 0
+    changed: list[nn.Module] = []
+    generation = getattr(model, "generation_config", None)
+    cached = None if generation is None else generation.use_cache
+    for stack in stacks_of(model):
+        layers = layers_of(model, stack)
+        for i in gone.get(stack.name, []):
+            parameters += sum(p.numel() for p in layers[i].parameters())
+            layers[i].forward = partial(_pass_by, stack.items)  # in front of the method
+            changed.append(layers[i])
+    if generation is not None and any(0 in numbers for numbers in gone.values()):
+        generation.use_cache = False
     try:
-        yield
+        yield parameters
     finally:
-        for layer in layers:
+        for layer in changed:
             del layer.forward
+        if generation is not None:
+            generation.use_cache = cached
 
 
-def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+def gone_of(stacks: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Return the layers of each window but its anchor, which ``dropped`` takes.
+
+    stacks: of the report of ``merge_feed_forward``.
+    """
+    return {
+        name: [i for i in found["window"] if i != found["anchor"]] for name, found in stacks.items()
+    }
+
+
+def _pass_by(items: int, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    return (hidden_states, *([None] * (items - 1))) if items else hidden_states
 
 
 def _owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:

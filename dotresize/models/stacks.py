@@ -24,6 +24,7 @@ class Stack:
         stacked: equal parts that readers hold one above the other.
         mask: the model input that says which of its tokens count; None where all do.
         stride: how many numbers of the mask there are for a token, whose first counts.
+        items: how many a layer returns as a tuple, the stream first; 0 for the stream alone.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stack:
     stacked: int = 1
     mask: str | None = "attention_mask"
     stride: int = 1
+    items: int = 0
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -52,9 +54,9 @@ def _of_images(layers: str) -> tuple[Stack]:
     return (Stack("encoder", layers, ("mlp.fc1.weight",), "mlp.fc2.weight", mask=None),)
 
 
-def _of_text(prefix: str) -> tuple[Stack]:
-    reader = "intermediate.dense.weight"
-    return (Stack("encoder", f"{prefix}.encoder.layer", (reader,), "output.dense.weight"),)
+def _of_text(prefix: str, items: int = 0) -> tuple[Stack]:
+    reader, writer = "intermediate.dense.weight", "output.dense.weight"
+    return (Stack("encoder", f"{prefix}.encoder.layer", (reader,), writer, items=items),)
 
 
 STACKS: dict[str, tuple[Stack, ...]] = {
@@ -67,13 +69,13 @@ STACKS: dict[str, tuple[Stack, ...]] = {
     "whisper": (replace(_TRANSLATOR[0], stride=2), _DECODER),
     "bert": _of_text("bert"),
     "camembert": _of_text("roberta"),
-    "deberta-v2": _of_text("deberta"),
+    "deberta-v2": _of_text("deberta", items=2),
     "distilbert": (
         Stack("encoder", "distilbert.transformer.layer", ("ffn.lin1.weight",), "ffn.lin2.weight"),
     ),
     "electra": _of_text("electra"),
     "modernbert": (Stack("encoder", "model.layers", ("mlp.Wi.weight",), "mlp.Wo.weight", 2),),
-    "mpnet": _of_text("mpnet"),
+    "mpnet": _of_text("mpnet", items=1),
     "roberta": _of_text("roberta"),
     "xlm-roberta": _of_text("roberta"),
 }

@@ -128,7 +128,8 @@ def inner_without_search(model: CausalLM, options: Options) -> int | None:
         if options.of_residual:
             return None
         share = ENOUGH
-    if inner < share * model.inner_width:
+    widths = model.inner_widths
+    if sum(min(inner, own) for own in widths) < share * sum(widths):
         return None
     for name in options.of_residual:
         raise ValueError(f"{name}: without search the residual keeps its width; leave {name} out")
@@ -140,21 +141,22 @@ def check_budget(model: CausalLM, options: Options, *, whole: bool = True) -> No
 
     whole: whether the model will be in memory, which a search of shapes asks for.
     """
-    budget = Budget(model, options)
+    budget, architecture = Budget(model, options), model.architecture
     if inner_without_search(model, options) is not None:
         return
-    if not whole:
-        raise ValueError(
-            f"params {options.params:g}: takes a search of shapes, for which the whole model must "
-            "be in memory; give ff_width or width"
-        )
-    if model.architecture.fixed_residual:
+    if architecture.fixed_residual:
         if not budget.inner_at(model.width):
             raise ValueError(budget.refusal("no feed-forward width has so few"))
-    elif model.architecture.has_inner_width:
+    elif architecture.has_inner_width:
         budget.pairs()
     elif not budget.width_alone():
         raise ValueError(budget.refusal("no width has so few"))
+    if not whole and architecture.has_inner_width:
+        others = "ff_width" if architecture.fixed_residual else "ff_width or width"
+        raise ValueError(
+            f"params {options.params:g}: takes a search of shapes, for which the whole model must "
+            f"be in memory; give {others}"
+        )
 
 
 def residual_step(model: CausalLM, options: Options) -> int:

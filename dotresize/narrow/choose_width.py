@@ -170,7 +170,10 @@ def default_size(model: CausalLM, options: Options, *, whole: bool | None = None
     name = "ff_width" if model.architecture.fixed_residual else "width"
     if options.budgeted:
         budget = replace(options, params=DEFAULT_SIZE)
-        if whole or inner_without_search(model, budget) is not None:
+        alone = inner_without_search(model, budget) is not None
+        if not whole and not alone and options.search is not None:
+            raise ValueError("search: none can be had of a model that stays in its files")
+        if whole or alone:
             name = "params"
     logger.info("no size was asked for: %s %g", name, DEFAULT_SIZE)
     size: dict[str, Any] = {name: DEFAULT_SIZE}

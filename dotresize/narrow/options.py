@@ -257,7 +257,7 @@ class Options:
 
     @property
     def budgeted(self) -> bool:
-        """Whether a budget chooses both widths, also because nothing is said of a size."""
+        """Whether a budget chooses the widths, also because nothing is said of a size."""
         if self.sized:
             return self.params is not None
         return self.method.plain and self.targets is None

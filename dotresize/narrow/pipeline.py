@@ -163,9 +163,9 @@ def narrow_model(
     width, inner = widths.residual or model.width, widths.inner
     positions = getattr(model.config, "max_position_embeddings", None)
     windows = check_tokens(tokens, model.config.vocab_size, positions)
-    if options.params is not None and windows.shape[1] < 2:
+    if options.params is not None and widths.residual is None and windows.shape[1] < 2:
         raise ValueError(
-            "tokens are windows of 1: a budget is measured on next tokens, so they need 2 at least"
+            "tokens are windows of 1: a search is judged by next tokens, so they need 2 at least"
         )
     first = first_token(model, windows)
     unprepared = prepared is None  # who prepares before has said what was chosen
@@ -212,7 +212,9 @@ def narrow_model(
         shape = shape._replace(inner=widths_left(model, shape.dropped))
     made = _narrowed(given, shape, seconds)
     report = _report(model, made.model, statistics, options, shape, seconds)
-    asked = 1.0 if widths.residual is not None and options.width is None else options.width
+    asked = options.width
+    if asked is None and options.params is None and widths.residual is not None:
+        asked = 1.0
     report["width"]["asked"] = asked
     report["calibration"] |= {
         "first_token": first,  # that all windows begin with, None for none
@@ -242,9 +244,9 @@ def _warn_of_few(
 ) -> None:
     """Warn where there are fewer tokens than unknowns in what is solved for."""
     solved = []
-    if width < model.width or options.energy is not None or options.params is not None:
+    if width < model.width or options.energy is not None:
         solved.append((model.width, "channels"))
-    if inner is not None or options.params is not None:
+    if inner is not None:
         solved.append((model.inner_width, "inner neurons"))
     most, what = max(solved, default=(0, ""))
     tokens, length = windows.numel(), windows.shape[1]
@@ -330,7 +332,7 @@ def _check_prepared(prepared: Prepared, windows: Tensor, options: Options) -> No
     asked = (options.params, options.params_count, options.layer_widths, options.search)
     if split is None or (split.params, split.count, split.layer_widths, split.search) != asked:
         how = " with layer_widths" if options.layer_widths else ""
-        how += {None: "", True: " with a search", False: " without a search"}[options.search]
+        how += "" if options.search is None else f" with search {options.search}"
         raise ValueError(
             f"statistics: were prepared for no budget of params {options.params:g}{how}"
         )

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dotresize.accounting import unique_parameters
 from dotresize.merging.merge import merge_feed_forward
-from dotresize.merging.tie import dropped
+from dotresize.merging.tie import dropped, gone_of
 from dotresize.models.stacks import layers_of, stacks_of
 from dotresize.recovery import fine_tune
 
@@ -111,9 +110,8 @@ class Task:
         with ExitStack() as opened:
             if case.dropped:
                 merged = copy.deepcopy(self.model)
-                lost = self._drop(merged, report["stacks"], opened)
+                lost = opened.enter_context(dropped(merged, gone_of(report["stacks"])))
             before = self.scores(merged)
-            torch.manual_seed(seed)
             training = fine_tune(merged, self.train, folder=folder, seed=seed, **self.training)
             after = self.scores(merged)
             parameters = unique_parameters(merged) - lost
@@ -125,16 +123,3 @@ class Task:
             "seconds": report["seconds"] | {"training": training["seconds"]},
             "training": {name: training[name] for name in ("steps", "learning_rate")},
         }
-
-    def _drop(self, model: Any, stacks: dict[str, Any], opened: ExitStack) -> int:
-        """Have a model do without the layers of its windows but the anchors; their parameters."""
-        lost = 0
-        for stack in stacks_of(model):
-            if stack.name not in stacks:
-                continue
-            found = stacks[stack.name]
-            gone = [i for i in found["window"] if i != found["anchor"]]
-            layers = layers_of(model, stack)
-            lost += sum(p.numel() for i in gone for p in layers[i].parameters())
-            opened.enter_context(dropped(model, stack, gone))
-        return lost
