@@ -1,6 +1,7 @@
 """What merging feed-forwards costs on real tasks, and what a short training brings back.
 
     python -m benchmarks.studies.merge_tasks images --out FILE [--data FOLDER] [--seeds 0 1 2]
+    python -m benchmarks.studies.merge_tasks translation --out FILE --data FOLDER
 
 Each task trains its model once, and keeps it in --cache. Then a third and a half of the
 feed-forwards are merged, with and without permutation, and as many layers dropped; other windows
@@ -19,11 +20,11 @@ from pathlib import Path
 import torch
 
 from ...rows import append, read, where
-from . import images
+from . import images, translation
 
-TASKS = {"images": images}
+TASKS = {"images": images, "translation": translation}
 # Steps of the training that makes the dense model.
-STEPS = {"images": 8000}
+STEPS = {"images": 8000, "translation": 6000}
 
 
 def main() -> int:

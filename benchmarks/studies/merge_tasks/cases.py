@@ -17,7 +17,6 @@ from dotresize.merging.tie import dropped, gone_of
 from dotresize.models.stacks import layers_of, stacks_of
 from dotresize.recovery import fine_tune
 
-Examples = list[dict[str, Tensor]]
 Scores = Callable[[Any], dict[str, float]]
 
 
@@ -60,7 +59,7 @@ class Task:
     Attributes:
         name, data: of the task, and the data set.
         model: the dense one.
-        train: labelled examples, inputs without the batch axis.
+        train: labelled examples, as ``fine_tune`` takes them.
         batches: on which neurons are aligned, by a seed.
         metric: chooses the window, on examples that are neither trained nor scored on.
         scores: on the test set, by the score's name; the first is what is drawn.
@@ -71,7 +70,7 @@ class Task:
     name: str
     data: str
     model: Any
-    train: Examples
+    train: list[Any]
     batches: Callable[[int], list[dict[str, Tensor]]]
     metric: Callable[[Any], float]
     scores: Scores

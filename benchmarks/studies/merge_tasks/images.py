@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dotresize.recovery import fine_tune
 
-from .cases import Examples, Task
+from .cases import Task
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 VALIDATION = 1000
@@ -60,7 +60,7 @@ def task(folder: Path, cache: Path, steps: int) -> Task:
 
     pixels, labels = read(folder, "train")
     test = read(folder, "t10k")
-    examples: Examples = [
+    examples = [
         {"pixel_values": one, "labels": label} for one, label in zip(pixels, labels, strict=True)
     ]
     train = examples[VALIDATION:]
