@@ -107,6 +107,21 @@ def commands() -> list[pytest.param]:
     return found
 
 
+def make_examples(task: str) -> None:
+    """Make a tiny model of a task, and data, by the names that the pages have."""
+    from test_merge_tasks import image_model, images, pairs, translation_model
+
+    here = Path()
+    if task == "image":
+        image_model(here / "VIT")
+        images(here / "train", 20, 0)
+        images(here / "test", 10, 1)
+    else:
+        translation_model(here / "MARIAN")
+        pairs(here, "train", 20, 0)
+        pairs(here, "test", 10, 1)
+
+
 @pytest.mark.parametrize("lines", commands())
 def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
     """The commands run as written, but for a hub's model, and sizes that a tiny model has not."""
@@ -120,9 +135,11 @@ def test_commands_are_taken(lines, folder, monkeypatch, one_thread):
             continue
         words = shlex.split(line.replace("HuggingFaceTB/SmolLM2-135M", "MODEL"))[1:]
         words = ["2" if word == "10" and "--merge" in words else word for word in words]
-        if words[0] in ("compress", "merge-ff", "eval"):
+        if "--task" in words:
+            make_examples(words[words.index("--task") + 1])
+        elif words[0] in ("compress", "merge-ff", "eval"):
             words += ["--window", "32", "--eval-windows", "2"]
-        if words[0] in ("compress", "merge-ff"):
+        if words[0] in ("compress", "merge-ff") and "--task" not in words:
             words += ["--windows", "8"]
         assert main(words) == 0, line
 

@@ -158,7 +158,10 @@ class Images(Task):
                 images.append(image.convert(mode))
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         labels = [self._labels[name] for _, name in examples]
-        return {"pixel_values": pixels, "labels": torch.tensor(labels)}
+        return {
+            "pixel_values": pixels,
+            "labels": torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        }
 
     @torch.inference_mode()
     def scores(self, model: Any, examples: list[Example]) -> dict[str, float]:
