@@ -25,7 +25,8 @@ PAIRS = {
 # Frames of a spectrum, of which a convolution makes half as many tokens.
 SPEECH = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32}
 DISTILBERT = {"dim": 24, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 40}
-# Of each kind the name of its classes, the one with a head, and the shape.
+# For each kind: what its classes in transformers begin with, what the one with a head ends with,
+# and the config of a tiny model.
 OTHERS: dict[str, tuple[str, str, dict]] = {
     "vit": ("ViT", "ForImageClassification", IMAGES),
     "deit": ("DeiT", "ForImageClassification", IMAGES),

@@ -46,10 +46,15 @@ def check_files(choices: TextChoices) -> None:
     """Raise ValueError for texts that cannot be read, or would count twice in the calibration."""
     for path in choices.files:
         read_text(path)
+    check_distinct("--calibration", choices.calibration or [])
+
+
+def check_distinct(option: str, paths: list[str]) -> None:
+    """Raise ValueError for a path that an option is given twice."""
     seen: set[Path] = set()
-    for path in choices.calibration or []:
+    for path in paths:
         if Path(path).resolve() in seen:
-            raise ValueError(f"--calibration {path}: is given twice")
+            raise ValueError(f"{option} {path}: is given twice")
         seen.add(Path(path).resolve())
 
 

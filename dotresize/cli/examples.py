@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dotresize.checkpoint import check_complete
 from dotresize.checkpoint.source import first_line, locate, one_line
+from dotresize.cli.checks import check_distinct
 
 # Examples that pass a model at a time, and tokens of a sentence, its translation, at most.
 BATCH = 16
@@ -126,9 +127,6 @@ class Images(Task):
             files = [file for file in files if file.suffix.lower() in known]
             if not files:
                 raise ValueError(f"{option} {path}: holds no images in a folder for each label")
-            for file in files:
-                with _opened(file):
-                    pass
             found += [(file, file.parent.name) for file in files]
         return found
 
@@ -139,6 +137,8 @@ class Images(Task):
 
     def check(self, examples: list[Example]) -> None:
         for file, name in examples:
+            with _opened(file):
+                pass
             if name not in self._labels:
                 some = ", ".join([*self._labels][:8])
                 raise ValueError(f"{file.parent}: is none of the model's labels: {some}, ...")
@@ -269,15 +269,6 @@ class Translation(Task):
             "BLEU": float(sacrebleu.corpus_bleu(found, wanted).score),
             "chrF": float(sacrebleu.corpus_chrf(found, wanted).score),
         }
-
-
-def check_distinct(option: str, paths: list[str]) -> None:
-    """Raise ValueError for a path that an option is given twice."""
-    seen: set[Path] = set()
-    for path in paths:
-        if Path(path).resolve() in seen:
-            raise ValueError(f"{option} {path}: is given twice")
-        seen.add(Path(path).resolve())
 
 
 TASKS: dict[str, type[Task]] = {task.word: task for task in (Images, Translation)}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 DEFAULT = "balanced"
 
-# Of ``merge-ff``: windows of a language model's calibration, and those that choose the layers;
-# labelled examples to align by, and to score on at most.
+# What ``merge-ff`` reads where no option says otherwise: of a language model so many windows of
+# text, of which the second number choose the layers; of other models so many labelled examples to
+# align by, and at most so many to score on.
 MERGE_WINDOWS, SELECT_WINDOWS = 20, 4
 EXAMPLES, EVAL_EXAMPLES = 128, 1000
 
