@@ -11,7 +11,7 @@ from dotresize.cli import main
 from dotresize.compression import make_options
 from dotresize.models.causal_lm import CausalLM
 from dotresize.narrow.choose_width import choose_inner_width, choose_width, choose_widths
-from dotresize.narrow.round_width import FEW, STEPS, WITHIN, round_width
+from dotresize.narrow.round_width import FEW, STEPS, WITHIN, WITHIN_LIMIT, round_width
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,11 +68,12 @@ def test_rule_everywhere(full, towards):
             "down": [w for s in STEPS for w in range(s, full, s) if w <= wanted],
             "nearest": [w for s in STEPS for w in range(s, full, s)],
         }[towards]
-        near = [w for w in best if abs(w - wanted) <= WITHIN * wanted]
+        within = WITHIN if towards == "nearest" else WITHIN_LIMIT
+        near = [w for w in best if abs(w - wanted) <= within * wanted]
         if near:  # the largest power of two that has a multiple so near divides the result
             power = max(s for s in STEPS for w in near if w % s == 0)
             assert found % power == 0
-            assert abs(found - wanted) <= WITHIN * wanted
+            assert abs(found - wanted) <= within * wanted
         elif wanted >= FEW and found not in (1, full):
             assert found % 32 == 0
 
