@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dotresize.accounting import unique_parameters
@@ -52,6 +53,16 @@ def cases_of(stacks: Mapping[str, int], *, ablate: bool) -> Iterator[Case]:
             yield Case(f"merged, anchor {anchor}", stacks, anchor=anchor)
 
 
+@torch.inference_mode()
+def minus_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
+    """Return minus the mean loss of a token."""
+    total = count = 0.0
+    for batch in batches:
+        number = int((batch["labels"] != -100).sum())
+        total, count = total + float(model(**batch).loss) * number, count + number
+    return -total / count
+
+
 @dataclass
 class Task:
     """A trained model, its data, and what it is worth.
@@ -59,10 +70,10 @@ class Task:
     Attributes:
         name, data: of the task, and the data set.
         model: the dense one.
-        train: labelled examples, as ``fine_tune`` takes them.
         batches: on which neurons are aligned, by a seed.
         metric: chooses the window, on examples that are neither trained nor scored on.
         scores: on the test set, by the score's name; the first is what is drawn.
+        train: labelled examples, as ``fine_tune`` takes them; none where nothing is trained.
         training: keywords of ``fine_tune`` for the training after a merging.
         merged: the numbers of feed-forwards that are tried, the first with other windows, too.
     """
@@ -70,11 +81,11 @@ class Task:
     name: str
     data: str
     model: Any
-    train: list[Any]
     batches: Callable[[int], list[dict[str, Tensor]]]
     metric: Callable[[Any], float]
     scores: Scores
-    training: dict[str, Any]
+    train: list[Any] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
     merged: list[Mapping[str, int]] = field(default_factory=list)
 
     def cases(self) -> list[Case]:
@@ -110,15 +121,18 @@ class Task:
             if case.dropped:
                 merged = copy.deepcopy(self.model)
                 lost = opened.enter_context(dropped(merged, gone_of(report["stacks"])))
-            before = self.scores(merged)
-            training = fine_tune(merged, self.train, folder=folder, seed=seed, **self.training)
-            after = self.scores(merged)
+            row = {"before": self.scores(merged)}
+            seconds = dict(report["seconds"])
+            if self.train:
+                told = fine_tune(merged, self.train, folder=folder, seed=seed, **self.training)
+                row["after"] = self.scores(merged)
+                row["training"] = {name: told[name] for name in ("steps", "learning_rate")}
+                seconds["training"] = told["seconds"]
             parameters = unique_parameters(merged) - lost
-        return {
-            **{"before": before, "after": after, "parameters": parameters},
+        return row | {
+            "parameters": parameters,
             "windows": {name: found["window"] for name, found in report["stacks"].items()},
             "profile": {name: found["profile"] for name, found in report["stacks"].items()},
             "tokens": {name: found["tokens"] for name, found in report["stacks"].items()},
-            "seconds": report["seconds"] | {"training": training["seconds"]},
-            "training": {name: training[name] for name in ("steps", "learning_rate")},
+            "seconds": seconds,
         }

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dotresize.recovery import fine_tune
 
-from .cases import Task
+from .cases import Task, minus_loss
 
 DATA = Path("/")
 LANGUAGE = "de"
@@ -118,16 +118,6 @@ def scores(model: Any, tokenizer: Any, pairs: list[Pair]) -> dict[str, float]:
         "bleu": sacrebleu.corpus_bleu(found, wanted).score,
         "chrf": sacrebleu.corpus_chrf(found, wanted).score,
     }
-
-
-@torch.inference_mode()
-def minus_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
-    """Return minus the mean loss of a token."""
-    total = count = 0.0
-    for batch in batches:
-        number = int((batch["labels"] != -100).sum())
-        total, count = total + float(model(**batch).loss) * number, count + number
-    return -total / count
 
 
 def task(folder: Path, cache: Path, steps: int) -> Task:
