@@ -3,30 +3,32 @@
     python -m benchmarks.studies.merge_tasks images --out FILE [--data FOLDER] [--seeds 0 1 2]
     python -m benchmarks.studies.merge_tasks translation --out FILE --data FOLDER
     python -m benchmarks.studies.merge_tasks speech --out FILE --data FOLDER --seeds 0
+    python -m benchmarks.studies.merge_tasks language --out FILE --seeds 0
 
 Images and translation train their model once, and keep it in --cache. A third and a half of the
 feed-forwards are merged, with and without permutation, and as many layers dropped; other windows
 and anchors for the third. Each is trained by the same steps. For speech the model is Whisper base;
-nothing is trained. A row is appended as soon as a case is finished; a run that is started again
-skips the rows that FILE has.
+nothing is trained. For language it is SmolLM2, and narrowing to as many parameters is
+compared with merging. A row is appended as soon as a case is finished; a run that is started again
+skips the rows that FILE has, and goes on with a training that was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from ...rows import append, read, where
-from . import images, speech, translation
+from . import images, language, speech, translation
 
-TASKS = {"images": images, "translation": translation, "speech": speech}
+TASKS = {"images": images, "translation": translation, "speech": speech, "language": language}
 # Steps of the training that makes the dense model.
-STEPS = {"images": 8000, "translation": 6000, "speech": 0}
+STEPS = {"images": 8000, "translation": 6000, "speech": 0, "language": 0}
 
 
 def main() -> int:
@@ -60,10 +62,12 @@ def main() -> int:
             merged = dict(case.stacks)
             if (task.name, case.name, str(merged), seed) in done:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                found = task.run(case, seed, Path(folder))
+            words = "-".join([case.name, *(f"{name}-{k}" for name, k in merged.items())])
+            folder = args.cache / args.task / f"{words}-{seed}".replace(" ", "-").replace(",", "")
+            found = task.run(case, seed, folder)
             score = next(iter(found["before"]))
             keep({"case": case.name, "merged": merged, "seed": seed, "score": score} | found)
+            shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
