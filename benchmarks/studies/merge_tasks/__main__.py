@@ -4,6 +4,7 @@
     python -m benchmarks.studies.merge_tasks translation --out FILE --data FOLDER
     python -m benchmarks.studies.merge_tasks speech --out FILE --data FOLDER --seeds 0
     python -m benchmarks.studies.merge_tasks language --out FILE --seeds 0
+    python -m benchmarks.studies.merge_tasks memory --out FILE --seeds 0
 
 Images and translation train their model once, and keep it in --cache. A third and a half of the
 feed-forwards are merged, with and without permutation, and as many layers dropped; other windows
@@ -24,11 +25,17 @@ from pathlib import Path
 import torch
 
 from ...rows import append, read, where
-from . import images, language, speech, translation
+from . import images, language, memory, speech, translation
 
-TASKS = {"images": images, "translation": translation, "speech": speech, "language": language}
-# Steps of the training that makes the dense model.
-STEPS = {"images": 8000, "translation": 6000, "speech": 0, "language": 0}
+TASKS = {
+    "images": images,
+    "translation": translation,
+    "speech": speech,
+    "language": language,
+    "memory": memory,
+}
+# Steps of the training that makes the dense model, where the benchmark makes it.
+STEPS = {"images": 8000, "translation": 6000}
 
 
 def main() -> int:
@@ -44,7 +51,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     chosen = TASKS[args.task]
     data = args.data or chosen.DATA
-    task = chosen.task(data, args.cache / args.task, STEPS[args.task])
+    task = chosen.task(data, args.cache / args.task, STEPS.get(args.task, 0))
     rows = read(args.out) if args.out.exists() else []
     done = {(row["task"], row["case"], str(row.get("merged")), row["seed"]) for row in rows}
     about = where(torch.get_num_threads()) | {"task": task.name, "data": task.data}
