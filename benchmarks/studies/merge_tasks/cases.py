@@ -75,6 +75,7 @@ class Task:
         scores: on the test set, by the score's name; the first is what is drawn.
         train: labelled examples, as ``fine_tune`` takes them; none where nothing is trained.
         training: keywords of ``fine_tune`` for the training after a merging.
+        checks: more of the dense row, whatever it is of.
         merged: the numbers of feed-forwards that are tried, the first with other windows, too.
     """
 
@@ -86,6 +87,7 @@ class Task:
     scores: Scores
     train: list[Any] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    checks: Callable[[], dict[str, Any]] = dict
     merged: list[Mapping[str, int]] = field(default_factory=list)
 
     def cases(self) -> list[Case]:
@@ -95,7 +97,8 @@ class Task:
 
     def dense(self) -> dict[str, Any]:
         """Return the row of the model as it is."""
-        return {"before": self.scores(self.model), "parameters": unique_parameters(self.model)}
+        parameters = unique_parameters(self.model)
+        return {"before": self.scores(self.model), "parameters": parameters} | self.checks()
 
     def run(self, case: Case, seed: int, folder: Path) -> dict[str, Any]:
         """Return the row of a case: scores before and after training, and the windows' profile.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dotresize.merging.merge import merge_feed_forward
 from dotresize.recovery import fine_tune
 
 from .cases import Task, minus_loss
@@ -120,6 +121,48 @@ def scores(model: Any, tokenizer: Any, pairs: list[Pair]) -> dict[str, float]:
     }
 
 
+def padding(
+    model: Any, batches: list[dict[str, Tensor]], stacks: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """Return what padded batches change, of each stack: nothing, unless padding were counted.
+
+    The first layers are merged by real batches, by their pairs one at a time, which have no
+    padding, and by batches that say that everything counts. "alone" and "counted" are the shares of
+    neurons that are then merged with the same ones as before.
+    """
+    single = [
+        {name: x[:, : int(_length(batch, name)[i])][i : i + 1] for name, x in batch.items()}
+        for batch in batches
+        for i in range(len(batch["labels"]))
+    ]
+    counted = [
+        batch
+        | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+        | {"labels": batch["labels"].clamp(min=0)}
+        for batch in batches
+    ]
+    found: dict[str, dict[str, float]] = {}
+    made = {}
+    for name, given in (("batches", batches), ("alone", single), ("counted", counted)):
+        rule: dict[str, Any] = {"start": 0, "metric": lambda model: 0.0}
+        made[name], report = merge_feed_forward(model, given, k=stacks, **rule)
+        for stack in stacks:
+            found.setdefault(stack, {})[f"tokens, {name}"] = report["stacks"][stack]["tokens"]
+    for stack in stacks:
+        weight = f"model.{stack}.layers.0.fc1.weight"
+        rows = {name: one.get_parameter(weight) for name, one in made.items()}
+        for name in ("alone", "counted"):
+            same = torch.isclose(rows[name], rows["batches"], rtol=1e-4, atol=1e-6).all(1)
+            found[stack][name] = float(same.double().mean())
+    return found
+
+
+def _length(batch: dict[str, Tensor], name: str) -> Tensor:
+    """Return how many tokens of each pair an input has."""
+    counts = batch["labels"] != -100 if name == "labels" else batch["attention_mask"] != 0
+    return counts.sum(1)
+
+
 def task(folder: Path, cache: Path, steps: int) -> Task:
     """Return the task; its model is trained once and kept in ``cache``."""
     import transformers
@@ -157,6 +200,7 @@ def task(folder: Path, cache: Path, steps: int) -> Task:
             **{"steps": 300, "batch": BATCH, "learning_rate": 3e-4},
             "collate": lambda some: batch_of(tokenizer, some),
         },
+        checks=lambda: {"padding": padding(model, batches(0), {"encoder": 3, "decoder": 3})},
         merged=[  # a third of 6 go, on both sides or on one; and a half
             {"encoder": 3, "decoder": 3},
             {"encoder": 3},
