@@ -7,10 +7,12 @@ from dotresize.ops import process  # noqa: F401 - remembers the process, and cos
 
 if TYPE_CHECKING:
     from dotresize import ot
+    from dotresize.ops.activation_cost import activation_cost
     from dotresize.ops.assignment import AssignmentCertificate, assignment
     from dotresize.ops.backends import BackendError, backends
-    from dotresize.ops.l1_accumulator import L1CostAccumulator
-    from dotresize.ops.l1_cost import CostStatistics, l1_cost
+    from dotresize.ops.cost_accumulator import ActivationCostAccumulator, L1CostAccumulator
+    from dotresize.ops.cost_operands import CostStatistics
+    from dotresize.ops.l1_cost import l1_cost
     from dotresize.ops.sinkhorn import sinkhorn
     from dotresize.ops.sinkhorn_result import SinkhornResult
     from dotresize.ops.transport_map import Factors, factorize, transport_map
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationCostAccumulator",
     "AssignmentCertificate",
     "BackendError",
     "CostStatistics",
     "Factors",
     "L1CostAccumulator",
     "SinkhornResult",
+    "activation_cost",
     "assignment",
     "backends",
     "compress",
@@ -42,12 +46,14 @@ __all__ = [
 # Importing the package costs nothing. A solver costs torch and numpy on its first use, the
 # compressor transformers: the command line can answer before any of them is there.
 _WHERE = {
+    "ActivationCostAccumulator": "ops.cost_accumulator",
     "AssignmentCertificate": "ops.assignment",
     "BackendError": "ops.backends",
-    "CostStatistics": "ops.l1_cost",
+    "CostStatistics": "ops.cost_operands",
     "Factors": "ops.transport_map",
-    "L1CostAccumulator": "ops.l1_accumulator",
+    "L1CostAccumulator": "ops.cost_accumulator",
     "SinkhornResult": "ops.sinkhorn_result",
+    "activation_cost": "ops.activation_cost",
     "assignment": "ops.assignment",
     "backends": "ops.backends",
     "compress": "compression",

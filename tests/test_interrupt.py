@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dotresize import L1CostAccumulator
-from dotresize.ops import l1_accumulator
+from dotresize.ops import l1_sums
 
 # Each is one call of minutes, which ends in time only if it listens. The signal comes from a thread
 # of its own, as from a terminal; of the activations one token stands for millions.
@@ -88,14 +88,14 @@ def test_an_accumulator_that_was_interrupted_says_so(monkeypatch):
     """When the signal comes decides what it hits; here it comes at the end of the kernel."""
     total = L1CostAccumulator(5)
     total.update(torch.randn(256, 5))
-    launch = l1_accumulator.launch
+    launch = l1_sums.launch
 
     def interrupted(*args, **kwargs) -> None:
         launch(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(l1_accumulator, "launch", interrupted)
+        patch.setattr(l1_sums, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             total.update(torch.randn(300, 5))
     for call in (total.result, lambda: total.update(torch.randn(3, 5))):

@@ -15,7 +15,17 @@ import torch
 from conftest import device_of, tiny_model
 
 import dotresize
-from dotresize import L1CostAccumulator, assignment, factorize, l1_cost, ot, sinkhorn, transport_map
+from dotresize import (
+    L1CostAccumulator,
+    activation_cost,
+    assignment,
+    factorize,
+    l1_cost,
+    ot,
+    sinkhorn,
+    transport_map,
+)
+from dotresize.ops.activation_cost import METRICS
 
 ROOT = Path(__file__).parent.parent
 # Functions whose result has torch's default dtype and device unless both are named.
@@ -89,6 +99,9 @@ def solver_calls(backend: str) -> dict:
             total.update(chunk)
         return total.result()
 
+    def of_metrics() -> list:
+        return [activation_cost(x, y, metric=metric, **options) for metric in METRICS]
+
     def gradients() -> tuple:
         leaves = [v.detach().clone().requires_grad_() for v in (x, y, cost, a, b)]
         own = l1_cost(*leaves[:2], **options)
@@ -114,6 +127,7 @@ def solver_calls(backend: str) -> dict:
         "l1_cost of itself": lambda: l1_cost(x, statistics=True, **options),
         "l1_cost, targets": lambda: l1_cost(x, targets=index, reduction="sum", **options),
         "accumulator": accumulated,
+        "metrics": of_metrics,
         "gradients": gradients,
         "sinkhorn": solved,
         "sinkhorn, a list": ragged,

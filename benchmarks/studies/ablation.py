@@ -29,7 +29,7 @@ from dotresize.narrow.maps import align, largest
 from dotresize.narrow.principal import pca
 from dotresize.narrow.sensitivity import unit
 from dotresize.narrow.transport import transports
-from dotresize.ops.l1_accumulator import L1CostAccumulator
+from dotresize.ops.cost_accumulator import L1CostAccumulator
 
 from ..rows import append, read, where
 from ..workload import need

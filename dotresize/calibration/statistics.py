@@ -17,7 +17,7 @@ from dotresize.calibration.gradients import BackwardPass
 from dotresize.calibration.residual_stream import Streams, captured_inputs, norms_of
 from dotresize.least_squares import scaled_gram
 from dotresize.models.causal_lm import CausalLM
-from dotresize.ops.l1_accumulator import L1CostAccumulator
+from dotresize.ops.cost_accumulator import L1CostAccumulator
 
 # What is collected for every location, if it is asked for.
 MATRICES = ("moment", "cost", "fisher", "gradient_cost")

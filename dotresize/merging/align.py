@@ -25,6 +25,7 @@ from dotresize.least_squares import FLOAT
 from dotresize.models.linear import linear_of
 from dotresize.models.stacks import Stack, layers_of
 from dotresize.ops.assignment import assignment
+from dotresize.ops.cost_accumulator import ActivationCostAccumulator
 from dotresize.ops.sinkhorn import sinkhorn
 
 # Of correlations that are aligned together.
@@ -47,7 +48,6 @@ class Aligner:
         self.tokens = 0
         self._soft, self._backend = soft, backend
         self._features = [ActivationCache(batches) for _ in range(layers)]
-        self._moments: dict[int, tuple[Tensor, Tensor]] = {}
         self._found: dict[tuple[int, int], Tensor] = {}
 
     def close(self) -> None:
@@ -92,23 +92,12 @@ class Aligner:
 
     def correlation(self, a: int, i: int) -> Tensor:
         """Return C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
-        (mean_a, deviation_a), (mean_i, deviation_i) = self._of(a), self._of(i)
-        total = mean_a.new_zeros(len(mean_a), len(mean_i))
+        first = self._features[a][0]
+        n = first.shape[1]
+        apart = ActivationCostAccumulator(n, m=n, metric="correlation", device=first.device)
         for x, y in zip(self._features[a], self._features[i], strict=True):
-            total += (x.float() - mean_a.float()).mT @ (y.float() - mean_i.float())
-        return total / self.tokens / deviation_a[:, None] / deviation_i
-
-    def _of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the mean and standard deviation of the layer's neurons, float64."""
-        if layer not in self._moments:
-            parts = self._features[layer]
-            mean = torch.stack([x.to(FLOAT).sum(0) for x in parts]).sum(0) / self.tokens
-            square = torch.stack([(x.to(FLOAT) - mean).square().sum(0) for x in parts]).sum(0)
-            deviation = (square / self.tokens).sqrt()
-            # A neuron that never changes correlates with nothing.
-            deviation[deviation <= 1e-6 * mean.abs()] = torch.inf
-            self._moments[layer] = mean, deviation
-        return self._moments[layer]
+            apart.update(x.float(), y.float())
+        return 1.0 - apart.result().to(FLOAT)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ multiple within ``WITHIN``. Where none is so near, it is the nearest multiple of
 
 A share is met from both sides. A limit, as a budget of parameters is, is met from one side, and
 what rounding leaves of it is lost: near 60 % of SmolLM2-135M's feed-forward, a width that is 1 %
-less has 3 % more excess. So a limit is met within ``WITHIN_LIMIT``.
+less has 2 % more excess. So a limit is met within ``WITHIN_LIMIT``.
 """
 
 from __future__ import annotations

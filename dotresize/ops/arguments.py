@@ -158,7 +158,8 @@ def index_tensor(name: str, value: Any) -> Tensor:
             given = np.asarray(value)
         except ValueError:  # rows of different lengths
             given = np.empty(0, dtype=object)
-        if given.dtype.kind in "iu" and given.dtype.itemsize <= 8 and given.size:
+        hidden = np.ma.is_masked(value)
+        if given.dtype.kind in "iu" and given.dtype.itemsize <= 8 and given.size and not hidden:
             return torch.from_numpy(given.astype(np.int64))
     raise ValueError(f"{name} is {shown(value)}: must be int64 indices, as a tensor, array or list")
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Of activations.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tokens per partial sum of the L1 cost.
 TOKEN_BLOCK = 256
 # Tokens summed in float16 by the packed L1 cost: of activations up to 1024, 2 * 1024 * 16 < 65504.

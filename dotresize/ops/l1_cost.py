@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from dotresize.ops.arguments import (
-    check_dense,
-    check_flag,
-    check_tensor,
-    check_word,
-    exact,
-    index_tensor,
-)
+from dotresize.ops.arguments import check_flag, check_tensor, check_word, exact
 from dotresize.ops.constants import L1Operands
+from dotresize.ops.cost_operands import (
+    OVERFLOW,
+    REDUCTIONS,
+    CostStatistics,
+    check_activations,
+    given,
+    statistics_of,
+)
 from dotresize.ops.l1_gradient import with_gradient
-from dotresize.ops.l1_launch import DTYPES, PRECISIONS, choose_for, launch
-
-_REDUCTIONS = ("mean", "sum")
-
-
-class CostStatistics(NamedTuple):
-    """Statistics of each problem's cost, to choose reg by: numbers, or float64 ``(B,)``.
-
-    Example:
-        >>> import torch
-        >>> from dotresize import l1_cost
-        >>> _, found = l1_cost(torch.tensor([[0.0, 1.0], [2.0, 2.0]]), statistics=True)
-        >>> found.maximum, found.mean
-        (0.5, 0.25)
-    """
-
-    minimum: float | Tensor
-    maximum: float | Tensor
-    mean: float | Tensor
+from dotresize.ops.l1_launch import PRECISIONS, choose_for, launch
 
 
 @overload
@@ -130,128 +113,24 @@ def l1_cost(
     statistics = check_flag("statistics", statistics)
     check_tensor("x", x)
     choose_for(precision, backend, x.device)  # raises before anything is looked at
-    check_dense("x", x)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x has shape {tuple(x.shape)}: must be (T, n) or (B, T, n)")
-    single = x.dim() == 2
-    x3, y3, index = operands(x, y, targets)
-    if x3.shape[1] == 0:
-        raise ValueError("x has no tokens: there must be at least one")
-    shape = (x3.shape[0], x3.shape[2], _count(x3, y3, index))
-    if out is not None and _wants_gradient(x, y):
-        raise ValueError("out: carries no gradient, and x or y requires one; leave out away")
-    result = _check_out(out, shape, single, x.device)
-    divisor = float(x3.shape[1]) if reduction == "mean" else 1.0
-    work = L1Operands(x3, y3, index, result, accumulate=False, divisor=divisor)
-    found = launch(work, precision=precision, backend=backend)
+    work = given(x, y, targets, out)
+    divisor = float(work.x.shape[1]) if reduction == "mean" else 1.0
+    operands = L1Operands(work.x, work.y, work.targets, work.result, False, divisor)
+    found = launch(operands, precision=precision, backend=backend)
     assert found is not None  # there was a divisor
     # The cost is finite if the activations are; only if not, look for the neuron at fault.
-    if result.numel() and not torch.isfinite(found).all():
-        check_activations(x3, "x")
-        if y3 is not None:
-            check_activations(y3, "y")
-        raise ValueError("the sum of absolute differences overflows float32")
-    cost = out if out is not None else result[0] if single else result
-    if _wants_gradient(x, y):
-        cost = with_gradient(cost, x, y, index, divisor, backend)
-    if not statistics:
-        return cost
-    return cost, CostStatistics(*(found[0].tolist() if single else found.unbind(1)))
-
-
-def _wants_gradient(x: Tensor, y: Tensor | None) -> bool:
-    wanted = x.requires_grad or (y is not None and y.requires_grad)
-    return wanted and torch.is_grad_enabled()
+    if work.result.numel() and not torch.isfinite(found).all():
+        check_activations(work.x, "x")
+        if work.y is not None:
+            check_activations(work.y, "y")
+        raise ValueError(OVERFLOW)
+    cost = out if out is not None else work.result[0] if work.single else work.result
+    if work.gradient:
+        cost = with_gradient(cost, x, y, work.targets, divisor, backend)
+    return (cost, statistics_of(found, work.single)) if statistics else cost
 
 
 def check_options(reduction: str, precision: str) -> None:
     """Raise ValueError for a word that is not an option."""
-    check_word("reduction", reduction, _REDUCTIONS)
+    check_word("reduction", reduction, REDUCTIONS)
     check_word("precision", precision, PRECISIONS)
-
-
-def operands(
-    x: Tensor, y: Tensor | None, targets: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return x and y as (B, T, neurons), targets as contiguous (B, m), all checked."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}: must be float32, float16 or bfloat16")
-    if y is not None and targets is not None:
-        raise ValueError("give y or targets, not both")
-    x3 = (x if x.dim() == 3 else x[None]).detach().resolve_neg()
-    if y is not None:
-        check_dense("y", y)
-        if y.dtype != x.dtype or y.device != x.device:
-            raise ValueError(f"y is {y.dtype} on {y.device}, x is {x.dtype} on {x.device}")
-        if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}: all but the last axis must be as in x, "
-                f"{tuple(x.shape)}"
-            )
-        return x3, (y if y.dim() == 3 else y[None]).detach().resolve_neg(), None
-    if targets is None:
-        return x3, None, None
-    if not isinstance(targets, Tensor):
-        targets = index_tensor("targets", targets).to(x.device)
-    check_targets(targets, x3.shape[0], x3.shape[2], x.dim() == 2)
-    if targets.device != x.device:
-        raise ValueError(f"targets are on {targets.device}, x on {x.device}")
-    return x3, None, batched_index(targets, x3.shape[0])
-
-
-def batched_index(targets: Tensor, batch: int) -> Tensor:
-    """Return targets as contiguous (B, m)."""
-    return (targets if targets.dim() == 2 else targets.expand(batch, -1)).contiguous()
-
-
-def check_targets(targets: Tensor, batch: int, n: int, single: bool) -> None:
-    """Raise ValueError unless targets are int64 (m,) or, for a batch, (batch, m), within 0..n-1."""
-    check_dense("targets", targets)
-    shapes: tuple[int, ...] = (1,) if single else (1, 2)
-    wrong_batch = targets.dim() == 2 and targets.shape[0] != batch
-    if targets.dtype != torch.int64 or targets.dim() not in shapes or wrong_batch:
-        raise ValueError(
-            f"targets are {targets.dtype} of shape {tuple(targets.shape)}: must be int64 (m,)"
-            + ("" if single else f" or ({batch}, m)")
-        )
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= n):
-        bad = targets[(targets < 0) | (targets >= n)][0].item()
-        raise ValueError(f"targets hold {bad}: must be from 0 to {n - 1}")
-
-
-def _check_out(
-    out: Tensor | None, shape: tuple[int, int, int], single: bool, device: torch.device
-) -> Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    check_dense("out", out)
-    wanted = shape[1:] if single else shape
-    if (
-        tuple(out.shape) != wanted
-        or out.dtype != torch.float32
-        or out.device != device
-        or not out.is_contiguous()
-        or out.is_neg()
-        or (out.requires_grad and torch.is_grad_enabled())
-    ):
-        raise ValueError(
-            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}: must be contiguous "
-            f"float32 of shape {wanted} on {device}, without a gradient of its own"
-        )
-    return out[None] if single else out
-
-
-def _count(x: Tensor, y: Tensor | None, index: Tensor | None) -> int:
-    return y.shape[2] if y is not None else x.shape[2] if index is None else index.shape[1]
-
-
-def check_activations(value: Tensor, name: str) -> None:
-    """Raise ValueError naming the first problem and neuron that are not finite.
-
-    value: (B, T, n).
-    """
-    finite = torch.isfinite(value)
-    if finite.all():
-        return
-    problem, neuron = (~finite.all(1)).nonzero()[0].tolist()
-    raise ValueError(f"activations {name} of problem {problem}, neuron {neuron} are not finite")

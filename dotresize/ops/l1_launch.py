@@ -10,9 +10,9 @@ from torch import Tensor
 from dotresize.ops import l1_fp16, l1_u8, reference
 from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
-from dotresize.ops.constants import GROUP, L1Operands, Quantisation, chunk_tokens
+from dotresize.ops.constants import DTYPES, GROUP, L1Operands, Quantisation, chunk_tokens
+from dotresize.ops.cost_operands import statistics
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp
 _BUILT = {
     "fp32": ("triton", "cpp", "torch"),
@@ -62,16 +62,6 @@ def _launch_fp32(backend: str, work: L1Operands) -> Tensor | None:
     else:
         _launch_torch(work)
     return None if work.divisor is None else statistics(work.out)
-
-
-def statistics(cost: Tensor) -> Tensor:
-    """Return minimum, maximum and mean of each problem, float64 (B, 3).
-
-    They are not finite if an entry is not.
-    """
-    flat = cost.flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
-    return torch.stack([low.double(), high.double(), flat.mean(1, dtype=torch.float64)], 1)
 
 
 def _launch_fp16(backend: str, work: L1Operands) -> Tensor | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import dotresize
@@ -196,9 +197,31 @@ def load(draw: Draw) -> Call:
     return Call(dotresize.load, {"folder": folder}, check, own={"folder": odd_folder})
 
 
+def save(draw: Draw) -> Call:
+    arguments = {
+        "model": copy.deepcopy(narrowed()),
+        "folder": draw.one_of("saved", Path("saved")),
+    }
+
+    def run(model: Any, folder: Any) -> Any:
+        """Save into a folder of its own, and return it."""
+        inside = folder in ("saved", Path("saved")) if isinstance(folder, (str, Path)) else False
+        place = Path(tempfile.mkdtemp(dir="."), folder) if inside else folder
+        dotresize.save(model, place)
+        return place
+
+    def check(plain: dict, given: dict, result: Any) -> str | None:
+        found = transformers.AutoModelForCausalLM.from_pretrained(result)
+        return same_model(found, plain["model"], given["model"])
+
+    rule: dict[str, Any] = {"own": {"model": odd_model}, "often": ("model",)}
+    return Call(run, arguments, check, **rule, after=left_alone())
+
+
 MODELS: dict[str, tuple[Callable[[Draw], Call], float]] = {
     "compress": (compress, 16),
     "merge_feed_forward": (merge, 10),
     "recover": (recover, 5),
     "load": (load, 2),
+    "save": (save, 2),
 }

@@ -6,6 +6,7 @@ others with the same function, called with plain arguments and nothing odd aroun
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import dotresize
+from dotresize.ops.activation_cost import METRICS
 
 from .call import Call, apart, same_as_plain
 from .kinds import Draw, plain_of
@@ -43,19 +45,45 @@ def l1_cost(draw: Draw) -> Call:
         "statistics": draw.chance(0.3),
         "backend": draw.one_of("auto", "cpp", "torch"),
     }
-    return Call(dotresize.l1_cost, arguments, check_l1)
+    return Call(dotresize.l1_cost, arguments, check_cost)
 
 
-def check_l1(plain: dict, given: dict, result: Any) -> str | None:
+def activation_cost(draw: Draw) -> Call:
+    call = l1_cost(draw)
+    metric = {"metric": draw.choice(METRICS)}
+    if metric["metric"] != "l1":
+        metric["precision"] = "fp32"
+    if metric["metric"] in ("cosine", "correlation"):
+        metric["reduction"] = "mean"
+    return Call(dotresize.activation_cost, call.arguments | metric, check_cost)
+
+
+def distances(metric: str, x: Tensor, y: Tensor) -> Tensor:
+    """Return float64 costs of columns, summed over tokens where they are sums."""
+    if metric == "l1":
+        return torch.cdist(x.mT, y.mT, p=1)
+    if metric == "sqeuclidean":
+        return (x[..., :, None] - y[..., None, :]).square().sum(-3)
+    if metric == "correlation":
+        x, y = (value - value.mean(-2, keepdim=True) for value in (x, y))
+    x, y = (value / value.norm(dim=-2, keepdim=True) for value in (x, y))
+    return 1 - (x.mT @ y).nan_to_num(0.0)  # what is 0 has no direction
+
+
+def check_cost(plain: dict, given: dict, result: Any) -> str | None:
     cost, figures = result if isinstance(result, tuple) else (result, None)
     if not isinstance(cost, Tensor) or cost.dtype != torch.float32:
         return f"{getattr(cost, 'dtype', type(cost).__name__)}, not float32"
     x, y = plain["x"], plain.get("y")
     if plain.get("targets") is not None:
-        index = plain["targets"].expand(*x.shape[:-2], -1)
+        targets = plain["targets"]
+        index = targets if isinstance(targets, Tensor) else torch.tensor(list(targets))
+        index = index.expand(*x.shape[:-2], -1)
         y = x.gather(-1, index[..., None, :].expand(*x.shape[:-1], -1))
-    truth = torch.cdist(x.mT, (x if y is None else y).mT, p=1)
-    truth = truth / (x.shape[-2] if plain["reduction"] == "mean" else 1)
+    metric = plain.get("metric", "l1")
+    truth = distances(metric, x, x if y is None else y)
+    mean = plain["reduction"] == "mean" and metric in ("l1", "sqeuclidean")
+    truth = truth / (x.shape[-2] if mean else 1)
     wrong = apart(cost, truth, 1e-5 if plain["precision"] == "fp32" else 2e-2)
     if wrong or figures is None or not truth.numel():
         return wrong
@@ -66,13 +94,14 @@ def check_l1(plain: dict, given: dict, result: Any) -> str | None:
 
 def accumulator_arguments(draw: Draw) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """Return arguments of an accumulator, and a chunk for it."""
-    chunk = l1_cost(draw).arguments
+    chunk = activation_cost(draw).arguments
     x, y = chunk["x"], chunk["y"]
     arguments = {
         "n": x.shape[-1],
         "targets": chunk["targets"],
         "m": None if y is None else y.shape[-1],
         "batch": len(x) if x.dim() == 3 else None,
+        "metric": chunk["metric"],
         "reduction": chunk["reduction"],
         "precision": chunk["precision"],
         "device": draw.one_of(None, "cpu", torch.device("cpu")),
@@ -81,17 +110,19 @@ def accumulator_arguments(draw: Draw) -> tuple[dict[str, Any], Tensor, Tensor | 
     return arguments, x, y
 
 
-def accumulator(draw: Draw) -> Call:
+def accumulator(draw: Draw, kind: type = dotresize.ActivationCostAccumulator) -> Call:
     """Make an accumulator of odd arguments, and give it a valid chunk."""
     arguments, x, y = accumulator_arguments(draw)
+    if kind is dotresize.L1CostAccumulator and arguments.pop("metric") != "l1":
+        arguments["reduction"] = draw.one_of("mean", "sum")
 
     def made(**arguments: Any) -> Tensor:
-        total = dotresize.L1CostAccumulator(**arguments)
+        total = kind(**arguments)
         total.update(x, y)
         return total.result()
 
     def check(plain: dict, given: dict, result: Any) -> str | None:
-        return check_l1(plain | plain_of_all({"x": x, "y": y}), {}, result)
+        return check_cost(plain | plain_of_all({"x": x, "y": y}), {}, result)
 
     return Call(made, arguments, check)
 
@@ -101,7 +132,7 @@ def update(draw: Draw) -> Call:
     arguments, x, y = accumulator_arguments(draw)
 
     def updated(**chunk: Any) -> Tensor:
-        total = dotresize.L1CostAccumulator(**arguments)
+        total = dotresize.ActivationCostAccumulator(**arguments)
         total.update(x, y)
         before = total.result()
         try:
@@ -116,17 +147,17 @@ def update(draw: Draw) -> Call:
         both = {"x": torch.cat([x.double(), plain["x"]], -2), "y": None}
         if y is not None:
             both["y"] = torch.cat([y.double(), plain["y"]], -2)
-        return check_l1(arguments | both, {}, result)
+        return check_cost(arguments | both, {}, result)
 
     return Call(updated, {"x": x.clone(), "y": y}, check)
 
 
 def result_of_accumulator(draw: Draw) -> Call:
     arguments, x, y = accumulator_arguments(draw)
-    total = dotresize.L1CostAccumulator(**arguments)
+    total = dotresize.ActivationCostAccumulator(**arguments)
     total.update(x, y)
     plain = arguments | plain_of_all({"x": x, "y": y})
-    return Call(total.result, {}, lambda _, given, found: check_l1(plain, given, found))
+    return Call(total.result, {}, lambda _, given, found: check_cost(plain, given, found))
 
 
 def assignment(draw: Draw) -> Call:
@@ -267,9 +298,11 @@ READ = ("plan", "value", "value_linear", "potential_a", "potential_b", "reason")
 # Each public name has the maker of its calls, and how often it is drawn.
 SOLVERS: dict[str, tuple[Callable[[Draw], Call], float]] = {
     "l1_cost": (l1_cost, 8),
-    "L1CostAccumulator": (accumulator, 5),
-    "L1CostAccumulator.update": (update, 4),
-    "L1CostAccumulator.result": (result_of_accumulator, 1),
+    "activation_cost": (activation_cost, 5),
+    "ActivationCostAccumulator": (accumulator, 5),
+    "L1CostAccumulator": (functools.partial(accumulator, kind=dotresize.L1CostAccumulator), 2),
+    "ActivationCostAccumulator.update": (update, 4),
+    "ActivationCostAccumulator.result": (result_of_accumulator, 1),
     "assignment": (assignment, 6),
     "transport_map": (transport_map, 4),
     "factorize": (factorize, 4),

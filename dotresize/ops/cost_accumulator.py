@@ -1,20 +1,22 @@
-"""The L1 cost over activations that arrive in chunks."""
+"""A cost between neurons over activations that arrive in chunks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from dotresize.ops.activation_cost import check_metric
 from dotresize.ops.arguments import check_dense, check_whole, exact, index_tensor, shown
-from dotresize.ops.constants import TOKEN_BLOCK, L1Operands
-from dotresize.ops.l1_cost import (
+from dotresize.ops.cost_operands import (
+    OVERFLOW,
     batched_index,
     check_activations,
-    check_options,
     check_targets,
     operands,
 )
-from dotresize.ops.l1_launch import choose_for, divide, launch
+from dotresize.ops.l1_launch import choose_for
+from dotresize.ops.l1_sums import L1Sums
+from dotresize.ops.product_cost import ProductSums
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -27,31 +29,35 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device {shown(device)}: {reason}") from None
 
 
-class L1CostAccumulator:
-    """``l1_cost`` over activations that arrive in chunks and are never all resident.
+class ActivationCostAccumulator:
+    """``activation_cost`` over activations that arrive in chunks and are never all resident.
 
-    Chunks may have any length: tokens are regrouped into blocks of 256, so the result is the one
-    of a single call over all tokens, to the last bit. With "fp16" and "u8" a
-    chunk is converted by itself and the result depends on the chunks; the error of "u8" is stated
-    for chunks of thousands of tokens. Nothing is differentiable; chunks that require a gradient are
+    Chunks may have any length. Of "l1" tokens are regrouped into blocks of 256, so the result is
+    the one of a single call over all tokens, to the last bit; with "fp16" and "u8" a chunk is
+    converted by itself and the result depends on the chunks, and the error of "u8" is stated for
+    chunks of thousands of tokens. Of the others products are summed in float32 over 4,096 tokens of
+    a chunk, and then in float64. Nothing is differentiable; chunks that require a gradient are
     refused.
 
     Args:
         n: number of source neurons.
+        metric, reduction, precision, backend: as in ``activation_cost``.
         targets: int64 ``(m,)`` or ``(B, m)``: the targets are these sources.
         m: number of targets when ``update`` is given their activations.
         batch: number of problems B; None for 2-D chunks.
-        reduction, precision, backend: as in ``l1_cost``.
         device: where the cost is kept; chunks must be there.
+
+    Attributes:
+        tokens: how many were added.
 
     Example:
         >>> import torch
-        >>> from dotresize import L1CostAccumulator, l1_cost
+        >>> from dotresize import ActivationCostAccumulator, activation_cost
         >>> x = torch.randn(1000, 8)
-        >>> total = L1CostAccumulator(8)
+        >>> total = ActivationCostAccumulator(8, metric="correlation")
         >>> for chunk in x.split(300):
         ...     total.update(chunk)
-        >>> torch.equal(total.result(), l1_cost(x))
+        >>> torch.allclose(total.result(), activation_cost(x, metric="correlation"), atol=1e-6)
         True
     """
 
@@ -59,6 +65,7 @@ class L1CostAccumulator:
         self,
         n: int,
         *,
+        metric: str = "l1",
         targets: Tensor | None = None,
         m: int | None = None,
         batch: int | None = None,
@@ -67,12 +74,13 @@ class L1CostAccumulator:
         device: torch.device | str | None = None,
         backend: str = "auto",
     ) -> None:
-        check_options(reduction, precision)
+        check_metric(metric, reduction, precision)
         for name, value in (("n", n), ("m", m), ("batch", batch)):
             if value is not None or name == "n":
                 check_whole(name, value, 0)
         if targets is not None and m is not None:
             raise ValueError("give targets or m, not both")
+        self.metric = metric
         self.reduction = reduction
         self.precision = precision
         self.backend = backend
@@ -80,17 +88,19 @@ class L1CostAccumulator:
         self._n, self._m, self._batch = n, m, batch
         self._device = _device(device)
         choose_for(precision, backend, self._device)
-        self._targets = targets
+        self._targets: Tensor | None = None
         problems = 1 if batch is None else batch
         if targets is not None:
             targets = index_tensor("targets", targets)
             check_targets(targets, problems, n, batch is None)
-            self._targets = targets.to(self._device)
+            self._targets = batched_index(targets.to(self._device), problems)
         columns = m if m is not None else n if targets is None else targets.shape[-1]
-        self._total = torch.zeros((problems, n, columns), dtype=torch.float32, device=self._device)
-        # Tokens that do not fill a block yet, as views or copies: (x, y or None).
-        self._pending: list[tuple[Tensor, Tensor | None]] = []
-        self._pending_tokens = 0
+        shape = (problems, n, columns)
+        self._sums: L1Sums | ProductSums
+        if metric == "l1":
+            self._sums = L1Sums(shape, self._device, precision, backend)
+        else:
+            self._sums = ProductSums(metric, shape, self._device)
         self._dtype: torch.dtype | None = None
         self._broken = False  # an update has ended halfway
 
@@ -128,27 +138,13 @@ class L1CostAccumulator:
         self._dtype = x.dtype
         # What ends halfway, by Ctrl-C or for want of memory, leaves some entries with the chunk.
         self._broken = True
-        self._add_chunk(x3, y3)
+        self._sums.add(x3, y3, self._targets)
         self._broken = False
         self.tokens += x3.shape[1]
 
     def _check_whole(self) -> None:
         if self._broken:
             raise ValueError("an update was interrupted, and half of it counted: make a new one")
-
-    def _add_chunk(self, x3: Tensor, y3: Tensor | None) -> None:
-        start = 0
-        if self._pending_tokens:
-            start = min(TOKEN_BLOCK - self._pending_tokens, x3.shape[1])
-            self._keep(x3[:, :start], None if y3 is None else y3[:, :start])
-            if self._pending_tokens == TOKEN_BLOCK:
-                self._flush()
-        whole = (x3.shape[1] - start) // TOKEN_BLOCK * TOKEN_BLOCK
-        stop = start + whole
-        if whole:
-            self._add(x3[:, start:stop], None if y3 is None else y3[:, start:stop], self._total)
-        if stop < x3.shape[1]:
-            self._keep(x3[:, stop:], None if y3 is None else y3[:, stop:])
 
     @exact
     def result(self) -> Tensor:
@@ -159,29 +155,50 @@ class L1CostAccumulator:
         self._check_whole()
         if self.tokens == 0:
             raise ValueError("no tokens were added: a mean over none is undefined")
-        total = self._total.clone()
-        if self._pending_tokens:
-            self._add(*self._joined(), total)
-        if self.reduction == "mean":
-            divide(total, float(self.tokens))
+        divisor = float(self.tokens) if self.reduction == "mean" else 1.0
+        total = self._sums.result(divisor, self._targets)
         if not torch.isfinite(total).all():
-            raise ValueError("the sum of absolute differences overflows float32")
+            raise ValueError(OVERFLOW)
         return total[0] if self._batch is None else total
 
-    def _keep(self, x: Tensor, y: Tensor | None) -> None:
-        self._pending.append((x.clone(), None if y is None else y.clone()))
-        self._pending_tokens += x.shape[1]
 
-    def _joined(self) -> tuple[Tensor, Tensor | None]:
-        x = torch.cat([x for x, _ in self._pending], 1)
-        ys = [y for _, y in self._pending if y is not None]
-        return x, torch.cat(ys, 1) if ys else None
+class L1CostAccumulator(ActivationCostAccumulator):
+    """``l1_cost`` over activations that arrive in chunks: the metric "l1" of its base class.
 
-    def _flush(self) -> None:
-        self._add(*self._joined(), self._total)
-        self._pending, self._pending_tokens = [], 0
+    Args:
+        n, targets, m, batch, reduction, precision, device, backend: as of
+            ``ActivationCostAccumulator``.
 
-    def _add(self, x: Tensor, y: Tensor | None, total: Tensor) -> None:
-        index = None if self._targets is None else batched_index(self._targets, x.shape[0])
-        work = L1Operands(x, y, index, total, accumulate=True, divisor=None)
-        launch(work, precision=self.precision, backend=self.backend)
+    Example:
+        >>> import torch
+        >>> from dotresize import L1CostAccumulator, l1_cost
+        >>> x = torch.randn(1000, 8)
+        >>> total = L1CostAccumulator(8)
+        >>> for chunk in x.split(300):
+        ...     total.update(chunk)
+        >>> torch.equal(total.result(), l1_cost(x))
+        True
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        targets: Tensor | None = None,
+        m: int | None = None,
+        batch: int | None = None,
+        reduction: str = "mean",
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            n,
+            targets=targets,
+            m=m,
+            batch=batch,
+            reduction=reduction,
+            precision=precision,
+            device=device,
+            backend=backend,
+        )
