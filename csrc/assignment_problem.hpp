@@ -6,8 +6,11 @@
 // best column and lowers that column's dual until its second best is as good) places most rows;
 // shortest paths place the others, one at a time.
 //
+// With more columns than rows some stay free, and the dual has v <= 0, and 0 for a free column. So
+// the first v is 0: both steps lower duals of columns that are taken then, and stay so.
+//
 // The duals of columns only fall, so c_ij - v_j only grows: a lower bound of it, once computed,
-// holds to the end. One float per row and block of 16 columns is kept, n^2 / 4 bytes. A later visit
+// holds to the end. One float per row and block of 16 columns is kept, n m / 4 bytes. A later visit
 // of the row reads the blocks that may hold one of its two smallest entries, or a path shorter than
 // the best one known to a free column, and skips the others, nearly all of them where paths are
 // short. Everything read is renewed at the same time.
@@ -47,50 +50,55 @@ constexpr double kDualStep = 0x1p-30, kLargestDual = 8;
 template <typename T>
 class AssignmentProblem {
  public:
-  AssignmentProblem(const AssignmentProblems& p, Stop& stop)
-      : p_(p),
-        stop_(stop),
-        n_(p.n),
-        blocks_((n_ + kColumnBlock - 1) / kColumnBlock),
-        kernels_(assignment_kernels<T>()),
-        v_(blocks_ * kColumnBlock),
-        distance_(v_.size()),
-        nearest_((blocks_ + kColumnBlock - 1) / kColumnBlock * kColumnBlock),
-        taken_(v_.size()),
-        parent_(v_.size()),
-        columns_(n_),
-        rows_(n_),
-        place_(n_),
-        places_(nearest_.size()),
-        bounds_(make_buffer<float>(n_ * nearest_.size())) {}
+  explicit AssignmentProblem(Stop& stop) : stop_(stop), kernels_(assignment_kernels<T>()) {}
 
   // May be called for one problem after the other. Whoever asks to stop gets no assignment, and
   // whatever status: the operator throws then.
-  AssignmentStatus solve(int64_t index) {
-    score_ = static_cast<const T*>(p_.score) + index * p_.batch_stride;
-    const AssignmentStatus state = prepare(index);
+  AssignmentStatus solve(const AssignmentTask<T>& task) {
+    p_ = task;
+    make_room();
+    const AssignmentStatus state = prepare();
     if (state != AssignmentStatus::kSolved) return state;
     if (!place_rows()) return AssignmentStatus::kInfeasible;
     for (int64_t i = 0; i < n_; ++i) {
       if (columns_[i] < 0 && !augment(i)) return AssignmentStatus::kInfeasible;
     }
-    std::copy(columns_.begin(), columns_.end(), p_.columns + index * n_);
-    for (int64_t j = 0; j < n_; ++j) p_.v[index * n_ + j] = v_[j] / std::abs(scale_);
+    std::copy(columns_.begin(), columns_.end(), p_.columns);
+    for (int64_t j = 0; j < m_; ++j) p_.v[j] = v_[j] / std::abs(scale_);
     return AssignmentStatus::kSolved;
   }
 
  private:
+  void make_room() {
+    if (n_ == p_.n && m_ == p_.m) return;
+    n_ = p_.n;
+    m_ = p_.m;
+    blocks_ = (m_ + kColumnBlock - 1) / kColumnBlock;
+    v_.resize(blocks_ * kColumnBlock);
+    distance_.resize(v_.size());
+    nearest_.resize((blocks_ + kColumnBlock - 1) / kColumnBlock * kColumnBlock);
+    taken_.resize(v_.size());
+    parent_.resize(v_.size());
+    columns_.resize(n_);
+    rows_.resize(m_);
+    place_.resize(m_);
+    places_.resize(nearest_.size());
+    bounds_.reset();  // before there is another
+    bounds_ = make_buffer<float>(n_ * nearest_.size());
+  }
+
   // Steps over a row are short, and a look at the clock is not nothing beside one.
   bool stops() { return ++steps_ % 64 == 0 && stop_.asked(); }
 
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-  AssignmentRow<T> row(int64_t i) const { return {score_ + i * p_.row_stride, n_, scale_}; }
-  double cost(int64_t i, int64_t j) const { return scale_ * score_[i * p_.row_stride + j]; }
+  bool square() const { return n_ == m_; }
+  AssignmentRow<T> row(int64_t i) const { return {p_.score + i * p_.row_stride, m_, scale_}; }
+  double cost(int64_t i, int64_t j) const { return scale_ * p_.score[i * p_.row_stride + j]; }
   float* bounds(int64_t i) { return bounds_.get() + i * nearest_.size(); }
 
   // Checks the costs, and sets the scale, the first duals, no assignment and no bounds.
-  AssignmentStatus prepare(int64_t index) {
+  AssignmentStatus prepare() {
     scale_ = p_.sign;
     CostSurvey survey = {-kInfinity, true, true};
     std::fill(v_.begin(), v_.end(), kInfinity);
@@ -98,8 +106,9 @@ class AssignmentProblem {
       kernels_.survey_row(row(i), v_.data(), &survey);
     }
     if (!survey.valid) return AssignmentStatus::kInvalid;
-    const auto [low, high] = std::minmax_element(v_.begin(), v_.begin() + n_);
-    if (*high == kInfinity) return AssignmentStatus::kInfeasible;
+    const auto [low, high] = std::minmax_element(v_.begin(), v_.begin() + m_);
+    // Of a square problem every column must be had, of others one at least.
+    if ((square() ? *high : *low) == kInfinity) return AssignmentStatus::kInfeasible;
     const double largest = std::max(std::abs(*low), std::abs(survey.highest));
     // The limit keeps the scale itself a normal number.
     const int exponent = largest == 0 ? 0 : std::max(-1000, std::ilogb(largest) + 1);
@@ -107,13 +116,14 @@ class AssignmentProblem {
     const double scale = std::abs(scale_);
     spread_ = survey.highest * scale - *low * scale;
     step_ = survey.whole ? std::max(kDualStep, scale) : kDualStep;
-    for (int64_t j = 0; j < n_; ++j) {
-      const double given = p_.start == nullptr ? 0 : p_.start[index * n_ + j] * scale;
+    if (!square()) std::fill(v_.begin(), v_.end(), 0.0);
+    for (int64_t j = 0; j < m_; ++j) {
+      const double given = p_.start == nullptr ? 0 : p_.start[j] * scale;
       v_[j] = p_.start == nullptr
                   ? v_[j] * scale
                   : std::clamp(std::nearbyint(given / step_) * step_, -kLargestDual, kLargestDual);
     }
-    std::fill(v_.begin() + n_, v_.end(), 0.0);
+    std::fill(v_.begin() + m_, v_.end(), 0.0);
     for (int64_t i = 0; i < n_; ++i) {
       const auto infinity = std::numeric_limits<float>::infinity();
       std::fill_n(bounds(i), blocks_, -infinity);
@@ -127,14 +137,15 @@ class AssignmentProblem {
     std::fill(columns_.begin(), columns_.end(), -1);
     std::fill(rows_.begin(), rows_.end(), -1);
     std::fill(taken_.begin(), taken_.end(), 0.0);
-    free_.resize(n_);
-    for (int64_t j = 0; j < n_; ++j) free_[j] = place_[j] = j;
+    free_.resize(m_);
+    for (int64_t j = 0; j < m_; ++j) free_[j] = place_[j] = j;
   }
 
   // All rows that can be placed without a search; false if some row has no allowed column.
   bool place_rows() {
     if (!reduce_rows(0, kStepsPerRow)) return false;
-    if (free_.size() <= kHardShare * n_) return true;
+    // Rises would lower duals of columns that stay free.
+    if (!square() || free_.size() <= kHardShare * n_) return true;
     for (const double share : kRises) {
       const double rise = std::floor(share * spread_ / step_) * step_;
       if (rise == 0) continue;
@@ -259,12 +270,11 @@ class AssignmentProblem {
     nearest_[block] = rest;
   }
 
-  const AssignmentProblems& p_;
+  AssignmentTask<T> p_ = {};
   Stop& stop_;
   int64_t steps_ = 0;
-  const int64_t n_, blocks_;
+  int64_t n_ = 0, m_ = 0, blocks_ = 0;
   const AssignmentKernels<T>& kernels_;
-  const T* score_ = nullptr;
   double scale_ = 1, spread_ = 0, step_ = 0;
   std::vector<double> v_, distance_, nearest_, taken_;
   std::vector<int64_t> parent_;

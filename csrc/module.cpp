@@ -27,6 +27,20 @@ Activations operand(uintptr_t data, int dtype, int64_t batch_stride, int64_t tok
           at<const int64_t>(index)};
 }
 
+// `table` is (batch, 7): score, row stride, rows, columns, start, columns found, column duals; all
+// but the three in the middle are addresses.
+template <typename T>
+std::vector<AssignmentTask<T>> assignment_tasks(int64_t batch, uintptr_t table, double sign,
+                                                uintptr_t status) {
+  std::vector<AssignmentTask<T>> all;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t* line = at<const int64_t>(table) + 7 * i;
+    all.push_back({at<const T>(line[0]), line[1], line[2], line[3], sign, at<const double>(line[4]),
+                   at<int64_t>(line[5]), at<double>(line[6]), at<int64_t>(status) + i});
+  }
+  return all;
+}
+
 // `table` is (batch, 4): address of the cost, stride, rows, columns. Marginals and potentials are
 // those of all problems joined.
 std::vector<SinkhornProblem> problems(int64_t batch, uintptr_t table, uintptr_t reg, uintptr_t tol,
@@ -157,23 +171,14 @@ PYBIND11_MODULE(_cpp, module) {
 
   module.def(
       "assignment",
-      [](int64_t batch, int64_t n, uintptr_t score, int64_t batch_stride, int64_t row_stride,
-         double sign, uintptr_t start, uintptr_t columns, uintptr_t v, uintptr_t status,
-         bool use_float64, int num_threads) {
-        const AssignmentProblems p = {batch,
-                                      n,
-                                      at<const void>(score),
-                                      batch_stride,
-                                      row_stride,
-                                      sign,
-                                      at<const double>(start),
-                                      at<int64_t>(columns),
-                                      at<double>(v),
-                                      at<int64_t>(status)};
-        use_float64 ? assignment<double>(p, num_threads) : assignment<float>(p, num_threads);
+      [](int64_t batch, uintptr_t table, double sign, uintptr_t status, bool use_float64,
+         int num_threads) {
+        if (use_float64) {
+          assignment(assignment_tasks<double>(batch, table, sign, status), num_threads);
+        } else {
+          assignment(assignment_tasks<float>(batch, table, sign, status), num_threads);
+        }
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("n"), py::arg("score"),
-      py::arg("batch_stride"), py::arg("row_stride"), py::arg("sign"), py::arg("start"),
-      py::arg("columns"), py::arg("v"), py::arg("status"), py::arg("use_float64"),
-      py::arg("num_threads"));
+      py::call_guard<py::gil_scoped_release>(), py::arg("batch"), py::arg("table"), py::arg("sign"),
+      py::arg("status"), py::arg("use_float64"), py::arg("num_threads"));
 }

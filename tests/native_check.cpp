@@ -254,26 +254,28 @@ void check_sinkhorn(int64_t n, int64_t m, double accepted) {
 // Costs floor(levels * uniform), or factors' products that no first guess solves; a tenth
 // forbidden.
 template <typename T>
-void check_assignment(int64_t n, double levels, bool products) {
-  std::vector<T> score(n * n);
+void check_assignment(int64_t n, int64_t m, double levels, bool products) {
+  std::vector<T> score(n * m);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = 0; j < m; ++j) {
       const double value = products ? static_cast<double>(i * j) : std::floor(uniform() * levels);
-      score[i * n + j] = static_cast<T>(uniform() < 0.1 && i != j ? INFINITY : value);
+      score[i * m + j] = static_cast<T>(uniform() < 0.1 && i != j ? INFINITY : value);
     }
   }
   std::vector<int64_t> columns(n), status(1);
-  std::vector<double> v(n);
-  assignment<T>(
-      {1, n, score.data(), n * n, n, 1.0, nullptr, columns.data(), v.data(), status.data()}, 2);
+  std::vector<double> v(m);
+  const AssignmentTask<T> task = {score.data(), m, n, m, 1.0, nullptr, columns.data(), v.data(),
+                                  status.data()};
+  assignment<T>({task}, 2);
   double gap = 0, misplaced = static_cast<double>(status[0]);
-  std::vector<int> used(n);
+  std::vector<int> used(m);
   for (int64_t i = 0; i < n; ++i) {
     double u = INFINITY;
-    for (int64_t j = 0; j < n; ++j) u = std::min(u, score[i * n + j] - v[j]);
-    gap += score[i * n + columns[i]] - u - v[i];
+    for (int64_t j = 0; j < m; ++j) u = std::min(u, score[i * m + j] - v[j]);
+    gap += score[i * m + columns[i]] - u;
     misplaced += used[columns[i]]++;
   }
+  for (const double dual : v) gap -= dual;
   report(sizeof(T) == 4 ? "assignment float32, gap" : "assignment float64, gap", gap, 0.0);
   report("                    misplaced", misplaced, 0.0);
 }
@@ -298,10 +300,12 @@ int main() {
   check_sinkhorn<float>(300, 259, 1e-5);
   check_sinkhorn<double>(130, 67, 1e-11);
   for (const int64_t n : {1, 16, 37, 131}) {
-    check_assignment<float>(n, 10, false);
-    check_assignment<float>(n, 1e6, false);
-    check_assignment<double>(n, 1e12, false);
-    check_assignment<double>(n, 0, true);
+    for (const int64_t more : {0, 1, 50}) {
+      check_assignment<float>(n, n + more, 10, false);
+      check_assignment<float>(n, n + more, 1e6, false);
+      check_assignment<double>(n, n + more, 1e12, false);
+      check_assignment<double>(n, n + more, 0, true);
+    }
   }
   return failed;
 }

@@ -57,11 +57,11 @@ def test_the_finish_needs_no_good_duals():
     """Exact from duals that are right, rough, wrong, enormous, and of another problem."""
     score = torch.randint(0, 50, (2, 45, 45)).float()
     score[:, 3, 5:20] = INF
-    right = assignment_launch.finish(score, 1.0, None)[1]
+    ((_, right),), _ = assignment_launch.finish([score], 1.0, [None])
     rough = torch.randn(2, 45, dtype=torch.float64)
     starts = [right, right + rough, 40 * rough, 1e30 * rough, right.flip(0), right * 0 - 7.5]
     for start in starts:
-        columns, v, status = assignment_launch.finish(score, 1.0, start)
+        ((columns, v),), status = assignment_launch.finish([score], 1.0, [start])
         assert status.tolist() == [0, 0]
         for problem, found, duals in zip(score, columns, v, strict=True):
             best = optimum(problem, False)

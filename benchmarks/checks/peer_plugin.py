@@ -33,7 +33,8 @@ _scipy_pdist = scipy.spatial.distance.pdist
 def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any, Any]:
     """Return the rows and their columns, as SciPy's."""
     columns = _assignment(torch.as_tensor(np.asarray(cost_matrix)), maximize=maximize).numpy()
-    return np.arange(len(columns)), columns
+    rows = np.flatnonzero(columns >= 0)
+    return rows, columns[rows]
 
 
 def lapjv(cost: Any, extend_cost: bool = False, return_cost: bool = True, **options: Any) -> Any:
@@ -41,10 +42,12 @@ def lapjv(cost: Any, extend_cost: bool = False, return_cost: bool = True, **opti
 
     extend_cost only says that a cost may be rectangular.
     """
+    if not extend_cost and cost.shape[0] != cost.shape[1]:
+        raise ValueError("extend_cost is not given")
     columns = _assignment(torch.as_tensor(cost), maximize=False, **options).numpy()
-    rows = np.full(cost.shape[1], -1)
-    rows[columns] = np.arange(len(columns))
-    total = cost[np.arange(len(columns)), columns].sum()
+    rows, used = np.full(cost.shape[1], -1), np.flatnonzero(columns >= 0)
+    rows[columns[used]] = used
+    total = cost[used, columns[used]].sum()
     return (total, columns, rows) if return_cost else (columns, rows)
 
 

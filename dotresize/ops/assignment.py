@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,11 +25,12 @@ class AssignmentCertificate:
     """Dual solution of an assignment problem, or of each problem of a batch.
 
     With it anyone can check the optimum: for maximize ``u_i + v_j >= score_ij``, for minimize
-    ``<=``, so that no assignment is better than ``sum u + sum v``.
+    ``<=``, so that no assignment is better than ``sum u + sum v``. Where some columns, or rows, are
+    left over, theirs must also be ``>= 0`` for maximize, for minimize ``<= 0``.
 
     Attributes:
         u: of each row, float64 ``(n,)`` or ``(B, n)``, on the score's device.
-        v: of each column, likewise.
+        v: of each column, float64 ``(m,)`` or ``(B, m)``.
         gap: how far ``sum u + sum v`` is from the assignment's sum, hence by how much that could be
             short of the optimum; 0 for integers, else up to rounding. A number, or float64 (B,).
         violation: the largest excess of an entry over its inequality, 0 up to rounding; likewise.
@@ -48,6 +50,9 @@ class AssignmentCertificate:
     violation: float | Tensor
 
 
+Scores = Tensor | Sequence[Tensor]
+
+
 @overload
 def assignment(
     score: Tensor,
@@ -64,33 +69,55 @@ def assignment(
 ) -> tuple[Tensor, AssignmentCertificate]: ...
 
 
+@overload
+def assignment(
+    score: Sequence[Tensor],
+    *,
+    maximize: bool = True,
+    certificate: Literal[False] = False,
+    backend: str = "auto",
+) -> list[Tensor]: ...
+
+
+@overload
+def assignment(
+    score: Sequence[Tensor],
+    *,
+    maximize: bool = True,
+    certificate: Literal[True],
+    backend: str = "auto",
+) -> tuple[list[Tensor], list[AssignmentCertificate]]: ...
+
+
 @exact
 def assignment(
-    score: Tensor, *, maximize: bool = True, certificate: bool = False, backend: str = "auto"
-) -> Tensor | tuple[Tensor, AssignmentCertificate]:
-    r"""Match every row with a column of its own so that the sum of their scores is best.
+    score: Scores, *, maximize: bool = True, certificate: bool = False, backend: str = "auto"
+) -> Any:
+    r"""Match rows with columns of their own so that the sum of their scores is best.
 
-    .. math:: \max_{x \in S_n} \sum_{i=1}^{n} \mathrm{score}_{i, x_i}
+    .. math:: \max_{x} \sum_{i} \mathrm{score}_{i, x_i}, \quad x_i \ne x_k \; (i \ne k)
 
     Exact: computed in float64 from the score as it is given. Where all scores are integers, or
     integers times one power of two, below ``2^53 / n``, nothing is rounded at all. Nothing of the
     result is differentiable.
 
     Args:
-        score: ``(n, n)`` or ``(B, n, n)``, floating-point or integer (rounded to float64), in any
-            layout. A pair is forbidden by -inf for maximize, by +inf for minimize.
+        score: ``(n, m)`` or ``(B, n, m)``, or a list of ``(n, m)`` of any shapes on one device;
+            floating-point or integer (rounded to float64), in any layout. A pair is forbidden by
+            -inf for maximize, by +inf for minimize.
         maximize: False for the smallest sum.
         certificate: also return the dual solution.
         backend: "auto", "triton", "cpp" or "torch". "cpp" solves one problem per thread and needs
-            ``n^2 / 4`` bytes for each thread. "triton" solves a Sinkhorn problem on the GPU and
-            finishes from its potentials by "cpp" on the CPU; "torch" is scipy's solver. "auto"
-            copies a score on a GPU to the CPU for "cpp" where it has fewer than 4096 rows, and
-            takes "triton" from there on.
+            ``n m / 4`` bytes for each thread. "triton" solves a Sinkhorn problem on the GPU and
+            finishes from its potentials by "cpp" on the CPU, where n = m; other shapes go to "cpp"
+            at once. "torch" is scipy's solver. "auto" copies a score on a GPU to the CPU for "cpp"
+            where it has fewer than 4096 rows, and takes "triton" from there on.
 
     Returns:
-        int64 ``(n,)`` or ``(B, n)``, the column of each row, on the score's device; with
-        ``certificate`` that and an AssignmentCertificate. Where several assignments are optimal,
-        backends may return different ones, each always the same.
+        int64 ``(n,)`` or ``(B, n)``, the column of each row, on the score's device; with more rows
+        than columns -1 for the rows that are left over. A list of such for a list. With
+        ``certificate`` that and an AssignmentCertificate, or a list of them. Where several
+        assignments are optimal, backends may return different ones, each always the same.
 
     Raises:
         ValueError: wrong shape or dtype; NaN or the wrong infinity (names problem, row and
@@ -102,34 +129,91 @@ def assignment(
         >>> from dotresize import assignment
         >>> assignment(torch.tensor([[1.0, 5.0], [4.0, 6.0]]))  # 5 + 4 is more than 1 + 6
         tensor([1, 0])
+        >>> assignment(torch.tensor([[3.0], [7.0], [5.0]]))  # three rows want the one column
+        tensor([-1,  0, -1])
 
     References:
         R. Jonker and A. Volgenant, A Shortest Augmenting Path Algorithm for Dense and Sparse Linear
         Assignment Problems, Computing 38, 1987.
     """
-    check_tensor("score", score)
-    rows = score.shape[-1] if score.dim() else 0
-    chosen = backend_for(backend, score.device, rows)  # raises before anything is looked at
-    check_dense("score", score)
+    named = _named(score)
+    device = named[0][1].device if named else torch.device("cpu")
+    rows = max((one.shape[-1] for _, one in named if one.dim()), default=0)
+    chosen = backend_for(backend, device, rows)  # raises before anything is looked at
     maximize = check_flag("maximize", maximize)
     certificate = check_flag("certificate", certificate)
-    if score.dim() not in (2, 3) or score.shape[-1] != score.shape[-2]:
-        raise ValueError(f"score has shape {tuple(score.shape)}: must be (n, n) or (B, n, n)")
-    if score.dtype not in (*FLOATS, *_INTEGERS):
-        raise ValueError(f"score has dtype {score.dtype}: must be float16 to float64 or an integer")
-    batch = score.detach()[None] if score.dim() == 2 else score.detach()
-    if batch.numel() == 0:
-        columns, v = torch.empty(batch.shape[:2], dtype=torch.int64, device="cpu"), None
-    else:
-        columns, v, status = solve(batch, maximize, chosen)
+    for name, one in named:
+        _check(name, one, device, "(n, m) or (B, n, m)" if isinstance(score, Tensor) else "(n, m)")
+    groups = [_Group(one) for _, one in named]
+    full = [group for group in groups if group.score.numel()]
+    if full:
+        found, status = solve([group.score for group in full], maximize, chosen)
+        for group, (columns, v) in zip(full, found, strict=True):
+            group.columns, group.v = columns, v
+        scores = [one for group in full for one in group.given]
         for problem, state in enumerate(status.tolist()):
             if state != SOLVED:
-                _refuse(batch[problem], problem, maximize, state)
-    result = columns.to(score.device)
-    result = result[0] if score.dim() == 2 else result
-    if not certificate:
-        return result
-    return result, _certify(score, batch.cpu(), columns, v, maximize)
+                _refuse(scores[problem], problem, maximize, state)
+    results = [group.result(device) for group in groups]
+    proofs = [group.certificate(maximize, device) for group in groups] if certificate else []
+    if isinstance(score, Tensor):
+        return (results[0], proofs[0]) if certificate else results[0]
+    return (results, proofs) if certificate else results
+
+
+def _named(score: Scores) -> list[tuple[str, Tensor]]:
+    """Return the scores that a caller gave, by name; ValueError for anything but tensors."""
+    if not isinstance(score, (list, tuple)):
+        return [("score", check_tensor("score", score))]
+    return [(f"score {i}", check_tensor(f"score {i}", one)) for i, one in enumerate(score)]
+
+
+def _check(name: str, score: Tensor, device: torch.device, accepted: str) -> None:
+    check_dense(name, score)
+    if score.dim() != 2 and not (score.dim() == 3 and "B" in accepted):
+        raise ValueError(f"{name} has shape {tuple(score.shape)}: must be {accepted}")
+    if score.dtype not in (*FLOATS, *_INTEGERS):
+        kinds = "float16 to float64 or an integer"
+        raise ValueError(f"{name} has dtype {score.dtype}: must be {kinds}")
+    if score.device != device:
+        raise ValueError(f"{name} is on {score.device}, score 0 on {device}")
+
+
+class _Group:
+    """Problems of one shape, lying so that there are no more rows than columns.
+
+    Attributes:
+        given, score: (B, n, m), as it was given and as it is solved.
+        columns, v: what was found.
+    """
+
+    def __init__(self, score: Tensor) -> None:
+        self._single = score.dim() == 2
+        self.given = score.detach()[None] if self._single else score.detach()
+        self._turned = self.given.shape[1] > self.given.shape[2]
+        self.score = self.given.mT if self._turned else self.given
+        self.columns = torch.full(self.score.shape[:2], -1, dtype=torch.int64, device="cpu")
+        self.v: Tensor | None = None
+
+    def result(self, device: torch.device) -> Tensor:
+        """Return the column of each row as it was given."""
+        columns = self.columns
+        if self._turned:  # these are the rows of each column
+            batch, n, _ = self.given.shape
+            places = torch.arange(columns.shape[1], dtype=torch.int64, device="cpu")
+            own = torch.full((batch, n), -1, dtype=torch.int64, device="cpu")
+            columns = own.scatter(1, columns, places.expand(batch, -1)) if places.numel() else own
+        columns = columns.to(device)
+        return columns[0] if self._single else columns
+
+    def certificate(self, maximize: bool, device: torch.device) -> AssignmentCertificate:
+        u, v, gap, violation = _certify(self.score.cpu(), self.columns, self.v, maximize)
+        if self._turned:
+            u, v = v, u
+        found = [x.to(device) for x in (u, v, gap, violation)]
+        if not self._single:
+            return AssignmentCertificate(*found)
+        return AssignmentCertificate(found[0][0], found[1][0], float(gap[0]), float(violation[0]))
 
 
 def _refuse(score: Tensor, problem: int, maximize: bool, status: int) -> None:
@@ -144,43 +228,43 @@ def _refuse(score: Tensor, problem: int, maximize: bool, status: int) -> None:
         )
     raise ValueError(
         f"score of problem {problem}: its forbidden pairs ({allowed}) leave no assignment of every "
-        "row to a column of its own"
+        f"{'row to a column' if score.shape[0] <= score.shape[1] else 'column to a row'} of its own"
     )
 
 
 def _certify(
-    score: Tensor, batch: Tensor, columns: Tensor, v: Tensor | None, maximize: bool
-) -> AssignmentCertificate:
-    """Return the certificate, from the score alone, in float64.
+    batch: Tensor, columns: Tensor, v: Tensor | None, maximize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return u, v, gap and violation of each problem, from the score alone, in float64.
 
     Of a solver's duals only those of columns are taken.
     """
     sign = -1.0 if maximize else 1.0
-    count, n = columns.shape
-    duals = torch.zeros(2, count, n, dtype=torch.float64, device="cpu")
+    count, n, m = batch.shape
+    u = torch.zeros(count, n, dtype=torch.float64, device="cpu")
+    duals = torch.zeros(count, m, dtype=torch.float64, device="cpu")
     measures = torch.zeros(2, count, dtype=torch.float64, device="cpu")
     for i in range(count if n else 0):
         if v is None:
-            duals[1, i] = reference.assignment_duals(batch[i].double() * sign, columns[i])
+            duals[i] = reference.assignment_duals(batch[i].double() * sign, columns[i])
         else:
-            duals[1, i] = v[i]
-        duals[0, i], *found = _measure(batch[i], sign, columns[i], duals[1, i])
+            duals[i] = v[i]
+        u[i], *found = _measure(batch[i], sign, columns[i], duals[i])
         measures[:, i] = torch.tensor(found, dtype=torch.float64, device="cpu")
-    u, v = (duals * sign).to(score.device)
-    gap, violation = measures.to(score.device)
-    if score.dim() == 3:
-        return AssignmentCertificate(u, v, gap, violation)
-    return AssignmentCertificate(u[0], v[0], float(gap[0]), float(violation[0]))
+    return u * sign, duals * sign, measures[0], measures[1]
 
 
 def _measure(score: Tensor, sign: float, columns: Tensor, v: Tensor) -> tuple[Tensor, float, float]:
     """Return the rows' duals, the gap, and the largest violation.
 
-    The duals are ``u_i = min_j sign * score_ij - v_j``.
+    The duals are ``u_i = min_j sign * score_ij - v_j``; where columns are left over, no v is
+    positive.
     """
-    u, paid, violation = torch.empty_like(v), torch.empty_like(v), 0.0
-    rows = max(1, 2**16 // len(v))  # a block stays in the cache
-    for start in range(0, len(v), rows):
+    n, m = score.shape
+    u, paid = (torch.empty(n, dtype=torch.float64, device="cpu") for _ in range(2))
+    violation = max(0.0, float(v.max())) if n < m else 0.0
+    rows = max(1, 2**16 // m)  # a block stays in the cache
+    for start in range(0, n, rows):
         block = slice(start, start + rows)
         cost = score[block].double() * sign
         u[block] = (cost - v).amin(1)

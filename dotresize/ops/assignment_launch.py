@@ -23,9 +23,9 @@ SINKHORN_ITERATIONS = 200
 # way, copy of the score included; ``benchmarks.gpu --sections assignment`` times both.
 ROWS_ON_GPU = 4096
 
-# (B, n) columns of each row; (B, n) float64 duals of the columns, None where a backend has none;
-# (B,) the codes above. All on the CPU.
-Solution = tuple[Tensor, Tensor | None, Tensor]
+# Of each group its columns (B, n) of the rows, and duals (B, m) of the columns, float64, None where
+# a backend has none; then the codes above of all problems. All on the CPU.
+Solution = tuple[list[tuple[Tensor, Tensor | None]], Tensor]
 
 
 def backend_for(backend: str, device: torch.device, rows: int) -> str:
@@ -49,18 +49,32 @@ def backend_for(backend: str, device: torch.device, rows: int) -> str:
     return chosen
 
 
-def solve(score: Tensor, maximize: bool, chosen: str) -> Solution:
-    """Return the solution on one backend. score: (B, n, n) with entries."""
+def solve(groups: list[Tensor], maximize: bool, chosen: str) -> Solution:
+    """Return the solution on one backend.
+
+    groups: scores (B, n, m) with n <= m, each with entries.
+    """
     sign = -1.0 if maximize else 1.0
     if chosen == "cpp":
-        return finish(score, sign, None)
-    bad = has_invalid(score, sign)
+        return finish(groups, sign, [None] * len(groups))
+    bad = torch.cat([has_invalid(score, sign) for score in groups])
     if bad.any():
-        return torch.empty(score.shape[:2], dtype=torch.int64, device="cpu"), None, bad * INVALID
+        return [(_no_columns(score), None) for score in groups], bad * INVALID
     if chosen == "triton":
-        return finish(score, sign, sinkhorn_duals(score, sign))
-    columns = reference.assignment(score, maximize)
-    return columns, None, (columns < 0).any(1) * INFEASIBLE
+        # Duals of columns that stay free are 0, which those of a transport are not.
+        square = [score.shape[1] == score.shape[2] for score in groups]
+        starts = [
+            sinkhorn_duals(score, sign) if own else None
+            for score, own in zip(groups, square, strict=True)
+        ]
+        return finish(groups, sign, starts)
+    found = [reference.assignment(score, maximize) for score in groups]
+    status = torch.cat([(columns < 0).any(1) * INFEASIBLE for columns in found])
+    return [(columns, None) for columns in found], status
+
+
+def _no_columns(score: Tensor) -> Tensor:
+    return torch.full(score.shape[:2], -1, dtype=torch.int64, device="cpu")
 
 
 def has_invalid(score: Tensor, sign: float) -> Tensor:
@@ -96,33 +110,54 @@ def sinkhorn_duals(score: Tensor, sign: float) -> Tensor:
     return g * (2 * SINKHORN_REG * spread[:, 0].double())
 
 
-def finish(score: Tensor, sign: float, start: Tensor | None) -> Solution:
+def finish(groups: list[Tensor], sign: float, starts: list[Tensor | None]) -> Solution:
     """Return the exact solution by C++, from any finite column duals or from none.
 
     A score on a GPU is copied to the CPU first.
     """
-    batch, n, _ = score.shape
-    work = score.detach().to("cpu", torch.float32 if score.dtype in _NARROW else torch.float64)
-    work = work.resolve_neg()
-    if work.stride(2) != 1:
-        work = work.contiguous()
-    if start is not None:
-        start = start.to("cpu", torch.float64).contiguous()
-    columns = torch.empty(batch, n, dtype=torch.int64, device="cpu")
-    v = torch.empty(batch, n, dtype=torch.float64, device="cpu")
-    status = torch.empty(batch, dtype=torch.int64, device="cpu")
+    narrow = all(score.dtype in _NARROW for score in groups)
+    works, lines, found = [], [], []
+    for score, start in zip(groups, starts, strict=True):
+        work = score.detach().to("cpu", torch.float32 if narrow else torch.float64).resolve_neg()
+        work = work if work.stride(2) == 1 else work.contiguous()
+        if start is not None:
+            start = start.to("cpu", torch.float64).contiguous()
+        columns = _no_columns(score)
+        v = torch.empty(len(score), score.shape[2], dtype=torch.float64, device="cpu")
+        works.append((work, start))  # what the lines point to
+        lines.append(_lines(work, start, columns, v))
+        found.append((columns, v))
+    table = torch.cat(lines)
+    status = torch.empty(len(table), dtype=torch.int64, device="cpu")
     cpp().assignment(
-        batch=batch,
-        n=n,
-        score=address(work, work.dtype),
-        batch_stride=work.stride(0),
-        row_stride=work.stride(1),
+        batch=len(table),
+        table=address(table, torch.int64),
         sign=sign,
-        start=address(start, torch.float64),
-        columns=address(columns, torch.int64),
-        v=address(v, torch.float64),
         status=address(status, torch.int64),
-        use_float64=work.dtype == torch.float64,
+        use_float64=not narrow,
         num_threads=threads(),
     )
-    return columns, v, status
+    return list(found), status
+
+
+def _lines(score: Tensor, start: Tensor | None, columns: Tensor, v: Tensor) -> Tensor:
+    """Return what the extension reads of each problem of a group, int64 (B, 7)."""
+    batch, n, m = score.shape
+    index = torch.arange(batch, dtype=torch.int64, device="cpu")
+
+    def at(values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if values is None:
+            return torch.zeros_like(index)
+        return address(values, dtype) + index * (values.stride(0) * values.element_size())
+
+    def same(number: int) -> Tensor:
+        return torch.full_like(index, number)
+
+    whole, real = torch.int64, torch.float64
+    return torch.stack(
+        [
+            *(at(score, score.dtype), same(score.stride(1)), same(n), same(m)),
+            *(at(start, real), at(columns, whole), at(v, real)),
+        ],
+        1,
+    ).contiguous()

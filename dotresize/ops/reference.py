@@ -154,7 +154,8 @@ def _lse(z: Tensor, dim: int) -> Tensor:
 def assignment(score: Tensor, maximize: bool) -> Tensor:
     """Return the optimal column of each row by scipy in float64, one problem after the other.
 
-    score (B, n, n) without NaN -> int64 (B, n) on the CPU; all -1 where forbidden pairs leave none.
+    score (B, n, m) without NaN, n <= m -> int64 (B, n) on the CPU; all -1 where forbidden pairs
+    leave none.
     """
     from scipy.optimize import linear_sum_assignment  # importing dotresize costs torch and numpy
 
@@ -173,12 +174,13 @@ def assignment_duals(cost: Tensor, columns: Tensor) -> Tensor:
 
     ``v_j - v_x_i <= c_ij - c_i,x_i`` for all i and j.
 
-    cost (n, n) float64, columns (n,) -> (n,). Shortest paths over these differences by Bellman and
-    Ford; an optimal assignment has no negative cycle, so n rounds are enough.
+    cost (n, m) float64, n <= m, columns (n,) -> (m,), 0 for a column that is left over. Shortest
+    paths over these differences by Bellman and Ford; an optimal assignment has no negative cycle,
+    so n rounds are enough.
     """
     paid = cost.gather(1, columns[:, None])
     rounding = torch.finfo(cost.dtype).eps * float(paid.abs().max())
-    v = cost.new_zeros(len(cost))
+    v = cost.new_zeros(cost.shape[1])
     for _ in range(len(cost)):
         shorter = torch.minimum(v, (v[columns, None] + (cost - paid)).amin(0))
         done = bool((v - shorter).max() <= rounding)

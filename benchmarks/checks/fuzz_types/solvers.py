@@ -161,9 +161,9 @@ def result_of_accumulator(draw: Draw) -> Call:
 
 
 def assignment(draw: Draw) -> Call:
-    n, batch = draw.randint(1, 6), draw.one_of((), (2,))
+    n, m, batch = draw.randint(1, 6), draw.randint(1, 6), draw.one_of((), (2,))
     arguments = {
-        "score": torch.rand(*batch, n, n).to(draw.choice(FLOATS)),
+        "score": torch.rand(*batch, n, draw.one_of(n, m)).to(draw.choice(FLOATS)),
         "maximize": draw.chance(0.5),
         "certificate": draw.chance(0.3),
         "backend": draw.one_of("auto", "cpp", "torch"),
@@ -173,19 +173,28 @@ def assignment(draw: Draw) -> Call:
 
 def check_assignment(plain: dict, given: dict, result: Any) -> str | None:
     columns, proof = result if isinstance(result, tuple) else (result, None)
-    score = plain["score"].double()
+    score = plain["score"]
+    if isinstance(score, (list, tuple)):
+        proofs = [None] * len(score) if proof is None else proof
+        for i, one in enumerate(score):
+            own = columns[i] if proof is None else (columns[i], proofs[i])
+            wrong = check_assignment(plain | {"score": one}, given, own)
+            if wrong:
+                return f"score {i}: {wrong}"
+        return None
+    score = score.double()
     if columns.dtype != torch.int64 or columns.device.type != "cpu":
         return f"{columns.dtype} on {columns.device}"
     if tuple(columns.shape) != tuple(score.shape[:-1]):
         return f"shape {tuple(columns.shape)} for a score of {tuple(score.shape)}"
-    n = score.shape[-1]
-    for one, found in zip(
-        score.reshape(-1, n, n) if n else [], columns.reshape(-1, n), strict=True
-    ):
+    n, m = score.shape[-2:]
+    scores = score.reshape(-1, n, m) if score.numel() else []
+    for one, found in zip(scores, columns.reshape(-1, n) if score.numel() else [], strict=True):
         best = one.numpy()[linear_sum_assignment(one.numpy(), maximize=plain["maximize"])].sum()
-        if sorted(found.tolist()) != list(range(n)):
-            return "not a permutation"
-        if abs(float(one.gather(1, found[:, None]).sum()) - best) > 1e-9 * abs(one).sum():
+        rows = (found >= 0).nonzero()[:, 0]
+        if len(rows) != min(n, m) or len(set(found[rows].tolist())) != len(rows):
+            return "not a matching"
+        if abs(float(one[rows, found[rows]].sum()) - best) > 1e-9 * abs(one).sum():
             return "not the best assignment"
     if proof is not None and proof.u.dtype != torch.float64:
         return f"certificate in {proof.u.dtype}"
