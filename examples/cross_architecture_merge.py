@@ -29,8 +29,7 @@ def plain(x: Tensor, y: Tensor) -> Tensor:
 
 def merged(a: list[Tensor], plans: list[Tensor], q: Tensor) -> list[Tensor]:
     """Return the source's weights in the target's shape, its layers mixed by the columns of q."""
-    count = q.shape[1]
-    moves = [transport_map(plan).float() for plan in plans]  # of layers k and l: k * count + l
+    count, moves = q.shape[1], [transport_map(plan).float() for plan in plans]
     made = [moves[0].T @ a[0]]  # only first layers read the inputs
     for i in range(1, count):
         parts = [moves[k * count + i].T @ a[k] @ moves[(k - 1) * count + i - 1] * q[k, i]
