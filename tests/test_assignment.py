@@ -299,11 +299,12 @@ def test_lists_of_different_sizes(backend):
         ([torch.rand(2, 2), torch.rand(2)], r"score 1 has shape \(2,\): must be \(n, m\)"),
         ([torch.rand(2, 2), 3], "score 1 is a int: must be a torch tensor"),
         ([torch.rand(2, 2), torch.rand(2, 2) > 0], "score 1 has dtype torch.bool"),
-        ([torch.rand(2, 2), torch.full((3, 2), torch.nan)], "score of problem 1 is nan at row 0"),
-        (torch.rand(2), r"score has shape \(2,\): must be \(n, m\) or \(B, n, m\)"),
+        ([torch.rand(0, 2), torch.full((3, 2), torch.nan)], "score 1 is nan at row 0, column 0"),
+        ([torch.rand(2, 2), torch.full((3, 3), -INF)], "score 1: its forbidden pairs"),
+        ([torch.nested.nested_tensor([torch.rand(2, 2)])], "score 0 is a nested tensor"),
     ],
 )
 def test_what_no_list_may_hold(backend, scores, message):
     given = [s.to(device_of(backend)) if isinstance(s, Tensor) else s for s in scores]
     with pytest.raises(ValueError, match=message):
-        assignment(given if isinstance(scores, list) else scores, backend=backend)
+        assignment(given, backend=backend)

@@ -88,13 +88,13 @@ class Study:
         self.name = path.name
         cpu = torch.device("cpu")
         self.model, self.tokenizer = load_with_tokenizer(str(path), cpu, to_narrow=True)
-        self._first, _ = added_around(self.tokenizer)
+        self.first, _ = added_around(self.tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             calibration, held_out = write_texts(Path(folder))
             self.streams = [tokenize(path, self.tokenizer) for path in calibration]
             texts = [tokenize(path, self.tokenizer) for path in held_out]
         self.texts = {
-            name: evaluation_windows(text, WINDOW, EVAL_WINDOWS, self._first)
+            name: evaluation_windows(text, WINDOW, EVAL_WINDOWS, self.first)
             for name, text in zip(SOURCES, texts, strict=True)
         }
         self.dense = self.perplexities(self.model)
@@ -107,14 +107,14 @@ class Study:
     def given(self, mixture: str, seed: int) -> Tensor:
         """Return windows of a mixture: the same number of tokens, however many sources share it."""
         streams = [self.streams[SOURCES.index(name)] for name in MIXTURES[mixture]]
-        return random_windows(streams, self.windows, self.window, seed, None, self._first)
+        return random_windows(streams, self.windows, self.window, seed, None, self.first)
 
     def own(self, seed: int, likely: bool) -> Tensor:
         """Return windows that the model writes; see ``Case``."""
         if (seed, likely) not in self._own:
             count = make_options().own_windows(self.windows)
             more = -(-count // 4) if likely else 0
-            written = sample(self.model, count + more, self.window, seed, self._first)
+            written = sample(self.model, count + more, self.window, seed, self.first)
             if likely:
                 lost = [perplexity(self.model, window[None]) for window in written]
                 written = written[torch.tensor(lost).topk(count, largest=False).indices]
@@ -172,7 +172,7 @@ class Study:
         found = self.perplexities(narrow)
         return {
             **{"model": self.name, "case": case.name, "mixture": mixture, "seed": seed},
-            **{"windows": self.windows, "window": self.window, "first_token": self._first},
+            **{"windows": self.windows, "window": self.window, "first_token": self.first},
             "own_windows": report["calibration"]["self_windows"],
             **{"own_text": case.own_text, "eval_windows": EVAL_WINDOWS},
             "options": case.options,

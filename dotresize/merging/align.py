@@ -25,7 +25,7 @@ from dotresize.least_squares import FLOAT
 from dotresize.models.linear import linear_of
 from dotresize.models.stacks import Stack, layers_of
 from dotresize.ops.assignment import assignment
-from dotresize.ops.cost_accumulator import ActivationCostAccumulator
+from dotresize.ops.product_cost import ProductSums
 from dotresize.ops.sinkhorn import sinkhorn
 
 # Of correlations that are aligned together.
@@ -94,10 +94,10 @@ class Aligner:
         """Return C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
         first = self._features[a][0]
         n = first.shape[1]
-        apart = ActivationCostAccumulator(n, m=n, metric="correlation", device=first.device)
+        sums = ProductSums("correlation", (1, n, n), first.device)
         for x, y in zip(self._features[a], self._features[i], strict=True):
-            apart.update(x.float(), y.float())
-        return 1.0 - apart.result().to(FLOAT)
+            sums.add(x[None], y[None], None)
+        return sums.similarity()[0]
 
 
 @torch.inference_mode()

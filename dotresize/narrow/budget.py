@@ -20,7 +20,7 @@ from dotresize.narrow.round_width import round_width
 # No feed-forward gets fewer neurons: the width 1 is read as a share, all of it.
 LEAST_INNER = 2
 # Where feed-forwards keep this share of their neurons, a search for another shape won at most 5 %
-# of the excess of SmolLM2-135M, in twice the time, which as text is worth more (docs/studies.md).
+# of the excess of SmolLM2-135M, in twice the time: so much more text wins more (docs/compress.md).
 ENOUGH = 0.5
 # Parameters by a model's class and config: a run asks for the same four again and again, and a
 # model of 8 B takes some 0.2 s on meta.

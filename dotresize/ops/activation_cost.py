@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dotresize.ops.arguments import check_flag, check_tensor, check_word, exact
 from dotresize.ops.backends import choose
+from dotresize.ops.constants import neurons_of
 from dotresize.ops.cost_operands import (
     OVERFLOW,
     CostStatistics,
@@ -19,7 +20,7 @@ from dotresize.ops.cost_operands import (
 from dotresize.ops.cost_operands import statistics as measured
 from dotresize.ops.l1_cost import check_options, l1_cost
 from dotresize.ops.product_cost import METRICS as PRODUCTS
-from dotresize.ops.product_cost import ProductSums, differentiable
+from dotresize.ops.product_cost import ProductSums, with_graph
 
 METRICS = ("l1", *PRODUCTS)
 
@@ -87,12 +88,14 @@ def activation_cost(
 
     Returns:
         float32 ``(n, m)`` or ``(B, n, m)``, not negative; with ``statistics`` that and a
-        CostStatistics. It is differentiable by x and y; of metrics but "l1" any number of times.
-        Products are float32, by torch's settings of them: where those allow TF32, a cost is rounded
-        with them. Otherwise correlation and cosine are off by some 1e-6, and "sqeuclidean" by some
-        1e-6 of the neurons' mean squares, whatever is common to all neurons of a token taken off.
-        The cost of two neurons that are equal may be off by as much from 0. A neuron that never
-        changes correlates with none, and one that is 0 has no direction: their cost is 1.
+        CostStatistics. It is differentiable by x and y; of metrics but "l1" any number of times, by
+        float32 products of all tokens, which an autocast around ``backward`` rounds. The cost
+        itself is of float32 products of 4,096 tokens, by torch's settings of them: where those
+        allow TF32, it is rounded with them. Otherwise correlation and cosine are off by some 1e-6,
+        and "sqeuclidean" by some 1e-6 of the neurons' variances, after what all neurons of a token
+        have in common is taken off. The cost of two neurons that are equal may be off by as much
+        from 0. A neuron that never changes correlates with none, and one that is 0 has no
+        direction: their cost is 1.
 
     Raises:
         ValueError, RuntimeError: as of ``l1_cost``; a reduction or a precision that a metric does
@@ -116,31 +119,36 @@ def activation_cost(
     choose(backend, x.device)
     work = given(x, y, targets, out)
     divisor = float(work.x.shape[1]) if reduction == "mean" else 1.0
-    if work.gradient:
-        cost = _differentiable(metric, x, y, work.targets, divisor)
-    else:
-        sums = ProductSums(metric, tuple(work.result.shape), x.device)  # type: ignore[arg-type]
-        sums.add(work.x, work.y, work.targets)
-        cost = work.result.copy_(sums.result(divisor, work.targets))
-    found = measured(cost.detach()) if cost.numel() else cost.new_full((len(cost), 3), torch.nan)
+    batch, n, m = work.result.shape
+    sums = ProductSums(metric, (batch, n, m), x.device)
+    sums.add(work.x, work.y, work.targets)
+    cost = work.result.copy_(sums.result(divisor))
+    found = measured(cost) if cost.numel() else cost.new_full((len(cost), 3), torch.nan)
     if cost.numel() and not torch.isfinite(found).all():
         check_activations(work.x, "x")
         if work.y is not None:
             check_activations(work.y, "y")
         raise ValueError(OVERFLOW)
+    if work.gradient:
+        cost = _with_graph(cost, metric, x, y, work.targets, divisor)
     result = out if out is not None else cost[0] if work.single else cost
     return (result, statistics_of(found.double(), work.single)) if statistics else result
 
 
-def _differentiable(
-    metric: str, x: Tensor, y: Tensor | None, targets: Tensor | None, divisor: float
+def _with_graph(
+    cost: Tensor,
+    metric: str,
+    x: Tensor,
+    y: Tensor | None,
+    targets: Tensor | None,
+    divisor: float,
 ) -> Tensor:
     x = x if x.dim() == 3 else x[None]
     if targets is not None:
-        y = x.gather(2, targets[:, None, :].expand(-1, x.shape[1], -1))
+        y = neurons_of(x, targets)
     elif y is None:
         y = x
-    return differentiable(metric, x, y if y.dim() == 3 else y[None], divisor)
+    return with_graph(cost, metric, x, y if y.dim() == 3 else y[None], divisor)
 
 
 def check_metric(metric: str, reduction: str, precision: str) -> None:

@@ -25,15 +25,16 @@ class AssignmentCertificate:
     """Dual solution of an assignment problem, or of each problem of a batch.
 
     With it anyone can check the optimum: for maximize ``u_i + v_j >= score_ij``, for minimize
-    ``<=``, so that no assignment is better than ``sum u + sum v``. Where some columns, or rows, are
-    left over, theirs must also be ``>= 0`` for maximize, for minimize ``<= 0``.
+    ``<=``, so that no assignment is better than ``sum u + sum v``. With fewer rows than columns
+    every v, and with fewer columns every u, must also be ``>= 0`` for maximize, for minimize
+    ``<= 0``.
 
     Attributes:
         u: of each row, float64 ``(n,)`` or ``(B, n)``, on the score's device.
         v: of each column, float64 ``(m,)`` or ``(B, m)``.
         gap: how far ``sum u + sum v`` is from the assignment's sum, hence by how much that could be
             short of the optimum; 0 for integers, else up to rounding. A number, or float64 (B,).
-        violation: the largest excess of an entry over its inequality, 0 up to rounding; likewise.
+        violation: the largest excess over an inequality, 0 up to rounding; likewise.
 
     Example:
         >>> import torch
@@ -138,22 +139,25 @@ def assignment(
     """
     named = _named(score)
     device = named[0][1].device if named else torch.device("cpu")
-    rows = max((one.shape[-1] for _, one in named if one.dim()), default=0)
+    rows = max((_rows(one) for _, one in named), default=0)
     chosen = backend_for(backend, device, rows)  # raises before anything is looked at
     maximize = check_flag("maximize", maximize)
     certificate = check_flag("certificate", certificate)
     for name, one in named:
-        _check(name, one, device, "(n, m) or (B, n, m)" if isinstance(score, Tensor) else "(n, m)")
+        _check(name, one, device, batched=isinstance(score, Tensor))
     groups = [_Group(one) for _, one in named]
     full = [group for group in groups if group.score.numel()]
     if full:
         found, status = solve([group.score for group in full], maximize, chosen)
         for group, (columns, v) in zip(full, found, strict=True):
             group.columns, group.v = columns, v
-        scores = [one for group in full for one in group.given]
-        for problem, state in enumerate(status.tolist()):
-            if state != SOLVED:
-                _refuse(scores[problem], problem, maximize, state)
+        states = iter(status.tolist())
+        for (name, _), group in zip(named, groups, strict=True):
+            for k, one in enumerate(group.given if group.score.numel() else ()):
+                state = next(states)
+                if state != SOLVED:
+                    place = f"score of problem {k}" if isinstance(score, Tensor) else name
+                    _refuse(one, place, maximize, state)
     results = [group.result(device) for group in groups]
     proofs = [group.certificate(maximize, device) for group in groups] if certificate else []
     if isinstance(score, Tensor):
@@ -168,9 +172,18 @@ def _named(score: Scores) -> list[tuple[str, Tensor]]:
     return [(f"score {i}", check_tensor(f"score {i}", one)) for i, one in enumerate(score)]
 
 
-def _check(name: str, score: Tensor, device: torch.device, accepted: str) -> None:
+def _rows(score: Tensor) -> int:
+    """Return how many rows a Sinkhorn problem before the exact one would have; 0 for none."""
+    if score.is_nested or score.dim() < 2 or score.shape[-1] != score.shape[-2]:
+        return 0
+    return score.shape[-1]
+
+
+def _check(name: str, score: Tensor, device: torch.device, *, batched: bool) -> None:
+    """Raise ValueError for what is no score. batched: whether it may be several of one shape."""
     check_dense(name, score)
-    if score.dim() != 2 and not (score.dim() == 3 and "B" in accepted):
+    accepted = "(n, m) or (B, n, m)" if batched else "(n, m)"
+    if score.dim() != 2 and not (score.dim() == 3 and batched):
         raise ValueError(f"{name} has shape {tuple(score.shape)}: must be {accepted}")
     if score.dtype not in (*FLOATS, *_INTEGERS):
         kinds = "float16 to float64 or an integer"
@@ -207,6 +220,7 @@ class _Group:
         return columns[0] if self._single else columns
 
     def certificate(self, maximize: bool, device: torch.device) -> AssignmentCertificate:
+        """Return the dual solution of the problems as they were given."""
         u, v, gap, violation = _certify(self.score.cpu(), self.columns, self.v, maximize)
         if self._turned:
             u, v = v, u
@@ -216,18 +230,18 @@ class _Group:
         return AssignmentCertificate(found[0][0], found[1][0], float(gap[0]), float(violation[0]))
 
 
-def _refuse(score: Tensor, problem: int, maximize: bool, status: int) -> None:
+def _refuse(score: Tensor, name: str, maximize: bool, status: int) -> None:
     """Raise ValueError that says what is wrong with a problem, and where."""
     allowed = "-inf" if maximize else "inf"
     if status == INVALID:
         worst = torch.inf if maximize else -torch.inf
         row, column = (score.isnan() | (score == worst)).nonzero()[0].tolist()
         raise ValueError(
-            f"score of problem {problem} is {score[row, column].item()} at row {row}, column "
+            f"{name} is {score[row, column].item()} at row {row}, column "
             f"{column}: must be finite, or {allowed} for a forbidden pair"
         )
     raise ValueError(
-        f"score of problem {problem}: its forbidden pairs ({allowed}) leave no assignment of every "
+        f"{name}: its forbidden pairs ({allowed}) leave no assignment of every "
         f"{'row to a column' if score.shape[0] <= score.shape[1] else 'column to a row'} of its own"
     )
 

@@ -23,8 +23,9 @@ SINKHORN_ITERATIONS = 200
 # way, copy of the score included; ``benchmarks.gpu --sections assignment`` times both.
 ROWS_ON_GPU = 4096
 
-# Of each group its columns (B, n) of the rows, and duals (B, m) of the columns, float64, None where
-# a backend has none; then the codes above of all problems. All on the CPU.
+# A solution has, for each group, the columns (B, n) of its rows and the duals (B, m) of its
+# columns, float64, None where a backend has none; then the codes above of all problems. All are on
+# the CPU.
 Solution = tuple[list[tuple[Tensor, Tensor | None]], Tensor]
 
 
@@ -61,11 +62,13 @@ def solve(groups: list[Tensor], maximize: bool, chosen: str) -> Solution:
     if bad.any():
         return [(_no_columns(score), None) for score in groups], bad * INVALID
     if chosen == "triton":
-        # Duals of columns that stay free are 0, which those of a transport are not.
-        square = [score.shape[1] == score.shape[2] for score in groups]
+        # Duals of columns that stay free are 0, which those of a transport are not. Beside a large
+        # score, small ones are solved sooner on the host.
+        square = [score.shape[1] if score.shape[1] == score.shape[2] else 0 for score in groups]
+        least = ROWS_ON_GPU if max(square) >= ROWS_ON_GPU else 1
         starts = [
-            sinkhorn_duals(score, sign) if own else None
-            for score, own in zip(groups, square, strict=True)
+            sinkhorn_duals(score, sign) if rows >= least else None
+            for score, rows in zip(groups, square, strict=True)
         ]
         return finish(groups, sign, starts)
     found = [reference.assignment(score, maximize) for score in groups]

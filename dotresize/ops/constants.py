@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of activations.
+# Activations have one of these.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tokens per partial sum of the L1 cost.
 TOKEN_BLOCK = 256
@@ -41,6 +41,11 @@ def chunk_tokens(problems: int, neurons: int, size: int) -> int:
     """Return the tokens to copy at a time, a multiple of TOKEN_BLOCK; ``size`` bytes a neuron."""
     per_token = size * problems * neurons
     return max(TOKEN_BLOCK, CHUNK_BYTES // max(1, per_token) // TOKEN_BLOCK * TOKEN_BLOCK)
+
+
+def neurons_of(x: Tensor, targets: Tensor) -> Tensor:
+    """Return some neurons of activations: x (B, T, n), targets int64 (B, m) -> (B, T, m)."""
+    return x.gather(2, targets[:, None, :].expand(-1, x.shape[1], -1))
 
 
 class L1Operands(NamedTuple):
@@ -100,7 +105,7 @@ class L1Gradients(NamedTuple):
         """Return y, be it given or neurons of x."""
         if self.y is not None:
             return self.y
-        return self.x if self.targets is None else self.x.gather(2, self.index_of_tokens())
+        return self.x if self.targets is None else neurons_of(self.x, self.targets)
 
 
 class SinkhornBatch(NamedTuple):

@@ -36,8 +36,8 @@ class ActivationCostAccumulator:
     the one of a single call over all tokens, to the last bit; with "fp16" and "u8" a chunk is
     converted by itself and the result depends on the chunks, and the error of "u8" is stated for
     chunks of thousands of tokens. Of the others products are summed in float32 over 4,096 tokens of
-    a chunk, and then in float64. Nothing is differentiable; chunks that require a gradient are
-    refused.
+    a chunk, and then in float64, which takes twice the memory of an "l1" cost. Nothing is
+    differentiable; chunks that require a gradient are refused.
 
     Args:
         n: number of source neurons.
@@ -49,6 +49,7 @@ class ActivationCostAccumulator:
 
     Attributes:
         tokens: how many were added.
+        metric, reduction, precision, backend: as they were given.
 
     Example:
         >>> import torch

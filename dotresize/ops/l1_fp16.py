@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dotresize.ops.constants import GROUP
+from dotresize.ops.constants import GROUP, neurons_of
 
 _LARGEST = 10  # log2 of the largest scaled activation
 
@@ -36,7 +36,7 @@ def scales(x: Tensor, y: Tensor | None) -> Tensor:
 def halve(x: Tensor, scale: Tensor, index: Tensor | None = None) -> Tensor:
     """Return x (B, T, n), or its neurons ``index``, over its scale: float16, whole groups."""
     if index is not None:
-        x = x.gather(2, index[:, None, :].expand(-1, x.shape[1], -1))
+        x = neurons_of(x, index)
     tokens = scale.shape[1] * GROUP
     half = x.new_zeros(x.shape[0], tokens, x.shape[2], dtype=torch.float16)
     half[:, : x.shape[1]] = x / scale.repeat_interleave(GROUP, 1)[:, : x.shape[1], None]

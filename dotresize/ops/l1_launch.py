@@ -10,7 +10,14 @@ from torch import Tensor
 from dotresize.ops import l1_fp16, l1_u8, reference
 from dotresize.ops.arguments import address
 from dotresize.ops.backends import BackendError, choose, cpp, threads
-from dotresize.ops.constants import DTYPES, GROUP, L1Operands, Quantisation, chunk_tokens
+from dotresize.ops.constants import (
+    DTYPES,
+    GROUP,
+    L1Operands,
+    Quantisation,
+    chunk_tokens,
+    neurons_of,
+)
 from dotresize.ops.cost_operands import statistics
 
 _BYTES = 3  # Dtype::kU8 in csrc/kernels.hpp
@@ -90,7 +97,7 @@ def _launch_torch(work: L1Operands) -> None:
     if work.y is not None:
         columns = work.y.float()
     elif work.targets is not None:
-        columns = x.gather(2, work.targets[:, None, :].expand(-1, x.shape[1], -1))
+        columns = neurons_of(x, work.targets)
     else:
         columns = x
     out.copy_(reference.l1_cost(x, columns, out.clone() if work.accumulate else None))

@@ -42,7 +42,7 @@ class L1Sums:
         if stop < x.shape[1]:
             self._keep(x[:, stop:], None if y is None else y[:, stop:])
 
-    def result(self, divisor: float, targets: Tensor | None) -> Tensor:
+    def result(self, divisor: float, targets: Tensor | None = None) -> Tensor:
         """Return the cost over the tokens so far, float32 (B, n, m)."""
         total = self._total.clone()
         if self._pending_tokens:

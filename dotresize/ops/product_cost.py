@@ -5,10 +5,9 @@ r"""Costs between neurons that are matrix products: correlation and cosine dista
           1 - \frac{\sum_t x_{ti} \, y_{tj}}{\|x_i\| \, \|y_j\|}, \qquad
           \frac{1}{T} \sum_t (x_{ti} - y_{tj})^2
 
-Each follows from the products and the squares of neurons, which torch's matrix products sum on
-every backend: no kernel of ours would be faster. Before them comes off what would cancel in them:
-a neuron's mean for the correlation, and what all neurons of a token have in common for squared
-distances, which changes none of them.
+Each follows from means, squares and products of neurons, which torch's matrix products sum on every
+backend: no kernel of ours would be faster. What would cancel comes off first: a neuron's mean over
+a block of tokens, and, of squared distances, what all neurons of a token have in common.
 """
 
 from __future__ import annotations
@@ -16,25 +15,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dotresize.ops.constants import neurons_of
+
 METRICS = ("correlation", "cosine", "sqeuclidean")
-# Tokens whose products are summed in float32, before sums of float64.
+# Products of so many tokens are summed in float32, and these sums in float64.
 BLOCK = 4096
 # A neuron whose deviation is at most this share of its mean does not change: that is rounding.
 STILL = 1e-6
 
 
-def differentiable(metric: str, x: Tensor, y: Tensor, divisor: float) -> Tensor:
-    """Return a cost through which gradients pass to x and y.
+def with_graph(value: Tensor, metric: str, x: Tensor, y: Tensor, divisor: float) -> Tensor:
+    """Return a computed cost so that gradients pass from it to x (B, T, n) and y (B, T, m).
 
-    x: (B, T, n), y: (B, T, m) -> float32 (B, n, m). divisor: of squared distances.
+    divisor: of squared distances.
     """
     x, y = x.float(), y.float()
     if metric == "sqeuclidean":
         common = _common(x).detach()  # no distance depends on it, and so no gradient
         x, y = x - common, y - common
-        return _distance(x.mT @ y, x.square().sum(1), y.square().sum(1), divisor)
-    x, y = (_unit(metric, value) for value in (x, y))
-    return (1.0 - x.mT @ y).clamp_min(0.0)
+        squares = x.square().sum(1)[:, :, None] + y.square().sum(1)[:, None, :]
+        graph = (squares - 2.0 * (x.mT @ y)) / divisor
+    else:
+        graph = 1.0 - _unit(metric, x).mT @ _unit(metric, y)
+    return graph + (value - graph).detach()
 
 
 def _common(x: Tensor) -> Tensor:
@@ -61,84 +64,104 @@ def _scale(x: Tensor) -> Tensor:
     return torch.where(largest > 0, largest, 1.0)
 
 
-def _distance(product: Tensor, x_square: Tensor, y_square: Tensor, divisor: float) -> Tensor:
-    apart = x_square[:, :, None] + y_square[:, None, :] - 2.0 * product
-    return (apart / divisor).clamp_min(0.0)
-
-
 class ProductSums:
-    """The sums over tokens that a cost follows from, of activations that arrive in chunks.
+    """What a cost follows from, of activations that arrive in chunks.
 
-    Products of ``BLOCK`` tokens are summed in float32, and those sums in float64. What comes off a
-    neuron, and its scale, are those of the first chunk: they need not be exact.
+    For each neuron there are its mean and its squares around it, for each pair the products around
+    both means, in float64. Each block of tokens is summed around means of its own, and joined to
+    what there is (Chan, Golub and LeVeque): no block is more than any other.
     """
 
     def __init__(self, metric: str, shape: tuple[int, int, int], device: torch.device) -> None:
         """Begin with no token. shape: (B, n, m)."""
         batch, n, m = shape
-        self._metric = metric
+        self._metric, self.tokens = metric, 0
         self._product = torch.zeros(shape, dtype=torch.float64, device=device)
-        # Sum and sum of squares of each neuron of x and of y.
+        # Of x and of y: mean and squares.
         self._moments = [
             torch.zeros(2, batch, count, dtype=torch.float64, device=device) for count in (n, m)
         ]
-        self._first: list[tuple[Tensor, Tensor]] = []
-        self.tokens = 0
 
     def add(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
         """Add a chunk: x (B, T, n), and y (B, T, m), or targets (B, m) that y is, or neither."""
         for start in range(0, x.shape[1], BLOCK):
             block = slice(start, start + BLOCK)
-            self._add(x[:, block].float(), None if y is None else y[:, block].float(), targets)
-        self.tokens += x.shape[1]
+            self._join(x[:, block].float(), None if y is None else y[:, block].float(), targets)
 
-    def _add(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
+    def _join(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
         if self._metric == "sqeuclidean":
             common = _common(x)
             x, y = x - common, None if y is None else y - common
-        else:
-            if not self._first:
-                self._first = [self._taken_off(value) for value in (x, y) if value is not None]
-            x = (x - self._first[0][0]) / self._first[0][1]
-            y = None if y is None else (y - self._first[1][0]) / self._first[1][1]
+        own = _Block(x)
+        other = own if y is None else _Block(y)
         if targets is not None:
-            y = x.gather(2, targets[:, None, :].expand(-1, x.shape[1], -1))
-        y = x if y is None else y
-        self._product += x.mT @ y
-        for moments, value in zip(self._moments, (x, y), strict=True):
-            moments[0] += value.sum(1, dtype=torch.float64)
-            moments[1] += value.square().sum(1, dtype=torch.float64)
-
-    def _taken_off(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what comes off each neuron, and by what it is then divided."""
-        shift = value.new_zeros(())
-        if self._metric == "correlation":
-            shift = value.mean(1, keepdim=True)
-        return shift, _scale(value)
+            other = own.some(targets)
+        before, count = self.tokens, x.shape[1]
+        self.tokens += count
+        weight = before * count / self.tokens
+        apart = []
+        for i, block in enumerate((own, other)):
+            mean, square = self._moments[i]
+            off = block.mean - mean
+            apart.append(off)
+            square = square + block.square + weight * off.square()
+            self._moments[i] = torch.stack([mean + off * (count / self.tokens), square])
+        between = weight * apart[0][:, :, None] * apart[1][:, None, :]
+        self._product = self._product + own.times(other) + between
 
     def result(self, divisor: float, targets: Tensor | None = None) -> Tensor:
-        """Return the cost over the tokens so far, float32 (B, n, m)."""
-        (x_sum, x_square), (y_sum, y_square) = self._moments
-        product = self._product
-        if self._metric == "sqeuclidean":
-            return _distance(product, x_square, y_square, divisor).float()
-        if self._metric == "correlation":
-            product = product - x_sum[:, :, None] * y_sum[:, None, :] / self.tokens
-            x_first, *others = (shift / scale for shift, scale in self._first)
-            y_first = others[0] if others else x_first
-            if targets is not None:
-                y_first = y_first.gather(2, targets[:, None, :])
-            x_square = self._deviations(x_sum, x_square, x_first)
-            y_square = self._deviations(y_sum, y_square, y_first)
-        lengths = (
-            torch.where(square > 0, square, torch.inf).rsqrt() for square in (x_square, y_square)
-        )
-        x_length, y_length = lengths
-        return (1.0 - product * x_length[:, :, None] * y_length[:, None, :]).clamp_min(0.0).float()
+        """Return the cost over the tokens so far, float32 (B, n, m), not negative.
 
-    def _deviations(self, total: Tensor, square: Tensor, first: Tensor) -> Tensor:
-        """Return the squares around the mean; 0 for a neuron that does not change."""
-        mean = total / self.tokens
-        found = square - total * mean
-        still = (STILL * (mean + first[:, 0])).square() * self.tokens
-        return torch.where(found > still, found, 0.0)
+        targets: not needed, as what is kept of y is kept of them.
+        """
+        if self._metric != "sqeuclidean":
+            return (1.0 - self.similarity()).clamp_min(0.0).float()
+        (x, x_square), (y, y_square) = self._moments
+        apart = x_square[:, :, None] + y_square[:, None, :] - 2.0 * self._product
+        apart = apart.clamp_min(0.0) + self.tokens * (x[:, :, None] - y[:, None, :]).square()
+        return (apart / divisor).float()
+
+    def similarity(self) -> Tensor:
+        """Return the correlation or the cosine, float64 (B, n, m); 0 where there is none."""
+        product = self._product
+        (x, x_square), (y, y_square) = self._moments
+        if self._metric == "cosine":
+            product = product + self.tokens * x[:, :, None] * y[:, None, :]
+            squares = [x_square + self.tokens * x.square(), y_square + self.tokens * y.square()]
+        else:
+            squares = [
+                torch.where(square > (STILL * mean).square() * self.tokens, square, 0.0)
+                for mean, square in self._moments
+            ]
+        x_length, y_length = (torch.where(s > 0, s, torch.inf).rsqrt() for s in squares)
+        return product * x_length[:, :, None] * y_length[:, None, :]
+
+
+class _Block:
+    """A block of tokens around its means, in float32 at a scale that keeps squares within it.
+
+    Attributes:
+        mean, square: of each neuron (B, n), float64; the squares are around the mean.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """Take off the means. x: float32 (B, T, n)."""
+        self.mean = x.mean(1, dtype=torch.float64)
+        around = x - self.mean[:, None].float()
+        scale = _scale(around)
+        self._unit, self._scale = around / scale, scale[:, 0].double()
+        self.square = self._unit.square().sum(1, dtype=torch.float64) * self._scale.square()
+
+    def some(self, targets: Tensor) -> _Block:
+        """Return the block of some of the neurons, int64 (B, m)."""
+        found = object.__new__(_Block)
+        found._unit = neurons_of(self._unit, targets)
+        found._scale, found.mean, found.square = (
+            value.gather(1, targets) for value in (self._scale, self.mean, self.square)
+        )
+        return found
+
+    def times(self, other: _Block) -> Tensor:
+        """Return the products around both means, float64 (B, n, m)."""
+        product = (self._unit.mT @ other._unit).double()
+        return product * self._scale[:, :, None] * other._scale[:, None, :]

@@ -9,9 +9,10 @@
 Images and translation train their model once, and keep it in --cache. A third and a half of the
 feed-forwards are merged, with and without permutation, and as many layers dropped; other windows
 and anchors for the third. Each is trained by the same steps. For speech the model is Whisper base;
-nothing is trained. For language it is SmolLM2, and narrowing to as many parameters is
-compared with merging. A row is appended as soon as a case is finished; a run that is started again
-skips the rows that FILE has, and goes on with a training that was interrupted.
+nothing is trained. For language it is SmolLM2, and narrowing to as many parameters is compared with
+merging. Memory is what SmolLM2 takes when it is loaded, merged or not. A row is appended as soon as
+a case is finished; a run that is started again skips the rows that FILE has, and goes on with a
+training that was interrupted.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     chosen = TASKS[args.task]
+    if args.data is not None and Path() == chosen.DATA:
+        parser.error(f"--data: {args.task} takes none, its texts come with packages")
     data = args.data or chosen.DATA
     task = chosen.task(data, args.cache / args.task, STEPS.get(args.task, 0))
     rows = read(args.out) if args.out.exists() else []

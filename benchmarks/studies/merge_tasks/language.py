@@ -27,7 +27,7 @@ from .cases import Case
 WINDOWS = 24
 CHOOSING = 4  # windows whose perplexity chooses the layers
 STEPS = 100
-# The seed of the text that is trained on, beside that of the calibration.
+# Text that is trained on is drawn by the seed and this, other than that of the calibration.
 OTHERS = 1000
 NARROWED = "narrowed"
 MERGED = (5, 10, 15)
@@ -63,7 +63,8 @@ class Language:
         made, about = (self._narrowed if case.name == NARROWED else self._merged)(case, seed)
         before = self._scores(made)
         streams, count = self._study.streams, STEPS * BATCH_WINDOWS
-        tokens = random_windows(streams, count, WINDOW, OTHERS + seed, None, None)
+        first = self._study.first
+        tokens = random_windows(streams, count, WINDOW, OTHERS + seed, None, first)
         told = recover(self._model.module, made.module, tokens, folder=folder, seed=seed)
         about["seconds"]["training"] = told["seconds"]
         return {
@@ -75,7 +76,8 @@ class Language:
 
     def _scores(self, model: CausalLM) -> dict[str, float]:
         """Return the perplexity of each text, and before them their geometric mean."""
-        found = {name: perplexity(model, text) for name, text in self._study.texts.items()}
+        known = model is self._model
+        found = self._study.dense if known else self._study.perplexities(model)
         mean = math.exp(sum(map(math.log, found.values())) / len(found))
         return {"perplexity": mean, **found}
 

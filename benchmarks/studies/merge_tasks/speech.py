@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import shutil
 import struct
 import subprocess
 import wave
@@ -34,7 +35,7 @@ LONGEST = 60  # tokens of a transcript
 PROMPT = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 END = "<|endoftext|>"
 FIRST_MERGE = "\u0120 t"  # of the pair that is most frequent, a space and a t
-# CTranslate2's numbers of types.
+# CTranslate2 numbers types so.
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 # Its linear layers of an attention to itself and to the encoder: what each holds, in order.
 ITSELF = (("q_proj", "k_proj", "v_proj"), ("out_proj",))
@@ -118,6 +119,8 @@ def load(folder: Path) -> tuple[Any, Any]:
     from tokenizers import Tokenizer
 
     first = folder / PARTS[0]
+    if not first.is_dir():
+        raise SystemExit(f"{folder}: does not hold {PARTS[0]}; see --help")
     told = json.loads((first / "config.json").read_text())
     stored = json.loads((first / "tokenizer.json").read_text(encoding="utf-8"))
     if stored["model"]["merges"][0] != FIRST_MERGE:  # the packages' file has lost it
@@ -168,6 +171,8 @@ def spoken(sentence: str) -> np.ndarray:
     """Return the samples, float32 from -1 to 1, in which espeak-ng says a sentence."""
     from scipy.signal import resample_poly
 
+    if shutil.which("espeak-ng") is None:
+        raise SystemExit("espeak-ng is not installed; Debian has a package of that name")
     command = ["espeak-ng", "-v", "en-us", "-s", "150", "--stdout", sentence]
     said = subprocess.run(command, capture_output=True, check=True).stdout
     with wave.open(io.BytesIO(said)) as file:
@@ -184,7 +189,7 @@ class Speech:
         import transformers
 
         self.model, self.tokenizer = load(folder)
-        self._features = transformers.WhisperFeatureExtractor(return_attention_mask=True)
+        self._features = transformers.WhisperFeatureExtractor()
 
     def batches(self, some: list[str]) -> list[dict[str, Tensor]]:
         """Return model inputs and labels; the mask says which frames are speech."""
@@ -192,7 +197,8 @@ class Speech:
 
     def _batch(self, some: list[str]) -> dict[str, Tensor]:
         heard = [spoken(sentence) for sentence in some]
-        found = self._features(heard, sampling_rate=RATE, return_tensors="pt")
+        rule = {"sampling_rate": RATE, "return_tensors": "pt", "return_attention_mask": True}
+        found = self._features(heard, **rule)
         texts = [f"{''.join(PROMPT)} {sentence}{END}" for sentence in some]
         rule = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
         ids = self.tokenizer(texts, **rule)  # padded on the right
@@ -201,7 +207,7 @@ class Speech:
         labels[:, : len(PROMPT) - 1] = -100  # what is said to the model, not by it
         return {
             "input_features": found["input_features"],
-            "attention_mask": found["attention_mask"][:, :: self._features.hop_length],
+            "attention_mask": found["attention_mask"],
             **{"decoder_input_ids": given[:, :-1], "decoder_attention_mask": mask},
             "labels": labels,
         }
