@@ -170,17 +170,18 @@ def recipes(rows: list[Row]) -> str:
     if not rows:
         return "No rows yet."
     columns = ["", "calibration", "windows, given and its own", "tokens of each"]
-    lines = head([*columns, *SOURCES, "mean"])
+    lines = head([*columns, *SOURCES, "mean", "time"])
     for row in sorted(rows, key=lambda row: (row["mixture"], row["windows"], -row["window"])):
         count = f"{row['windows']} and {row['own_windows']}"
         cells = [row["case"], row["mixture"], count, str(row["window"]), *_excess(row)]
-        lines.append(line(cells))
+        lines.append(line([*cells, f"{row['seconds']:.0f} s"]))
     last = rows[-1]
     lines += [
         "",
         "SmolLM2-135M, 1126 of 1536 inner neurons in every layer; one seed, so read nothing into "
         f"less than 0.03. {last['device']}, {last['date']}.",
-        "Rows: `benchmarks/results/recipes.jsonl`.",
+        "Time without evaluation, and without the model's writing; other work ran beside. Rows: "
+        "`benchmarks/results/recipes.jsonl`.",
     ]
     return "\n".join(lines)
 
