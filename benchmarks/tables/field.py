@@ -121,4 +121,4 @@ def _cells(rows: list[Row]) -> list[str]:
 def _memory(rows: list[Row]) -> str:
     """Return what was added at most to the memory in use; rows of before did not measure it."""
     added = [row["added_bytes"] for row in rows if "added_bytes" in row]
-    return f"{sum(added) / len(added) / 2**30:.1f} GiB" if added else "-"
+    return f"{max(0, sum(added)) / len(added) / 2**30:.1f} GiB" if added else "-"
