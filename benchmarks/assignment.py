@@ -37,7 +37,7 @@ CASES = [
     *(_case(kind, 1, 1536) for kind in ("noisy copies", "unrelated neurons")),
     *(_case(kind, 1, 2048) for kind in ("uniform", "unrelated neurons")),
     *(_case(kind, 30, 1536) for kind in ("noisy copies", "unrelated neurons")),
-    # As a user of torch-linear-assignment reported it: 26.7 s of a GPU, 1.2 s of scipy on a CPU.
+    # A user of torch-linear-assignment reported that this took it 26.7 s of a GPU, and scipy 1.2 s.
     _case("uniform", 5, 1024),
     *(_case(kind, 30, 1024, 1536) for kind in ("noisy copies", "unrelated neurons")),
 ]

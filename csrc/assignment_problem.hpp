@@ -107,7 +107,7 @@ class AssignmentProblem {
     }
     if (!survey.valid) return AssignmentStatus::kInvalid;
     const auto [low, high] = std::minmax_element(v_.begin(), v_.begin() + m_);
-    // Of a square problem every column must be had, of others one at least.
+    // A square problem needs an allowed entry in every column, any other one at least in all.
     if ((square() ? *high : *low) == kInfinity) return AssignmentStatus::kInfeasible;
     const double largest = std::max(std::abs(*low), std::abs(survey.highest));
     // The limit keeps the scale itself a normal number.

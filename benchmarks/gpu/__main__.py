@@ -84,7 +84,7 @@ SIZES: dict[str, dict[str, Any]] = {
             for problems, n in ((1, 1536), (16, 576), (1, 4096))
             for kind in ("noisy copies", "unrelated neurons")
         ]
-        # As a user of the peer reported it: 26.7 s of a GPU, 1.2 s of scipy.
+        # A user of the peer reported that this took it 26.7 s of a GPU, and scipy 1.2 s.
         + [(5, 1024, "uniform")],
         "serving": serving.FULL,
         "batch": ((1, 4, 16, 64), 576, 464, 100),

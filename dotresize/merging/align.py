@@ -94,9 +94,9 @@ class Aligner:
         """Return C of the module's header, (n, n) float64; 0 for a neuron that never changes."""
         first = self._features[a][0]
         n = first.shape[1]
-        sums = ProductSums("correlation", (1, n, n), first.device)
+        sums = ProductSums("correlation", (1, n, n), None, first.device)
         for x, y in zip(self._features[a], self._features[i], strict=True):
-            sums.add(x[None], y[None], None)
+            sums.add(x[None], y[None])
         return sums.similarity()[0]
 
 

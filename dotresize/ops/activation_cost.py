@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from dotresize.ops.arguments import check_flag, check_tensor, check_word, exact
 from dotresize.ops.backends import choose
 from dotresize.ops.constants import neurons_of
-from dotresize.ops.cost_operands import (
-    OVERFLOW,
-    CostStatistics,
-    check_activations,
-    given,
-    statistics_of,
-)
+from dotresize.ops.cost_operands import CostStatistics, given, statistics_of
 from dotresize.ops.cost_operands import statistics as measured
 from dotresize.ops.l1_cost import check_options, l1_cost
 from dotresize.ops.product_cost import METRICS as PRODUCTS
@@ -120,19 +113,15 @@ def activation_cost(
     work = given(x, y, targets, out)
     divisor = float(work.x.shape[1]) if reduction == "mean" else 1.0
     batch, n, m = work.result.shape
-    sums = ProductSums(metric, (batch, n, m), x.device)
-    sums.add(work.x, work.y, work.targets)
+    sums = ProductSums(metric, (batch, n, m), work.targets, x.device)
+    sums.add(work.x, work.y)
     cost = work.result.copy_(sums.result(divisor))
-    found = measured(cost) if cost.numel() else cost.new_full((len(cost), 3), torch.nan)
-    if cost.numel() and not torch.isfinite(found).all():
-        check_activations(work.x, "x")
-        if work.y is not None:
-            check_activations(work.y, "y")
-        raise ValueError(OVERFLOW)
+    found = measured(cost)
+    work.check_finite(found)
     if work.gradient:
         cost = _with_graph(cost, metric, x, y, work.targets, divisor)
     result = out if out is not None else cost[0] if work.single else cost
-    return (result, statistics_of(found.double(), work.single)) if statistics else result
+    return (result, statistics_of(found, work.single)) if statistics else result
 
 
 def _with_graph(

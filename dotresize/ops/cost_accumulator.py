@@ -89,19 +89,18 @@ class ActivationCostAccumulator:
         self._n, self._m, self._batch = n, m, batch
         self._device = _device(device)
         choose_for(precision, backend, self._device)
-        self._targets: Tensor | None = None
         problems = 1 if batch is None else batch
         if targets is not None:
             targets = index_tensor("targets", targets)
             check_targets(targets, problems, n, batch is None)
-            self._targets = batched_index(targets.to(self._device), problems)
+            targets = batched_index(targets.to(self._device), problems)
         columns = m if m is not None else n if targets is None else targets.shape[-1]
         shape = (problems, n, columns)
         self._sums: L1Sums | ProductSums
         if metric == "l1":
-            self._sums = L1Sums(shape, self._device, precision, backend)
+            self._sums = L1Sums(shape, targets, self._device, precision, backend)
         else:
-            self._sums = ProductSums(metric, shape, self._device)
+            self._sums = ProductSums(metric, shape, targets, self._device)
         self._dtype: torch.dtype | None = None
         self._broken = False  # an update has ended halfway
 
@@ -139,7 +138,7 @@ class ActivationCostAccumulator:
         self._dtype = x.dtype
         # What ends halfway, by Ctrl-C or for want of memory, leaves some entries with the chunk.
         self._broken = True
-        self._sums.add(x3, y3, self._targets)
+        self._sums.add(x3, y3)
         self._broken = False
         self.tokens += x3.shape[1]
 
@@ -157,7 +156,7 @@ class ActivationCostAccumulator:
         if self.tokens == 0:
             raise ValueError("no tokens were added: a mean over none is undefined")
         divisor = float(self.tokens) if self.reduction == "mean" else 1.0
-        total = self._sums.result(divisor, self._targets)
+        total = self._sums.result(divisor)
         if not torch.isfinite(total).all():
             raise ValueError(OVERFLOW)
         return total[0] if self._batch is None else total

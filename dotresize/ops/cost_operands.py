@@ -33,8 +33,10 @@ class CostStatistics(NamedTuple):
 def statistics(cost: Tensor) -> Tensor:
     """Return minimum, maximum and mean of each problem, float64 (B, 3).
 
-    They are not finite if an entry is not.
+    They are not finite if an entry is not, and NaN where there is none.
     """
+    if not cost.numel():
+        return cost.new_full((len(cost), 3), torch.nan, dtype=torch.float64)
     flat = cost.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     return torch.stack([low.double(), high.double(), flat.mean(1, dtype=torch.float64)], 1)
@@ -62,6 +64,18 @@ class Given(NamedTuple):
     result: Tensor
     single: bool
     gradient: bool
+
+    def check_finite(self, found: Tensor) -> None:
+        """Raise ValueError, naming the neuron at fault, unless a cost is finite by its statistics.
+
+        It is if the activations are; only if not are they looked at.
+        """
+        if not self.result.numel() or torch.isfinite(found).all():
+            return
+        check_activations(self.x, "x")
+        if self.y is not None:
+            check_activations(self.y, "y")
+        raise ValueError(OVERFLOW)
 
 
 def given(x: Tensor, y: Tensor | None, targets: Tensor | None, out: Tensor | None) -> Given:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from dotresize.ops.arguments import check_flag, check_tensor, check_word, exact
 from dotresize.ops.constants import L1Operands
-from dotresize.ops.cost_operands import (
-    OVERFLOW,
-    REDUCTIONS,
-    CostStatistics,
-    check_activations,
-    given,
-    statistics_of,
-)
+from dotresize.ops.cost_operands import REDUCTIONS, CostStatistics, given, statistics_of
 from dotresize.ops.l1_gradient import with_gradient
 from dotresize.ops.l1_launch import PRECISIONS, choose_for, launch
 
@@ -118,12 +110,7 @@ def l1_cost(
     operands = L1Operands(work.x, work.y, work.targets, work.result, False, divisor)
     found = launch(operands, precision=precision, backend=backend)
     assert found is not None  # there was a divisor
-    # The cost is finite if the activations are; only if not, look for the neuron at fault.
-    if work.result.numel() and not torch.isfinite(found).all():
-        check_activations(work.x, "x")
-        if work.y is not None:
-            check_activations(work.y, "y")
-        raise ValueError(OVERFLOW)
+    work.check_finite(found)
     cost = out if out is not None else work.result[0] if work.single else work.result
     if work.gradient:
         cost = with_gradient(cost, x, y, work.targets, divisor, backend)

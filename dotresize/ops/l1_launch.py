@@ -49,9 +49,7 @@ def launch(work: L1Operands, *, precision: str, backend: str) -> Tensor | None:
     """
     chosen = choose_for(precision, backend, work.x.device)
     if work.out.numel() == 0:
-        if work.divisor is None:
-            return None
-        return work.out.new_full((len(work.out), 3), torch.nan).double()
+        return None if work.divisor is None else statistics(work.out)
     if precision == "fp16":
         return _launch_fp16(chosen, work)
     if precision == "u8":

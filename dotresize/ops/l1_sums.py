@@ -16,37 +16,41 @@ class L1Sums:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], device: torch.device, precision: str, backend: str
+        self,
+        shape: tuple[int, int, int],
+        targets: Tensor | None,
+        device: torch.device,
+        precision: str,
+        backend: str,
     ) -> None:
-        """Begin with no token. shape: (B, n, m)."""
-        self._precision, self._backend = precision, backend
+        """Begin with no token. shape: (B, n, m); targets (B, m): which neurons of x are y."""
+        self._targets, self._precision, self._backend = targets, precision, backend
         self._total = torch.zeros(shape, dtype=torch.float32, device=device)
         # Tokens that do not fill a block yet, as views or copies: (x, y or None).
         self._pending: list[tuple[Tensor, Tensor | None]] = []
         self._pending_tokens = 0
 
-    def add(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
-        """Add a chunk: x (B, T, n), and y (B, T, m), or targets (B, m) that y is, or neither."""
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """Add a chunk: x (B, T, n), and y (B, T, m) where it is not x, or some of x."""
         start = 0
         if self._pending_tokens:
             start = min(TOKEN_BLOCK - self._pending_tokens, x.shape[1])
             self._keep(x[:, :start], None if y is None else y[:, :start])
             if self._pending_tokens == TOKEN_BLOCK:
-                self._add(*self._joined(), targets, self._total)
+                self._add(*self._joined(), self._total)
                 self._pending, self._pending_tokens = [], 0
         whole = (x.shape[1] - start) // TOKEN_BLOCK * TOKEN_BLOCK
         stop = start + whole
         if whole:
-            part = x[:, start:stop], None if y is None else y[:, start:stop]
-            self._add(*part, targets, self._total)
+            self._add(x[:, start:stop], None if y is None else y[:, start:stop], self._total)
         if stop < x.shape[1]:
             self._keep(x[:, stop:], None if y is None else y[:, stop:])
 
-    def result(self, divisor: float, targets: Tensor | None = None) -> Tensor:
+    def result(self, divisor: float) -> Tensor:
         """Return the cost over the tokens so far, float32 (B, n, m)."""
         total = self._total.clone()
         if self._pending_tokens:
-            self._add(*self._joined(), targets, total)
+            self._add(*self._joined(), total)
         if divisor != 1.0:
             divide(total, divisor)
         return total
@@ -60,6 +64,6 @@ class L1Sums:
         ys = [y for _, y in self._pending if y is not None]
         return x, torch.cat(ys, 1) if ys else None
 
-    def _add(self, x: Tensor, y: Tensor | None, targets: Tensor | None, total: Tensor) -> None:
-        work = L1Operands(x, y, targets, total, accumulate=True, divisor=None)
+    def _add(self, x: Tensor, y: Tensor | None, total: Tensor) -> None:
+        work = L1Operands(x, y, self._targets, total, accumulate=True, divisor=None)
         launch(work, precision=self._precision, backend=self._backend)

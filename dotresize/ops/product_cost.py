@@ -72,53 +72,56 @@ class ProductSums:
     what there is (Chan, Golub and LeVeque): no block is more than any other.
     """
 
-    def __init__(self, metric: str, shape: tuple[int, int, int], device: torch.device) -> None:
-        """Begin with no token. shape: (B, n, m)."""
+    def __init__(
+        self,
+        metric: str,
+        shape: tuple[int, int, int],
+        targets: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        """Begin with no token. shape: (B, n, m); targets (B, m): which neurons of x are y."""
         batch, n, m = shape
-        self._metric, self.tokens = metric, 0
+        self._metric, self._targets, self._tokens = metric, targets, 0
         self._product = torch.zeros(shape, dtype=torch.float64, device=device)
-        # Of x and of y: mean and squares.
+        # For x and for y these are the means and the squares.
         self._moments = [
             torch.zeros(2, batch, count, dtype=torch.float64, device=device) for count in (n, m)
         ]
 
-    def add(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
-        """Add a chunk: x (B, T, n), and y (B, T, m), or targets (B, m) that y is, or neither."""
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """Add a chunk: x (B, T, n), and y (B, T, m) where it is not x, or some of x."""
         for start in range(0, x.shape[1], BLOCK):
             block = slice(start, start + BLOCK)
-            self._join(x[:, block].float(), None if y is None else y[:, block].float(), targets)
+            self._join(x[:, block].float(), None if y is None else y[:, block].float())
 
-    def _join(self, x: Tensor, y: Tensor | None, targets: Tensor | None) -> None:
+    def _join(self, x: Tensor, y: Tensor | None) -> None:
         if self._metric == "sqeuclidean":
             common = _common(x)
             x, y = x - common, None if y is None else y - common
         own = _Block(x)
         other = own if y is None else _Block(y)
-        if targets is not None:
-            other = own.some(targets)
-        before, count = self.tokens, x.shape[1]
-        self.tokens += count
-        weight = before * count / self.tokens
+        if self._targets is not None:
+            other = own.some(self._targets)
+        before, count = self._tokens, x.shape[1]
+        self._tokens += count
+        weight = before * count / self._tokens
         apart = []
         for i, block in enumerate((own, other)):
             mean, square = self._moments[i]
             off = block.mean - mean
             apart.append(off)
             square = square + block.square + weight * off.square()
-            self._moments[i] = torch.stack([mean + off * (count / self.tokens), square])
+            self._moments[i] = torch.stack([mean + off * (count / self._tokens), square])
         between = weight * apart[0][:, :, None] * apart[1][:, None, :]
         self._product = self._product + own.times(other) + between
 
-    def result(self, divisor: float, targets: Tensor | None = None) -> Tensor:
-        """Return the cost over the tokens so far, float32 (B, n, m), not negative.
-
-        targets: not needed, as what is kept of y is kept of them.
-        """
+    def result(self, divisor: float) -> Tensor:
+        """Return the cost over the tokens so far, float32 (B, n, m), not negative."""
         if self._metric != "sqeuclidean":
             return (1.0 - self.similarity()).clamp_min(0.0).float()
         (x, x_square), (y, y_square) = self._moments
         apart = x_square[:, :, None] + y_square[:, None, :] - 2.0 * self._product
-        apart = apart.clamp_min(0.0) + self.tokens * (x[:, :, None] - y[:, None, :]).square()
+        apart = apart.clamp_min(0.0) + self._tokens * (x[:, :, None] - y[:, None, :]).square()
         return (apart / divisor).float()
 
     def similarity(self) -> Tensor:
@@ -126,11 +129,11 @@ class ProductSums:
         product = self._product
         (x, x_square), (y, y_square) = self._moments
         if self._metric == "cosine":
-            product = product + self.tokens * x[:, :, None] * y[:, None, :]
-            squares = [x_square + self.tokens * x.square(), y_square + self.tokens * y.square()]
+            product = product + self._tokens * x[:, :, None] * y[:, None, :]
+            squares = [x_square + self._tokens * x.square(), y_square + self._tokens * y.square()]
         else:
             squares = [
-                torch.where(square > (STILL * mean).square() * self.tokens, square, 0.0)
+                torch.where(square > (STILL * mean).square() * self._tokens, square, 0.0)
                 for mean, square in self._moments
             ]
         x_length, y_length = (torch.where(s > 0, s, torch.inf).rsqrt() for s in squares)
