@@ -13,8 +13,8 @@ INF = float("inf")
 ON_CPU = ("torch", "cpp")
 
 
-def hard(backend: str, n: int = 60, m: int = 45) -> torch.Tensor:
-    """Clustered points in the plane: some hundred plain iterations at reg 0.01."""
+def hard(backend: str, n: int = 21, m: int = 17) -> torch.Tensor:
+    """Clustered points in the plane: many plain iterations. Few points, for the interpreter."""
     points = torch.rand(n + m, 2) ** 3
     return torch.cdist(points[:n], points[n:]).to(device_of(backend))
 
@@ -37,9 +37,9 @@ def test_backends_take_the_same_path():
     counts = {}
     for backend in ("torch", "cpp", "triton"):
         torch.manual_seed(0)
-        cost = torch.stack([hard(backend, 33, 41) for _ in range(3)]).double()
+        cost = torch.stack([hard(backend, 13, 19) for _ in range(3)]).double()
         reg = torch.tensor([0.05, 0.2, 1.0])
-        counts[backend] = sinkhorn(cost, reg, tol=1e-6, backend=backend).n_iter.tolist()
+        counts[backend] = sinkhorn(cost, reg, tol=1e-4, backend=backend).n_iter.tolist()
     assert counts["torch"] == counts["cpp"] == counts["triton"]
 
 
@@ -53,7 +53,7 @@ def test_momentum_stays_out_of_the_way_of_easy_problems(backend):
 def test_tol_zero_asks_for_plain_iterations(backend):
     """Per problem: the first of these is accelerated, the second is not."""
     cost = hard(backend).double()
-    options = {"max_iter": 12, "backend": backend}
+    options = {"max_iter": 6, "backend": backend}
     tols = torch.tensor([1e-9, 0.0])
     mixed = sinkhorn(torch.stack([cost, cost]), 0.02, tol=tols, **options)
     plain = sinkhorn(cost, 0.02, tol=1e-9, acceleration="none", **options)

@@ -158,16 +158,13 @@ def test_a_checkpoint_of_several_dtypes(model_directory, arguments, tmp_path, na
     assert set(found[0].values()) == {torch.bfloat16}
 
 
-def test_a_closed_standard_output(model_directory, text_file):
+def test_a_closed_standard_output():
     done = run(["info"], preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (1, "dotresize: OSError: standard output is closed\n")
     process = subprocess.Popen(
-        [*COMMAND, "eval", str(model_directory), str(text_file), "--quiet"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    process.stdout.close()
+    process.stdout.close()  # long before it says anything
     said = process.stderr.read()
     assert process.wait() == 1
     assert said.splitlines()[-1] == "dotresize: OSError: standard output is closed"
