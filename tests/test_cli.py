@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import PATIENCE, copy_of, fails
 
+import dotresize
 from dotresize.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,6 +134,11 @@ def test_info(capsys):
     printed = capsys.readouterr().out
     assert "cpp     available" in printed
     assert "transformers" in printed
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dotresize"] == dotresize.__version__
+    assert found["backends"]["cpp"]["available"] is True
+    assert found["versions"]["torch"] == torch.__version__
 
 
 def test_resume_of_a_finished_output(arguments, capsys):

@@ -294,3 +294,20 @@ def test_equal_neurons_get_equal_rows(backend):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn(**({"reg": 0.1} | arguments))
+
+
+def test_a_picture_of_a_problem():
+    cost = torch.rand(3, 30, 20)
+    result = sinkhorn(cost, 0.05, backend="cpp")
+    plan, marginals, convergence, _ = result[1].plot().axes
+    assert torch.equal(torch.tensor(plan.images[0].get_array()), result.plan[1].double())
+    found = sum(float(line.get_ydata().sum()) for line in marginals.lines)
+    assert found == pytest.approx(float(result.marginal_error[1]), rel=0.1)
+    accelerated, plain = ([*line.get_ydata()] for line in convergence.lines)
+    assert accelerated[-1] == pytest.approx(float(result.marginal_error[1]), rel=1e-2)
+    assert accelerated[-1] < plain[-1] < plain[0]
+    with pytest.raises(ValueError, match=r"a result of 3 problems: result\[i\].plot\(\) draws one"):
+        result.plot()
+    cost[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="no plan to draw: row 0 has mass, and every pair"):
+        sinkhorn(cost[0], 0.05).plot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -44,19 +45,23 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _info(_: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> int:
     import numpy
     import transformers
 
+    versions = {"python": sys.version.split()[0]}
+    versions |= {m.__name__: str(m.__version__) for m in (torch, numpy, transformers)}
+    backends = dotresize.backends()
+    if args.json:
+        about = {"dotresize": dotresize.__version__, "backends": backends, "versions": versions}
+        say(json.dumps(about, indent=2))
+        return 0
     lines = [f"dotresize {dotresize.__version__}"]
-    for name, details in dotresize.backends().items():
+    for name, details in backends.items():
         available = details.pop("available")
         what = ", ".join(f"{key} {value}" for key, value in details.items())
         lines.append(f"{name:7} {'' if available else 'not '}available: {what}")
-    lines.append(
-        f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     say("\n".join(lines))
     return 0
 

@@ -30,8 +30,16 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 pre { background: #f2f5f8; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #dde3e9; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } .note { color: #5a6a79; }
+.wide, table, tr { background: inherit; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: inherit; }
+.wide { overflow-x: auto; } .note { color: #5a6a79; }
+svg { width: 100%; min-width: 36rem; height: auto; background: #fff; border-radius: .4rem; }
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; }
+  body { color: #dce3ea; background: #14191f; } pre { background: #222b34; }
+  th, td { border-color: #36424e; } .note { color: #9aa9b7; } svg { background: #f4f6f8; }
+}
 """
 
 
@@ -139,8 +147,9 @@ def _svg(draw: Callable[[Any], None], *, height: float = 4.0) -> str:
         figure = Figure(figsize=(9, height), layout="constrained")
         draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    picture = text.getvalue()[text.getvalue().index("<svg") :]
+    return f'<div class="wide">{picture}</div>'
 
 
 def _groups(dense: dict[str, Any]) -> dict[str, list[str]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
-from typing import NoReturn
 
 from dotresize import __version__
+from dotresize.cli.argument_groups import Groups, Parser
 from dotresize.cli.presets import (
     DEFAULT,
     EVAL_EXAMPLES,
@@ -36,30 +35,11 @@ _EXAMPLES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that says one line per mistake, without the usage text in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"dotresize: {message} (see {self.prog} --help)\n")
-
-
-class _Groups(defaultdict):
-    """The groups of a verb's options, each made when it is first asked for."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        super().__init__()
-        self._parser = parser
-
-    def __missing__(self, title: str) -> argparse._ArgumentGroup:
-        self[title] = group = self._parser.add_argument_group(title)
-        return group
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(prog="dotresize", description="Make a language model narrower.")
+    parser = Parser(prog="dotresize", description="Make a language model narrower.")
     parser.add_argument("--version", action="version", version=f"dotresize {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         example = _EXAMPLES.get(name)
@@ -78,17 +58,18 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = verb("eval", "perplexity of each text file")
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("eval", nargs="+", metavar="FILE", help="text or .jsonl")
-    _add_common(_Groups(evaluate))
+    _add_common(Groups(evaluate))
     _add_export(verb("export", "write a model directory as a GGUF file for llama.cpp"))
     _add_bench(verb("bench", "time the CPU operators beside every installed peer"))
-    verb("info", "backends, devices and versions")
+    info = verb("info", "backends, devices and versions")
+    info.add_argument("--json", action="store_true", help="as one JSON object")
     return parser
 
 
 def _add_compress(compress: argparse.ArgumentParser) -> None:
     compress.add_argument("model", metavar="MODEL", help=_MODEL)
     compress.add_argument("out", metavar="OUT", help="directory to make")
-    groups = _Groups(compress)
+    groups = Groups(compress)
     compress.add_argument(
         "--preset",
         default=DEFAULT,
@@ -165,7 +146,7 @@ def _add_compress(compress: argparse.ArgumentParser) -> None:
 def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("model", metavar="MODEL", help=_MODEL)
     sweep.add_argument("out", metavar="DIR", help="directory to make, for the page")
-    groups = _Groups(sweep)
+    groups = Groups(sweep)
     groups["how narrow"].add_argument(
         "--widths", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6], help="(0.9 0.8 0.7 0.6)"
     )
@@ -173,7 +154,7 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     _add_narrowing(groups, windows=32)
 
 
-def _add_narrowing(groups: _Groups, *, windows: int | None) -> None:
+def _add_narrowing(groups: Groups, *, windows: int | None) -> None:
     """Add the options of verbs that narrow; windows: see ``_add_texts``."""
     size = groups["how narrow"]
     size.add_argument("--ff-width", type=float, help="of the feed-forward blocks, as --width")
@@ -240,7 +221,7 @@ def _add_narrowing(groups: _Groups, *, windows: int | None) -> None:
 def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("out", metavar="OUT", help="directory to make")
-    groups = _Groups(parser)
+    groups = Groups(parser)
     method = groups["method"]
     method.add_argument(
         "--merge", type=int, required=True, metavar="K", help="layers that share a feed-forward"
@@ -302,7 +283,7 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     _add_common(groups)
 
 
-def _add_dtype(groups: _Groups) -> None:
+def _add_dtype(groups: Groups) -> None:
     groups["output"].add_argument(
         "--dtype",
         default="auto",
@@ -311,7 +292,7 @@ def _add_dtype(groups: _Groups) -> None:
     )
 
 
-def _add_recovery(groups: _Groups) -> None:
+def _add_recovery(groups: Groups) -> None:
     recovery = groups["training afterwards"]
     recovery.add_argument(
         "--recover",
@@ -325,7 +306,7 @@ def _add_recovery(groups: _Groups) -> None:
     )
 
 
-def _add_texts(groups: _Groups, *, windows: int | None, meant: str = "by --preset") -> None:
+def _add_texts(groups: Groups, *, windows: int | None, meant: str = "by --preset") -> None:
     """Add the texts; windows: how many, None where that is found out later, and ``meant`` said."""
     text = groups["text"]
     text.add_argument(
@@ -359,7 +340,7 @@ def _add_texts(groups: _Groups, *, windows: int | None, meant: str = "by --prese
     )
 
 
-def _add_common(groups: _Groups) -> None:
+def _add_common(groups: Groups) -> None:
     groups["text"].add_argument(
         "--window", type=int, help="tokens per window (512, or the model's positions if fewer)"
     )

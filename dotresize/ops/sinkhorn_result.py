@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dotresize.ops.arguments import shown
 from dotresize.ops.solved_problem import SolvedProblem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +159,33 @@ class SinkhornResult:
     @property
     def value(self) -> float | Tensor:
         return self._numbers([problem.differentiable_value() for problem in self._problems])
+
+    def plot(self) -> Figure:
+        """Draw one problem: its plan, the errors of its marginals, and its convergence.
+
+        Convergence is the marginal error after 1, 2, 4, ... ``n_iter`` iterations from zero,
+        accelerated and plain, each a solve of its own: some four times the work of the solve.
+
+        Returns:
+            A matplotlib figure, which a notebook shows and ``savefig`` writes.
+
+        Raises:
+            ValueError: the result is of several problems (``result[i].plot()`` draws one), or has
+                no plan.
+            ImportError: matplotlib is not installed (``pip install 'dotresize[plot]'``).
+
+        Example:
+            >>> import torch
+            >>> from dotresize import sinkhorn
+            >>> figure = sinkhorn(torch.rand(6, 30, 20), reg=0.1)[2].plot()
+            >>> [axis.get_xlabel() for axis in figure.axes[:3]]
+            ['column', 'row, column', 'iterations']
+        """
+        from dotresize.ops.sinkhorn_plot import draw
+
+        if self._layout != "single":
+            raise ValueError(f"a result of {len(self)} problems: result[i].plot() draws one")
+        return draw(self._problems[0])
 
     def _numbers(self, values: list[float | Tensor]) -> float | Tensor:
         if self._layout == "single":
