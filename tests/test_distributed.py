@@ -46,7 +46,8 @@ def assert_close(one: Path, other: Path) -> None:
     [
         ["--memory", "4GB", "--ff-width", "30", "--eval-windows", "1"],
         ["--params", "0.8", "--search", "--layer-widths", "--multiple-of", "4"],
-        ["--params", "0.9", "--scope", "location"],
+        ["--scope", "location"],
+        ["--params", "0.9"],
     ],
     ids=str,
 )
