@@ -15,8 +15,8 @@ $(VENV)/made.stamp:
 	@touch $@
 
 # The sources' dates decide whether the package is installed again.
-# The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py. So is
-# llm-compressor, for its example: it asks for a transformers older than the newest.
+# The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py. So apart
+# is llm-compressor, for tests/test_examples.py: it asks for a transformers older than the newest.
 $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what its tests need into $(VENV)"
 	$(PIP) torch==2.13.0
