@@ -32,6 +32,9 @@ FLOAT = torch.float64
 # units, which like large products best.
 GRAM_BLOCKS = 4
 _WIDE_ON_GPU = 2048
+# Tokens that ``NormalEquations.add_few`` waits for, and numbers in float64 that a cache holds.
+FEW = 256
+_CACHED = 2**15
 
 
 class NormalEquations:
@@ -59,6 +62,7 @@ class NormalEquations:
         self.squares = prior.new_zeros(())  # of what is to be met
         self._met_by_prior = met_by_prior
         self._tokens = prior.new_zeros(())
+        self._few: dict[float, list[tuple[Tensor, Tensor | None]]] = {}  # by how often they count
         self._lam: Tensor | None = None  # what solving has added to the sums
 
     def add(self, u: Tensor, v: Tensor | None, weight: float = 1.0) -> None:
@@ -67,13 +71,27 @@ class NormalEquations:
         v: None where u A0 is to be met.
         """
         u = u.flatten(0, -2)
-        self.gram.add_(gram(u), alpha=weight)
+        add_to(self.gram, gram(u), weight)
         self._tokens += weight * len(u)
         if v is None:
             return
         v = v.flatten(0, -2)
-        self.cross.add_(over_tokens(u, v), alpha=weight)
+        add_to(self.cross, over_tokens(u, v), weight)
         self.squares += weight * self._wanted(v).square().sum(dtype=FLOAT)
+
+    def add_few(self, u: Tensor, v: Tensor | None, weight: float) -> None:
+        """Add tokens as ``add`` does, at a time when there are more: sums cost as much for one.
+
+        u: (tokens, inputs), v: (tokens, outputs) or None, as for all others.
+        """
+        kept = self._few.setdefault(weight, [])
+        kept.append((u.clone(), None if v is None else v.clone()))
+        if sum(len(one) for one, _ in kept) >= FEW:
+            self._add_kept(weight)
+
+    def _add_kept(self, weight: float) -> None:
+        us, vs = zip(*self._few.pop(weight), strict=True)
+        self.add(torch.cat(us), None if vs[0] is None else torch.cat(vs), weight)
 
     def _wanted(self, v: Tensor) -> Tensor:
         """Return what is to be met, float32."""
@@ -84,6 +102,8 @@ class NormalEquations:
 
     def total(self) -> None:
         """Add up the sums of all processes, once every token has been added."""
+        for weight in [*self._few]:
+            self._add_kept(weight)
         distributed.total(self.gram, self.cross, self.squares, self._tokens)
         if self._through is not None:
             x, y = self.cross.split([len(self._through), self.prior.shape[1]], 1)
@@ -165,6 +185,20 @@ def _add_ridge(
 
 # The first devices whose matrix units take such factors.
 _SINCE = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
+
+
+def add_to(total: Tensor, part: Tensor, weight: float = 1.0) -> None:
+    """Add a part in float32, ``weight`` times, to sums in float64, both (n, m), in place.
+
+    On a CPU torch would make a copy of the part in float64, which takes twice as long as
+    the sum; so that is done for few rows at a time.
+    """
+    if total.is_cuda:
+        total.add_(part, alpha=weight)
+        return
+    rows = max(1, _CACHED // max(1, part.shape[1]))
+    for some, mine in zip(total.split(rows), part.split(rows), strict=True):
+        some.add_(mine.to(total.dtype), alpha=weight)
 
 
 def over_tokens(u: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dotresize.least_squares import NormalEquations, gram
+from dotresize.least_squares import NormalEquations, add_to, gram
 
 
 def solved(
@@ -108,3 +108,29 @@ def test_gram_matrices_are_whole(width, dtype):
     found = gram(u)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), u.double().mT @ u.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("met_by_prior", [False, True])
+def test_tokens_that_wait_for_others_count_as_any(problem, monkeypatch, met_by_prior):
+    monkeypatch.setattr("dotresize.least_squares.FEW", 20)
+    u, v, prior = problem
+    at_once, waiting = (NormalEquations(prior, met_by_prior=met_by_prior) for _ in range(2))
+    for i, (some, wanted) in enumerate(zip(u.split(7), v.split(7), strict=True)):
+        target = None if met_by_prior else wanted
+        at_once.add(some, target, 1.0 + i % 2)
+        waiting.add_few(some, target, 1.0 + i % 2)
+        some.zero_()  # a batch's memory is written again
+    for equations in (at_once, waiting):
+        equations.total()
+    assert waiting.tokens_per_input == at_once.tokens_per_input
+    for name in ("gram", "cross", "squares"):
+        found = getattr(waiting, name), getattr(at_once, name)
+        assert torch.allclose(*found, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 70_000), (513, 129), (0, 3)])
+def test_parts_are_added_in_float64(rows, columns):
+    total, part = torch.randn(rows, columns, dtype=torch.float64), torch.randn(rows, columns)
+    wanted = total + 0.3 * part.double()
+    add_to(total, part, 0.3)
+    assert torch.allclose(total, wanted, rtol=1e-15, atol=1e-15)

@@ -30,6 +30,6 @@ class Preset:
 
 PRESETS = {
     "fast": Preset({"cpu": 24, "cuda": 96}),
-    DEFAULT: Preset({"cpu": 64, "cuda": 384}),
+    DEFAULT: Preset({"cpu": 56, "cuda": 384}),
     "best": Preset({"cpu": 96, "cuda": 1536}, search=True),
 }

@@ -360,7 +360,7 @@ def add_windows(
         equations.add(u[some], None if v is None else v[some], weight)
         if first != 1.0:
             firsts = None if v is None else v[some, 0]
-            equations.add(u[some, 0], firsts, weight * (first - 1.0))
+            equations.add_few(u[some, 0], firsts, weight * (first - 1.0))
 
 
 def refit_writer(
