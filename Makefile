@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up what it needs in a virtual environment.
+# `make demo`, `make test` and `make site`: each sets up what it needs in a virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*) README.md LICENSE \
 SOURCES += dotresize/py.typed
 PIP := $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel site clean
 
 # Made last, so that a half-made environment is made again.
 $(VENV)/made.stamp:
@@ -58,6 +58,10 @@ dist/wheel.stamp: $(VENV)/made.stamp setup.py pyproject.toml $(SOURCES)
 # order of their names: by their number of tests, the few long ones would run last, and alone.
 test: $(VENV)/test.stamp lint wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+site: $(VENV)/test.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f publish/mkdocs.yml
+	@echo "build/site/index.html"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from dotresize.baselines.feed_forward import HandOn, KeepLargest, Nystrom
 from dotresize.baselines.magnitude import Magnitude
 from dotresize.baselines.per_location import PerLocation, SliceGPT
 from dotresize.calibration.statistics import Statistics
+from dotresize.models.bfloat16 import in_float32, set_types
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
 from dotresize.models.torch_settings import usual_settings
@@ -130,9 +131,11 @@ def compress(
     if unknown:
         raise TypeError(f"compress() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     options = make_options(**choices)
-    narrow, report = narrow_model(
-        CausalLM.in_memory(causal_model(model)), tokens, options, statistics
-    )
+    given = causal_model(model)
+    computed = in_float32(given)
+    narrow, report = narrow_model(CausalLM.in_memory(computed), tokens, options, statistics)
+    if computed is not given:
+        set_types(narrow.module, {name: x.dtype for name, x in given.named_parameters()})
     return narrow.module, report
 
 

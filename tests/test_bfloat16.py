@@ -1,13 +1,18 @@
-"""Copies in bfloat16, which only CPUs with instructions for it compute faster."""
+"""What a CPU computes in bfloat16, and what in float32."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import pieces_tokenizer, tiny_model
 from test_compress import logits
 
+from dotresize import checkpoint, compress
 from dotresize.calibration.self_generated import sample
+from dotresize.cli.storage import Storage
+from dotresize.cli.texts import Texts
 from dotresize.models.bfloat16 import in_bfloat16
 from dotresize.models.causal_lm import CausalLM
 
@@ -68,3 +73,29 @@ def test_text_is_drawn_by_the_model_s_probabilities(instructions, fast):
     assert found[3] == 0
     spread = (wanted.softmax(-1) * (1 - wanted.softmax(-1))).sum(0).sqrt()
     assert ((found - expected).abs() <= 4.5 * spread + 0.01 * expected).all()
+
+
+def test_a_cpu_computes_half_precision_in_float32():
+    """Its own products of bfloat16 are slow, and another CPU's would give another model."""
+    model, tokens = tiny_model(dtype=torch.bfloat16), torch.randint(250, (8, 32))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    narrow, _ = compress(model, tokens, width=16, self_windows=0)
+    exact, _ = compress(copy.deepcopy(model).float(), tokens, width=16, self_windows=0)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    for weight, wanted in zip(narrow.parameters(), exact.parameters(), strict=True):
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, wanted.bfloat16())
+    assert {b.dtype for b in narrow.buffers()} == {b.dtype for b in model.buffers()}
+
+
+def test_a_directory_in_half_precision_is_computed_in_float32_and_stored_as_it_was(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    pieces_tokenizer().save_pretrained(tmp_path / "model")
+    cpu = torch.device("cpu")
+    model, _ = checkpoint.load_with_tokenizer(str(tmp_path / "model"), cpu, to_narrow=True)
+    assert {weight.dtype for weight in model.module.parameters()} == {torch.float32}
+    storage = Storage("auto", quantised=False, texts=Texts({}, []), model=model)
+    assert storage.dtype == torch.bfloat16
+    assert Storage("float32", quantised=False, texts=Texts({}, []), model=model).dtype == (
+        torch.float32
+    )

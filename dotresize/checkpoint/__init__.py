@@ -24,6 +24,7 @@ from dotresize.checkpoint.source import config_of, first_line, locate, one_line,
 from dotresize.checkpoint.uneven import load_uneven
 from dotresize.merging.checkpoint import is_merged, load_merged
 from dotresize.models import architecture_of, supported
+from dotresize.models.bfloat16 import is_half_on_cpu, set_types
 from dotresize.models.causal_lm import CausalLM
 from dotresize.models.given import causal_model
 from dotresize.models.layer_widths import ENTRY, set_inner_widths, take_inner_widths
@@ -41,7 +42,8 @@ def load_with_tokenizer(
 ) -> tuple[CausalLM, Any]:
     """Return model and tokenizer from a directory, a .gguf file or a hub id.
 
-    Weights keep their dtype; quantised GGUF weights become float32. With a folder to ``work`` in,
+    Weights keep their dtype on a GPU, and become float32 on a CPU, as GGUF weights do everywhere;
+    the config says in which type they are stored. With a folder to ``work`` in,
     the model of a directory stays in its files (dotresize.offload). Raises ValueError in one line
     for what is missing or damaged, and, if it is ``to_narrow``, for an unsupported architecture.
     """
@@ -54,7 +56,7 @@ def load_with_tokenizer(
         with one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             model = own(Path(where))
-            model.module.to(device)
+            _place(model.module, device)
             return model, tokenizer
     if not sys.stderr.isatty() or os.environ.get("TQDM_DISABLE"):
         transformers.utils.logging.disable_progress_bar()
@@ -75,7 +77,7 @@ def load_with_tokenizer(
         with one_line(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             model = load_uneven(_downloaded(where), config, widths)
-            model.module.to(device)
+            _place(model.module, device)
             return model, tokenizer
     with one_line(source):
         is_gguf = "gguf_file" in options
@@ -95,7 +97,15 @@ def load_with_tokenizer(
     _forget_quantisation(module)
     if to_narrow:
         module = causal_model(module)
-    return CausalLM.in_memory(module.to(device).eval()), tokenizer
+    _place(module, device)
+    return CausalLM.in_memory(module.eval()), tokenizer
+
+
+def _place(module: Any, device: torch.device) -> None:
+    """Move a model to a device, where it computes as ``models.bfloat16.in_float32`` says."""
+    module.to(device)
+    if is_half_on_cpu(module):
+        set_types(module, {}, torch.float32)
 
 
 def check_complete(source: str, problems: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dotresize import checkpoint, distributed
 from dotresize.accounting import check_weights, count_parameters, peak_memory, stage
-from dotresize.cli import card, comparison, html_page, memory, report
+from dotresize.cli import card, comparison, expected, html_page, memory, report
 from dotresize.cli.checks import (
     check_positions,
     check_recovery,
@@ -122,8 +122,9 @@ def compress(args: argparse.Namespace) -> int:
         fitted, streams, tokens, texts = _inputs(choices, model, tokenizer)
         if args.compare:
             _check_compared(texts)
+        expected.announce(model, len(tokens), tokens.shape[1], wanted)
         quantised = checkpoint.is_quantised(args.model, count_parameters(model)["total"])
-        storage = Storage(args.dtype, quantised=quantised, texts=texts)
+        storage = Storage(args.dtype, quantised=quantised, texts=texts, model=model)
         plan = None
         if work is not None:
             model.store.stored_as = storage.dtype  # type: ignore[attr-defined]

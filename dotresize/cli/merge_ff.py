@@ -135,7 +135,7 @@ def _merge_language_model(args: argparse.Namespace) -> int:
         tokens = calibration_windows(texts_of, streams, tokenizer)
         texts = evaluation_texts(texts_of, model, tokenizer, streams)
         quantised = checkpoint.is_quantised(args.model, count_parameters(model)["total"])
-        storage = Storage(args.dtype, quantised=quantised, texts=texts)
+        storage = Storage(args.dtype, quantised=quantised, texts=texts, model=model)
         new = None
         if recovery.recover is not None:
             count = recovery.recover * BATCH_WINDOWS

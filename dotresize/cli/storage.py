@@ -38,10 +38,20 @@ class Storage:
         dtype: None for that of the model.
     """
 
-    def __init__(self, asked: str, *, quantised: bool, texts: Texts) -> None:
-        """Take what was asked for. quantised: whether the model was, before it was read."""
+    def __init__(
+        self, asked: str, *, quantised: bool, texts: Texts, model: CausalLM | None = None
+    ) -> None:
+        """Take what was asked for.
+
+        quantised: whether the model was, before it was read; model: whose config names the type
+        that its weights had then.
+        """
         self.dtype = DTYPES.get(asked)
         self._decide = asked == "auto" and quantised
+        if asked == "auto" and not quantised and model is not None and model.store.whole:
+            stored = getattr(model.config, "dtype", None)
+            if stored in (torch.bfloat16, torch.float16):
+                self.dtype = stored
         self._windows = [windows[:1, :TOKENS] for windows in texts.windows.values()]
 
     @torch.no_grad()
@@ -54,7 +64,7 @@ class Storage:
         if self._decide:
             self.dtype, kl = self._decided(model)
         elif self.dtype == torch.float16 and _overflows(model):
-            logger.warning("--dtype float16: some weights are too large for it; stored as bfloat16")
+            logger.warning("float16: some weights are too large for it; stored as bfloat16")
             self.dtype = torch.bfloat16
         if self.dtype is not None and model.store.whole:
             _round(model, self.dtype)
