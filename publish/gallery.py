@@ -52,6 +52,8 @@ def bars(axis: Any, values: dict[str, float], title: str, ours: set[str]) -> Non
 def matrix(axis: Any, values: Tensor, title: str, rows: str, columns: str) -> None:
     axis.imshow(values, cmap="cividis", interpolation="nearest", aspect="auto")
     axis.set(title=title, ylabel=rows, xlabel=columns)
+    if max(values.shape) < 10:  # layers, not neurons
+        axis.set(yticks=range(values.shape[0]), xticks=range(values.shape[1]))
 
 
 def cross_architecture_merge(found: dict[str, Any], figure: Figure) -> None:

@@ -26,6 +26,7 @@ MOVED: list[tuple[str, str | None]] = [
     (r"(?:\.\./)?examples/?", "gallery/index.md"),
     *((rf"(?:\.\./)?{name.replace('.', '[.]')}", page) for name, page in TEXTS.items()),
     (r"docs/(.*?)", r"\1"),
+    (r"(notebooks/\w+\.ipynb)", r"\1"),
     (r"(?:\.\./)?(?:benchmarks|tests|csrc|dotresize|kernels)/.*?", None),
     (r"(?:CITATION\.cff|LICENSE)", None),
 ]
