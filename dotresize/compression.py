@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dotresize.accounting import check_weights
 from dotresize.baselines.feed_forward import HandOn, KeepLargest, Nystrom
 from dotresize.baselines.magnitude import Magnitude
 from dotresize.baselines.per_location import PerLocation, SliceGPT
@@ -136,6 +137,7 @@ def compress(
     narrow, report = narrow_model(CausalLM.in_memory(computed), tokens, options, statistics)
     if computed is not given:
         set_types(narrow.module, {name: x.dtype for name, x in given.named_parameters()})
+        check_weights(narrow.module)  # float16 ends at 65504
     return narrow.module, report
 
 

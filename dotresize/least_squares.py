@@ -80,7 +80,9 @@ class NormalEquations:
         self.squares += weight * self._wanted(v).square().sum(dtype=FLOAT)
 
     def add_few(self, u: Tensor, v: Tensor | None, weight: float) -> None:
-        """Add tokens as ``add`` does, at a time when there are more: sums cost as much for one.
+        """Keep tokens until there are ``FEW``, then add them: one costs as much as many.
+
+        Until ``total`` the sums may lack them.
 
         u: (tokens, inputs), v: (tokens, outputs) or None, as for all others.
         """

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import dotresize
@@ -68,8 +68,14 @@ def write(out: Path, version: int = 1) -> Path:
         raise ValueError(f"version {version}: must be at least 1")
     if out.exists():
         raise FileExistsError(f"{out}: is there already; give a directory that is not")
-    whole = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(whole, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".hub-") as made:
+        _fill(Path(made) / "whole", version)
+        (Path(made) / "whole").rename(out)
+    return out / "build" / VARIANT
+
+
+def _fill(whole: Path, version: int) -> None:
     folder = whole / "build" / VARIANT
     for name, room in ROOMS.items():
         (folder / name).mkdir(parents=True)
@@ -93,9 +99,7 @@ def write(out: Path, version: int = 1) -> Path:
         "backend": {"type": "cuda"},
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    (whole / "README.md").write_text(CARD)
-    whole.rename(out)
-    return out / "build" / VARIANT
+    (whole / "README.md").write_text(CARD.replace("version=1", f"version={version}"))
 
 
 def _relative(text: str) -> str:

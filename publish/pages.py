@@ -26,11 +26,10 @@ MOVED: list[tuple[str, str | None]] = [
     (r"(?:\.\./)?examples/?", "gallery/index.md"),
     *((rf"(?:\.\./)?{name.replace('.', '[.]')}", page) for name, page in TEXTS.items()),
     (r"docs/(.*?)", r"\1"),
-    (r"(notebooks/\w+\.ipynb)", r"\1"),
     (r"(?:\.\./)?(?:benchmarks|tests|csrc|dotresize|kernels)/.*?", None),
     (r"(?:CITATION\.cff|LICENSE)", None),
 ]
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -53,7 +52,6 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if not page.file.generated_by and page.file.src_uri.endswith(".ipynb"):
         return markdown
     below = "../" * page.file.src_uri.count("/")
-    markdown = markdown.replace("](docs/", "](")  # pictures, too
 
     def one(found: re.Match) -> str:
         text, where, anchor = found[1], found[2], found[3] or ""
@@ -66,6 +64,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return found[0]
 
     return _LINK.sub(one, markdown)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Return a notebook's page with links to pages: its plugin leaves them as they are."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    return re.sub(r'href="([\w./-]+)\.md(#[^"]*)?"', r'href="\1.html\2"', output)
 
 
 def _made(config: Any, name: str, text: str) -> File:

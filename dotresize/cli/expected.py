@@ -9,6 +9,7 @@ import torch
 
 from dotresize.accounting import count_parameters
 from dotresize.models.causal_lm import CausalLM
+from dotresize.narrow.budget import inner_without_search
 from dotresize.narrow.choose_width import residual_stays
 from dotresize.narrow.options import Options
 
@@ -31,10 +32,10 @@ def expected_seconds(model: CausalLM, windows: int, length: int, options: Option
     own = options.own_windows(windows) * length
     tokens = windows * length + own
     parameters = count_parameters(model)
-    passes = REFIT if options.refit else REFIT / 2
+    passes = REFIT if options.refit else REFIT / 2  # without the dense model's half
     if options.params is None and not residual_stays(model, options):
         passes += RESIDUAL
-    if options.params is not None and options.search:
+    if options.params is not None and inner_without_search(model, options) is None:
         passes += SEARCH
     passes += LAYER_WIDTHS * options.layer_widths
     products = 2.0 * tokens * passes * parameters["non_embedding"]
@@ -49,8 +50,9 @@ def announce(model: CausalLM, windows: int, length: int, options: Options) -> No
     seconds = expected_seconds(model, windows, length, options)
     if seconds >= LEAST:
         stages.info(
-            "expected to take about %d minutes on this CPU (threads: %d); --preset fast reads less",
-            *(round(seconds / 60), torch.get_num_threads()),
+            "narrowing takes about %.1f minutes on this CPU (threads: %d); --windows says how much "
+            "text is read",
+            *(seconds / 60, torch.get_num_threads()),
         )
 
 

@@ -164,6 +164,8 @@ def _merge_language_model(args: argparse.Namespace) -> int:
         if recovery.recover is not None:
             main["recovery"] = main["rows"]["merged + recovery"].pop("recovery")
         main["saved"] = saved(main["parameters"], plain=merging.plain)
+        # Before the cast: what is stored in half precision is not computed in it on a CPU.
+        seen = None if texts.windows else _on_calibration(main, merged, tokens[:select])
         storage.cast(merged)
         # Stages stay in the format that shares: what goes on from them must train what is shared.
         written = CausalLM(merged.module, PlainStore(merged.module)) if merging.plain else merged
@@ -177,8 +179,8 @@ def _merge_language_model(args: argparse.Namespace) -> int:
         if args.plot is not None:
             plot(args.plot, main, "perplexity")
         dense = rows[0]["perplexity"]
-        if not texts.windows:
-            dense, result = _on_calibration(main, merged, tokens[:select])
+        if seen is not None:
+            dense, result = seen
         warning = report.warning_of(dense, result, remedy(merging, recovery))
         if warning is not None:
             logger.warning(warning)

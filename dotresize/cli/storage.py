@@ -14,6 +14,7 @@ import torch
 
 from dotresize.cli.texts import Texts
 from dotresize.evaluate import Predictions, quality
+from dotresize.models.bfloat16 import set_types
 from dotresize.models.causal_lm import CausalLM
 
 logger = logging.getLogger("dotresize")
@@ -74,7 +75,7 @@ class Storage:
     def cast(self, model: CausalLM) -> None:
         """Give a model's weights the type, in place."""
         if self.dtype is not None and model.store.whole:
-            model.module.to(self.dtype)
+            set_types(model.module, {}, self.dtype)
 
     def _decided(self, model: CausalLM) -> tuple[torch.dtype, float | None]:
         if not self._windows:

@@ -33,8 +33,9 @@ def in_float32(module: Any) -> Any:
     """Return a copy in float32 of a model in half precision on a CPU; else the model itself.
 
     CPUs without instructions for half precision take eight times as long for its products (AMD
-    EPYC with AVX2). All compute in float32, so that each gives the same model, and the one that
-    a model in its files gives (offload/stored_weights.py).
+    EPYC with AVX2). All compute in float32, as a model in its files does
+    (offload/stored_weights.py); only text that is sampled and shapes that are searched may be
+    computed in bfloat16.
     """
     return _copied(module, torch.float32) if is_half_on_cpu(module) else module
 
