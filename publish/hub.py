@@ -14,10 +14,10 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import dotresize
+from dotresize.checkpoint import write_whole
 
 VARIANT = "torch-universal"
 ROOT = Path(__file__).parent.parent
@@ -68,10 +68,7 @@ def write(out: Path, version: int = 1) -> Path:
         raise ValueError(f"version {version}: must be at least 1")
     if out.exists():
         raise FileExistsError(f"{out}: is there already; give a directory that is not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".hub-") as made:
-        _fill(Path(made) / "whole", version)
-        (Path(made) / "whole").rename(out)
+    write_whole(out, lambda folder: _fill(folder, version))
     return out / "build" / VARIANT
 
 

@@ -49,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Return a page whose links lead to pages of the site."""
-    if not page.file.generated_by and page.file.src_uri.endswith(".ipynb"):
+    if page.file.src_uri.endswith(".ipynb"):
         return markdown
     below = "../" * page.file.src_uri.count("/")
 
